@@ -1,0 +1,167 @@
+"""The settings of `train/`: data, optimizer, schedule, length, tracking.
+
+`model/config.py` and `parallel/layout.py` own theirs; `conf/schema.py` composes them all.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Source(Enum):
+    """Where documents come from."""
+
+    stdlib = "stdlib"
+    """The source files of the running interpreter's standard library: text that every machine has."""
+    files = "files"
+    """Local text, JSONL (also .gz or .zst) or Parquet."""
+    hub = "hub"
+    """A dataset by its hub name."""
+
+
+@dataclass
+class DataConfig:
+    """Corpus, tokenizer and the split into training and held-out documents."""
+
+    source: Source = Source.stdlib
+    """stdlib, files or hub."""
+    path: str | None = None
+    """files: a file, a folder (searched recursively) or a glob. .jsonl/.json(.gz/.zst) hold a document per line,
+    .parquet one per row; every other file is one document of plain text (.gz and .zst too)."""
+    name: str | None = None
+    """hub: the dataset's name, such as HuggingFaceFW/fineweb-edu."""
+    subset: str | None = None
+    """hub: the dataset's configuration, where it has several."""
+    split: str = "train"
+    """hub: the split to read."""
+    revision: str | None = None
+    """hub: a commit or tag, for a corpus that cannot change under a run."""
+    text_field: str = "text"
+    """The field of a JSONL line, or the column of a Parquet file or hub dataset, that holds the text."""
+    document_separator: str | None = None
+    """Cut plain-text files into documents at this string; null makes each file one document."""
+    tokenizer: str | None = None
+    """An existing tokenizer.json (or a folder with one); null trains a byte-level BPE on the corpus."""
+    tokenizer_vocab_size: int | None = None
+    """Size of the tokenizer trained here, special tokens included; null makes it min(model.vocab_size, 100015),
+    DeepSeek LLM's 100,000 tokens and 15 special ones (arXiv 2401.02954, section 2.1)."""
+    tokenizer_sample_mb: int = 256
+    """The BPE is trained on at most this much text, taken evenly over the corpus by document."""
+    val_fraction: float = 0.01
+    """Share of the documents held out for validation, chosen by a hash of their text, so that exact duplicates
+    never stand on both sides."""
+    cache_dir: str = "~/.cache/deepnarrow"
+    """Where prepared corpora are kept, each under a fingerprint of all that shaped it. The environment variable
+    DEEPNARROW_CACHE moves it for every run."""
+
+
+class Decay(Enum):
+    """The learning-rate schedules."""
+
+    multi_step = "multi_step"
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate against tokens seen, as a share of optimizer.lr."""
+
+    decay: Decay = Decay.multi_step
+    """multi_step (DeepSeek LLM), cosine, or wsd (warmup, stable, decay)."""
+    warmup_steps: int = 2000
+    """Steps of linear rise from zero."""
+    step_at: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    """multi_step: shares of train.total_tokens at which the rate drops."""
+    step_to: list[float] = field(default_factory=lambda: [0.316, 0.1])
+    """multi_step: the share of the peak rate after each drop."""
+    final: float = 0.1
+    """cosine and wsd: the share of the peak rate at the end."""
+    decay_share: float = 0.2
+    """wsd: the last share of the tokens, over which the rate falls linearly."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW; weight decay acts on matrices only (embedding included), never on norm weights."""
+
+    lr: float = 4.2e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    clip: float | None = 1.0
+    """Largest allowed norm of the gradient over the whole model, all stages together; null does not clip."""
+
+
+class Precision(Enum):
+    """In what the stages compute; master weights, moments and gradient accumulation are fp32 in every case."""
+
+    auto = "auto"
+    """bf16 on a GPU, fp32 on the CPU."""
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, evaluation."""
+
+    seed: int = 1
+    """Decides initial weights and sample order."""
+    seq_len: int = 4096
+    """Tokens per sequence, at most model.max_seq_len."""
+    global_batch: int = 2304
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: int = 1
+    """Sequences per forward pass of one rank. Accumulation follows: global_batch / (micro_batch x dp)."""
+    total_tokens: float = 2e12
+    """Length of the run, over which the schedule is spread; 2e12 is a fine way to write it. Rounded up to whole steps."""
+    max_steps: int | None = None
+    """For trials: stop after so many steps, with the schedule of the full run."""
+    precision: Precision = Precision.auto
+    """auto, bf16 or fp32."""
+    val_every: int = 1000
+    """Steps between validations; there is always one at the end. 0: only at the end."""
+    val_sequences: int = 2048
+    """At most so many held-out sequences, always the same."""
+
+
+@dataclass
+class SampleConfig:
+    """Text drawn from the model when training ends."""
+
+    prompts: list[str] = field(default_factory=lambda: ["The", "In", "A"])
+    """One sample each, from the start of a document; data=stdlib brings its own."""
+    tokens: int = 64
+    """Tokens to add to each prompt; 0 samples nothing."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+
+
+class WandbMode(Enum):
+    """Where a run is logged."""
+
+    auto = "auto"
+    """online where an API key is set up, else offline."""
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: WandbMode = WandbMode.auto
+    """auto, online, offline or disabled."""
+    project: str = "deepnarrow"
+    """The W&B project."""
+    entity: str | None = None
+    """The W&B team or user; null is the account's default."""
+    tags: list[str] = field(default_factory=list)
+    """Tags of the run."""

@@ -1,0 +1,122 @@
+"""Settings that cannot work together, each said in one sentence with the key, the value and what would work."""
+
+from dataclasses import dataclass
+
+from conf.schema import Config
+from parallel import layout
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is to be started on.
+
+    Attributes:
+        gpus: of this host; 0 where it has none.
+        local_processes: already started on this host by a launcher; None before launching.
+        processes: started in all; None before launching.
+    """
+
+    gpus: int
+    local_processes: int | None = None
+    processes: int | None = None
+
+
+def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]]:
+    """The layout of the run, None where there cannot be one, and every problem found."""
+    problems = config.model.problems() + layout.problems(config.parallel, config.model)
+    run_layout: Layout | None = None
+    if config.parallel.pp >= 1 and (config.parallel.dp is None or config.parallel.dp >= 1):
+        try:
+            run_layout = layout.layout_for(config.parallel, machine.processes or _processes(config, machine))
+        except ValueError as error:
+            problems.append(str(error))
+        problems += _devices(config, machine)
+    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config)
+    return run_layout, problems
+
+
+def _processes(config: Config, machine: Machine) -> int:
+    """How many processes to start here: what the layout asks for, else every GPU, else one pipeline."""
+    pp, dp = config.parallel.pp, config.parallel.dp
+    return pp * (dp or max(1, machine.gpus // pp))
+
+
+def _devices(config: Config, machine: Machine) -> list[str]:
+    asked = machine.local_processes or _processes(config, machine)
+    if not machine.gpus or asked <= machine.gpus:
+        return []
+    if machine.local_processes:
+        return [f"{asked} processes were started here: this host has {machine.gpus} GPUs; --num_gpus {machine.gpus}"]
+    key, value = ("parallel.dp", config.parallel.dp) if config.parallel.pp <= machine.gpus else (
+        "parallel.pp", config.parallel.pp)  # fmt: skip
+    return [
+        f"{key}={value}: the layout asks for {asked} processes and this machine has {machine.gpus} GPUs; "
+        f"dp x pp <= {machine.gpus} works here, and the deepspeed launcher with --hostfile spreads over more machines"
+    ]
+
+
+def _batch(config: Config, run_layout: Layout | None) -> list[str]:
+    train = config.train
+    problems = [
+        f"train.{key}={getattr(train, key)}: must be at least 1"
+        for key in ("global_batch", "micro_batch", "seq_len", "val_sequences")
+        if getattr(train, key) < 1
+    ]
+    if problems or run_layout is None:
+        return problems
+    unit = train.micro_batch * run_layout.dp
+    if train.global_batch % unit:
+        below, above = train.global_batch // unit * unit, -(-train.global_batch // unit) * unit
+        works = " or ".join(f"train.global_batch={batch}" for batch in (below, above) if batch)
+        problems.append(
+            f"train.global_batch={train.global_batch}: not divisible by train.micro_batch x dp = "
+            f"{train.micro_batch} x {run_layout.dp} = {unit}; {works} would be"
+        )
+    return problems
+
+
+def _lengths(config: Config) -> list[str]:
+    problems = []
+    train = config.train
+    if train.seq_len > config.model.max_seq_len:
+        problems.append(
+            f"train.seq_len={train.seq_len}: longer than the model's context, model.max_seq_len="
+            f"{config.model.max_seq_len}; lower the one or raise the other"
+        )
+    if not train.total_tokens >= 1:
+        problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1")
+    if train.max_steps is not None and train.max_steps < 1:
+        problems.append(f"train.max_steps={train.max_steps}: must be at least 1, or null for the whole run")
+    if train.val_every < 0:
+        problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
+    if config.sample.tokens < 0:
+        problems.append(f"sample.tokens={config.sample.tokens}: must be at least 1, or 0 to sample nothing")
+    return problems
+
+
+def _recipe(config: Config) -> list[str]:
+    problems = []
+    adam, schedule = config.optimizer, config.schedule
+    for key in ("beta1", "beta2"):
+        if not 0 <= getattr(adam, key) < 1:
+            problems.append(f"optimizer.{key}={getattr(adam, key)}: must be at least 0 and below 1")
+    for key, least in (("lr", "above 0"), ("eps", "above 0"), ("weight_decay", "at least 0")):
+        value = getattr(adam, key)
+        if not (value > 0 or (least == "at least 0" and value == 0)):
+            problems.append(f"optimizer.{key}={value}: must be {least}")
+    if adam.clip is not None and not adam.clip > 0:
+        problems.append(f"optimizer.clip={adam.clip}: must be above 0, or null to clip nothing")
+    if schedule.warmup_steps < 0:
+        problems.append(f"schedule.warmup_steps={schedule.warmup_steps}: must be at least 0")
+    if len(schedule.step_at) != len(schedule.step_to):
+        problems.append(
+            f"schedule.step_at={schedule.step_at}: has {len(schedule.step_at)} drops and schedule.step_to="
+            f"{schedule.step_to} has {len(schedule.step_to)}; both need equally many"
+        )
+    if sorted(schedule.step_at) != list(schedule.step_at) or any(not 0 <= at <= 1 for at in schedule.step_at):
+        problems.append(f"schedule.step_at={schedule.step_at}: must rise from 0 to 1, such as [0.8,0.9]")
+    for key in ("final", "decay_share"):
+        if not 0 <= getattr(schedule, key) <= 1:
+            problems.append(f"schedule.{key}={getattr(schedule, key)}: must be between 0 and 1")
+    return problems

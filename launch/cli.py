@@ -1,0 +1,119 @@
+"""The `deepnarrow` command: everything besides the cluster's `deepspeed train/pretrain.py`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from conf.errors import BadInput
+
+OVERRIDES = "Hydra overrides, such as model=7b parallel.pp=4 train.max_steps=100"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 2 with one line per problem where the input cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="deepnarrow",
+        description="Pretrain deep, narrow, grouped-query transformers.",
+        epilog="deepnarrow VERB --help says more about a verb.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (run, summary, details) in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {details}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        verb.add_argument("overrides", nargs="*", help=OVERRIDES)
+        verb.set_defaults(run=run)
+        if name == "describe":
+            verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown and known.verb != "train":
+        parser.error(f"unknown option {' '.join(unknown)}")
+    if known.verb == "train":
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        known.overrides = given[given.index("train") + 1 :]
+    try:
+        return known.run(known)
+    except BadInput as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+
+
+def train(options: argparse.Namespace) -> int:
+    """Check everything, prepare the data, then start DeepSpeed's launcher and stay with it."""
+    from launch.supervise import launch
+    from train import pretrain
+    from train.preflight import preflight
+
+    arguments = options.overrides
+    if pretrain.asks_hydra(arguments):
+        pretrain.main(arguments)
+        return 0
+    hydra_options, overrides = pretrain.hydra_options(arguments)
+    ready = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
+    return launch(arguments, ready.layout.world_size, ready.run_dir)
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Tokenise a corpus ahead of a run."""
+    from train.preflight import preflight
+
+    data = preflight(options.overrides).data
+    print(
+        f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
+        f"tokenizer: {data.tokenizer_path}"
+    )
+    return 0
+
+
+def describe(options: argparse.Namespace) -> int:
+    """Print what a model costs and how it is cut."""
+    from conf.compose import compose_overrides
+    from launch.describe import as_json, as_text
+    from parallel.layout import problems
+
+    overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
+    composition = compose_overrides(overrides)
+    config = composition.config
+    if found := [*composition.problems, *config.model.problems(), *problems(config.parallel, config.model)]:
+        raise BadInput(found)
+    print(as_json(config) if options.json else as_text(config))
+    return 0
+
+
+VERBS = {
+    "train": (
+        train,
+        "pretrain on this machine",
+        "Takes Hydra overrides.\n\n"
+        "  deepnarrow train model=tiny parallel.pp=2\n"
+        "  deepnarrow train model=7b parallel.pp=4 data=files data.path='/corpus/*.jsonl.zst' wandb.mode=online\n\n"
+        "The whole configuration is checked and the data prepared before any process is started. Then as many ranks as\n"
+        "the layout asks for run under DeepSpeed's launcher; signals reach them, none is left behind, and the exit code\n"
+        "is theirs. --cfg job prints the composed configuration. On several machines, use the launcher itself:\n"
+        "deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES.",
+    ),
+    "prepare": (
+        prepare,
+        "tokenise a corpus and keep it for every later run",
+        "Takes the overrides of the run that it is for.\n\n"
+        "  deepnarrow prepare model=7b data=files data.path='/corpus/*.jsonl.zst' data.tokenizer=tokenizer.json\n\n"
+        "A run prepares its data itself where nobody has; for a large corpus do it ahead, without holding GPUs.",
+    ),
+    "describe": (
+        describe,
+        "print parameters, FLOPs, KV cache and the split into stages",
+        "Takes a preset or any Hydra overrides.\n\n"
+        "  deepnarrow describe 67b parallel.pp=12\n"
+        "  deepnarrow describe 7b model.n_kv_heads=8 --json",
+    ),
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

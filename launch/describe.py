@@ -1,0 +1,71 @@
+"""What a model costs and how it is cut, before anything runs."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from conf.schema import Config
+from parallel.stages import split, stage_rows
+
+
+def facts(config: Config) -> dict[str, Any]:
+    """The numbers of `deepnarrow describe --json`.
+
+    Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
+    seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share.
+    """
+    model, seq_len = config.model, config.train.seq_len
+    return {
+        "preset": config.preset,
+        "attention": attention_kind(config),
+        "seq_len": seq_len,
+        "parameters": model.num_params,
+        "parameters_by_part": model.params_by_part(),
+        "M": model.scaling_m(seq_len),
+        "flops_per_token": model.flops_per_token(seq_len),
+        "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
+        "stages": stage_rows(model, split(model.layer_flops(seq_len), config.parallel.pp)),
+    }
+
+
+def attention_kind(config: Config) -> str:
+    """MHA, MQA, or GQA with its number of groups (arXiv 2305.13245, section 2.2)."""
+    heads, groups = config.model.n_heads, config.model.n_kv_heads
+    return "MHA" if groups == heads else "MQA" if groups == 1 else f"GQA-{groups}"
+
+
+def as_json(config: Config) -> str:
+    """`facts` for scripts."""
+    return json.dumps(facts(config), indent=2)
+
+
+def as_text(config: Config, width: int | None = None) -> str:
+    """`facts` for people."""
+    model, found = config.model, facts(config)
+    console = Console(width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(
+            f"{found['preset']}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} query and "
+            f"{model.n_kv_heads} key/value heads of {model.d_head} ({found['attention']}), d_ff {model.d_ff}, "
+            f"vocabulary {model.vocab_size}, context {model.max_seq_len}"
+        )
+        parts = Table("part", "parameters", "share", title="parameters", title_justify="left")
+        for part, count in found["parameters_by_part"].items():
+            parts.add_row(part, f"{count:,}", f"{count / found['parameters']:.1%}")
+        parts.add_section()
+        parts.add_row("all", f"{found['parameters']:,}", "")
+        console.print(parts)
+        costs = Table("cost", "per token", title=f"at sequences of {found['seq_len']} tokens", title_justify="left")
+        costs.add_row("M = 72 L d² + 12 L d s (non-embedding FLOPs)", f"{found['M']:,}")
+        costs.add_row("true FLOPs, forward and backward", f"{found['flops_per_token']:,}")
+        costs.add_row("KV cache, bf16 bytes", f"{found['kv_cache_bytes_per_token']:,}")
+        console.print(costs)
+        count = len(found["stages"])
+        stages = Table("stage", "layers", "parameters", "share of cost", title_justify="left")
+        stages.title = f"{count} pipeline stage{'s' * (count > 1)} (parallel.pp={count})"
+        for row in found["stages"]:
+            stages.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
+        console.print(stages)
+    return capture.get().rstrip()

@@ -1,0 +1,43 @@
+"""Grouped-query attention (arXiv 2305.13245).
+
+    multi-head (G = H)       grouped-query            multi-query (G = 1)
+
+    k  | | | | | | | |       k   |   |   |   |        k         |
+       | | | | | | | |          / \\ / \\ / \\ / \\             /// \\\\\\
+    q  | | | | | | | |       q | | | | | | | |        q  | | | | | | | |
+
+The queries keep all their heads; G groups of them share one key head and one value head each.
+B batch, L sequence, D width, H query heads, G key/value heads, K head width.
+"""
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.kernels import causal_attention
+from model.layers import apply_rotary, rotary_tables
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention with rotary positions; `n_kv_heads` makes it multi-head, grouped- or multi-query."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_model, self.d_head = config.d_model, config.d_head
+        self.rope_theta = config.rope_theta
+        self.backend = config.attention
+        self.q_proj = nn.Linear(d_model, config.n_heads * self.d_head, bias=False)
+        self.k_proj = nn.Linear(d_model, config.n_kv_heads * self.d_head, bias=False)
+        self.v_proj = nn.Linear(d_model, config.n_kv_heads * self.d_head, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        # The number of heads is read off the projections: a tensor-parallel cut leaves each rank some of them.
+        q_BLHK = self.q_proj(x_BLD).unflatten(-1, (-1, self.d_head))
+        k_BLGK = self.k_proj(x_BLD).unflatten(-1, (-1, self.d_head))
+        v_BLGK = self.v_proj(x_BLD).unflatten(-1, (-1, self.d_head))
+        cos, sin = rotary_tables(q_BLHK.shape[1], self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
+        q_BLHK, k_BLGK = apply_rotary(q_BLHK, cos, sin), apply_rotary(k_BLGK, cos, sin)
+        out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend)
+        return self.o_proj(out_BLHK.flatten(2))

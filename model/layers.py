@@ -1,0 +1,55 @@
+"""RMSNorm, rotary positions, SwiGLU. B batch, L sequence, D width, H heads, K head width, F inner width."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean square taken in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.eps = eps
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to (B, L, D), same dtype."""
+        return F.rms_norm(x_BLD, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(
+    seq_len: int, d_head: int, theta: float, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of position times frequency theta^(-2i/K) (arXiv 2104.09864), each (L, 1, K/2) in `dtype`.
+
+    The angles are fp32 and computed on the CPU, as in the released Llama and DeepSeek implementations: at position
+    4000 fp32 is off by 1e-4, and a checkpoint should see the same positions here and there, and on every device.
+    They are no module buffers: a cast of the model to bf16 must not touch them before they are rounded.
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angles_LK = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
+    return tuple(table.to(device, dtype).unsqueeze(1) for table in (angles_LK.cos(), angles_LK.sin()))  # type: ignore[return-value]
+
+
+def apply_rotary(x_BLHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[i], x[i + K/2]) by its angle: the layout of Llama's released checkpoints on Hugging Face."""
+    a, b = x_BLHK.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,90 @@
+"""The model: an embedding, blocks, a head. As a list of layers it is what a pipeline cuts into stages.
+
+B batch, L sequence, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from model.attention import GroupedQueryAttention
+from model.config import ModelConfig
+from model.layers import RMSNorm, SwiGLU
+
+
+class Embedding(nn.Module):
+    """Token ids to vectors."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L) to (B, L, D)."""
+        return self.tokens(tokens_BL)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = GroupedQueryAttention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+        return h_BLD + self.ffn(self.ffn_norm(h_BLD))
+
+
+class Head(nn.Module):
+    """The last norm and the projection to the vocabulary (not tied to the embedding)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) to logits (B, L, V)."""
+        return self.proj(self.norm(x_BLD))
+
+
+def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
+    """The layers in order, by name, each as a function that builds it: a stage builds its own and no other.
+
+    A parameter's full name, the same in every layout, is the layer's name, a dot, and its name inside the layer:
+    ``blocks.17.attention.k_proj.weight``.
+    """
+    blocks = {f"blocks.{i}": lambda: Block(config) for i in range(config.n_layers)}
+    return {"embedding": lambda: Embedding(config), **blocks, "head": lambda: Head(config)}
+
+
+class Transformer(nn.Module):
+    """The whole model in one process.
+
+    Weights are allocated and not initialised (see `model/init.py`); under ``torch.device("meta")`` nothing is.
+
+    Raises:
+        ValueError: the shape is impossible; says why.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if problems := config.problems():
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.head = Head(config)
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L) to logits (B, L, V)."""
+        x_BLD = self.embedding(tokens_BL)
+        for block in self.blocks:
+            x_BLD = block(x_BLD)
+        return self.head(x_BLD)

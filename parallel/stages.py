@@ -1,0 +1,112 @@
+"""The cut of a list of layers into pipeline stages of even cost.
+
+A pipeline runs at the pace of its slowest stage. The output head costs about as much as two blocks of the 7B and 1.2
+of the 67B, so counting layers alone would leave the last stage late in every step; DeepSeek chose 30 and 95 layers so
+that with the head they divide well (arXiv 2401.02954, section 2.2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: the half-open range of layers [start, stop) and what share of the whole cost they are."""
+
+    index: int
+    start: int
+    stop: int
+    cost_share: float
+
+
+def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
+    """Cut layers into `num_stages` consecutive, non-empty stages.
+
+    The dearest stage is made as cheap as any cut allows; among such cuts, the one with the least sum of squares is
+    taken, and among those the one whose early stages are lighter: in 1F1B they hold the most activations.
+
+    Args:
+        costs: of each layer in order, embedding and head included, in any unit.
+        num_stages: at most len(costs).
+
+    Returns:
+        Stages that hold every layer exactly once, in order.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    n = len(costs)
+    if not 1 <= num_stages <= n:
+        raise ValueError(f"{n} layers cannot be cut into {num_stages} stages; 1 to {n} stages work")
+    # In whole units: sums are exact, so that every process and machine takes the same one of several even cuts.
+    unit = max(costs) / 10**6 or 1.0
+    before = np.array([0, *accumulate(round(cost / unit) for cost in costs)], dtype=object)
+
+    def best_cut(limit: int | None) -> tuple[int, list[int]] | None:
+        """Least sum of squares with no stage above `limit`; with no limit, the least possible largest stage."""
+        # value[i]: of the best cut of layers [i, n) into the stages from `stage` on; built from the last stage back.
+        value: list[int | None] = [None] * n + [0]
+        choice: list[list[int]] = []
+        for stage in reversed(range(num_stages)):
+            new: list[int | None] = [None] * (n + 1)
+            chosen = [0] * (n + 1)
+            for start in range(stage, n - (num_stages - stage) + 1):
+                for stop in range(start + 1, n - (num_stages - stage - 1) + 1):
+                    rest, cost = value[stop], before[stop] - before[start]
+                    if rest is None or (limit is not None and cost > limit):
+                        continue
+                    total = max(cost, rest) if limit is None else cost * cost + rest
+                    if new[start] is None or total < new[start]:  # the first, shortest stage wins a tie
+                        new[start], chosen[start] = total, stop
+            value = new
+            choice.append(chosen)
+        if value[0] is None:
+            return None
+        bounds = [0]
+        for chosen in reversed(choice):
+            bounds.append(chosen[bounds[-1]])
+        return value[0], bounds
+
+    largest = best_cut(limit=None)
+    assert largest is not None, "every number of stages up to the number of layers has a cut"
+    even = best_cut(limit=largest[0])
+    assert even is not None, "the cut that set the limit is within it"
+    bounds = even[1]
+    total = before[-1] or 1
+    stages = [
+        Stage(i, start, stop, float((before[stop] - before[start]) / total))
+        for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    covered = [layer for stage in stages for layer in range(stage.start, stage.stop)]
+    assert covered == list(range(n)), f"a layer was lost or doubled: {bounds}"
+    return stages
+
+
+def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """One row per stage for a table or JSON: stage, layers, blocks, parameters, cost_share."""
+    embedding = head = model.vocab_size * model.d_model
+    params = [embedding, *[model.block_params] * model.n_layers, head + model.d_model]
+    rows = []
+    for stage in stages:
+        first, last = max(stage.start - 1, 0), min(stage.stop - 2, model.n_layers - 1)
+        parts = ["embedding"] if stage.start == 0 else []
+        if last >= first:
+            parts.append(f"blocks {first}-{last}" if last > first else f"block {first}")
+        if stage.stop == model.n_layers + 2:
+            parts.append("head")
+        rows.append(
+            {
+                "stage": stage.index,
+                "layers": ", ".join(parts),
+                "blocks": max(last - first + 1, 0),
+                "parameters": sum(params[stage.start : stage.stop]),
+                "cost_share": stage.cost_share,
+            }
+        )
+    return rows

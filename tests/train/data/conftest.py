@@ -1,0 +1,30 @@
+"""Small corpora, and settings that point at them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conf.settings import DataConfig, Source
+
+
+@pytest.fixture
+def files_config(tmp_path: Path) -> Callable[..., DataConfig]:
+    """Settings for a local corpus, cached in a folder of the test."""
+
+    def make(path: Path | str, **changes) -> DataConfig:
+        settings = {"cache_dir": str(tmp_path / "cache"), "tokenizer_sample_mb": 1, "val_fraction": 0.2, **changes}
+        return DataConfig(source=Source.files, path=str(path), **settings)
+
+    return make
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    """Fifty different short documents, a line each."""
+    path = tmp_path / "corpus" / "docs.jsonl"
+    path.parent.mkdir()
+    lines = [json.dumps({"text": f"document number {i}\nsays that {i} squared is {i * i}.\n"}) for i in range(50)]
+    path.write_text("\n".join(lines), "utf-8")
+    return path

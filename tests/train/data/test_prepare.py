@@ -1,0 +1,421 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from conf.errors import BadInput
+from conf.settings import DataConfig
+from train.data import build, cache
+from train.data.prepare import prepare
+from train.data.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[3]
+VOCAB = 320
+
+
+def ready(data: DataConfig, vocab_size: int = VOCAB, seq_len: int = 8):
+    return prepare(data, vocab_size, seq_len, progress=False)
+
+
+def texts_of(prepared, split: str) -> list[str]:
+    """The documents of a split, read back from its tokens."""
+    tokens = np.fromfile(prepared.folder / f"{split}.bin", prepared.dtype)
+    assert len(tokens) == getattr(prepared, f"num_{split}_tokens")
+    assert not len(tokens) or tokens[-1] == prepared.eos_id
+    tokenizer = prepared.tokenizer()
+    ends = np.flatnonzero(tokens == prepared.eos_id)
+    parts = np.split(tokens, ends + 1)[:-1]
+    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def corpus_texts(jsonl: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+
+
+def test_every_document_is_on_one_side(jsonl, files_config):
+    prepared = ready(files_config(jsonl))
+    train, val = texts_of(prepared, "train"), texts_of(prepared, "val")
+    assert sorted(train + val) == sorted(corpus_texts(jsonl))
+    assert 3 <= len(val) <= 20
+    held_out = set(val)
+    assert train == [t for t in corpus_texts(jsonl) if t not in held_out]
+    assert prepared.dtype == "uint16" and prepared.tokenizer_size <= VOCAB
+    assert prepared.tally["documents"] == 50
+    assert len(prepared.train(8)) == (prepared.num_train_tokens - 1) // 8
+    assert len(prepared.val(16)) == (prepared.num_val_tokens - 1) // 16
+
+
+def test_duplicates_stay_together_and_the_split_depends_on_text_alone(jsonl, files_config):
+    once = set(texts_of(ready(files_config(jsonl)), "val"))
+    lines = jsonl.read_text().splitlines()
+    jsonl.write_text("\n".join([*reversed(lines), *lines]))
+    prepared = ready(files_config(jsonl))
+    train, val = texts_of(prepared, "train"), texts_of(prepared, "val")
+    assert set(val) == once and len(val) == 2 * len(once) and not set(train) & set(val)
+    assert len(train) + len(val) == 100
+
+
+def test_a_larger_fraction_holds_out_more_of_the_same(jsonl, files_config):
+    few, many = (set(texts_of(ready(files_config(jsonl, val_fraction=f)), "val")) for f in (0.1, 0.5))
+    assert few < many and 15 <= len(many) <= 35
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_each_side_gets_a_document_and_its_copies(jsonl, files_config, fraction):
+    lines = jsonl.read_text().splitlines()
+    jsonl.write_text("\n".join(lines * 2))
+    prepared = ready(files_config(jsonl, val_fraction=fraction))
+    train, val = texts_of(prepared, "train"), texts_of(prepared, "val")
+    rare, rest = (val, train) if fraction < 0.5 else (train, val)
+    pick = min if fraction < 0.5 else max
+    chosen = pick(corpus_texts(jsonl), key=lambda text: build.document_hash(text, "split"))
+    assert rare == [chosen] * 2
+    assert rest == [text for text in corpus_texts(jsonl) if text != chosen]
+
+
+def test_no_validation(jsonl, files_config):
+    prepared = ready(files_config(jsonl, val_fraction=0.0))
+    assert prepared.num_val_tokens == 0 and len(prepared.val(8)) == 0
+    assert len(texts_of(prepared, "train")) == 50
+
+
+def test_bad_documents_are_reported(jsonl, files_config, capsys):
+    with jsonl.open("ab") as file:
+        file.write(b'\n{"text": "\xff"}\n{')
+    prepared = ready(files_config(jsonl))
+    assert (prepared.tally["bad_utf8"], prepared.tally["bad_json"]) == (1, 1)
+    said = capsys.readouterr().err
+    assert "50 documents; skipped: 1 not UTF-8 (docs.jsonl:51); 1 not JSON (docs.jsonl:52)" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_document_that_quotes_the_end_token_is_one_document(jsonl, files_config):
+    from train.data.tokenizer import EOS
+
+    with jsonl.open("a") as file:
+        file.write("\n" + json.dumps({"text": f"before{EOS}after"}, ensure_ascii=False))
+    prepared = ready(files_config(jsonl))
+    assert f"before{EOS}after" in texts_of(prepared, "train") + texts_of(prepared, "val")
+
+
+def test_long_documents_tokenise_as_if_whole(tmp_path, files_config, monkeypatch):
+    text = "".join(f"line {i}:\n    indented  {i}\n\n" for i in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    data = files_config(tmp_path / "a.txt", val_fraction=0.0)
+    whole = np.fromfile(ready(data).folder / "train.bin", "uint16")
+    monkeypatch.setattr(build, "_PIECE_CHARS", 60)
+    monkeypatch.setattr(build, "_BATCH_CHARS", 500)
+    data.cache_dir += "2"
+    assert np.array_equal(np.fromfile(ready(data).folder / "train.bin", "uint16"), whole)
+
+
+@pytest.mark.parametrize("text", ["one two\n" * 50, "one two  three " * 40, "x" * 500, "語" * 500, "\n\n   \n" * 90])
+def test_cut(text):
+    pieces = list(build.cut(text, 64))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 64 and min(map(len, pieces[:-1])) >= 32
+    if "one" in text:
+        assert all(piece.endswith("\n") or after.startswith(" ") for piece, after in pairwise(pieces))
+
+
+def test_the_tokenizer_sample_is_bounded_and_even(tmp_path, files_config):
+    root = tmp_path / "c"
+    root.mkdir()
+    for i in range(20):
+        (root / f"{i:02}.txt").write_text(f"{i:02} " * 50_000)  # 20 x 150 kB
+    sample = list(build.sample_texts(files_config(root), progress=False))
+    sizes = np.bincount([int(piece.split()[0]) for piece in sample], [len(piece) for piece in sample], 20)
+    assert 950_000 < sizes.sum() <= 1_000_000
+    assert len(sizes) == 20 and (sizes > 0).sum() >= 15
+    everything = list(build.sample_texts(files_config(root, tokenizer_sample_mb=4), progress=False))
+    assert sum(map(len, everything)) == 20 * 150_000
+
+
+@pytest.fixture
+def folder_with_tokenizer(tmp_path):
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    train_tokenizer(iter(["document number squared says that is"] * 9), 300).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_an_existing_tokenizer(jsonl, files_config, folder_with_tokenizer):
+    data = files_config(jsonl, tokenizer=str(folder_with_tokenizer))
+    prepared = ready(data)
+    given = folder_with_tokenizer / "tokenizer.json"
+    assert prepared.tokenizer_path.read_bytes() == given.read_bytes()
+    assert ready(files_config(jsonl, tokenizer=str(given))).folder == prepared.folder
+    assert sorted(texts_of(prepared, "train") + texts_of(prepared, "val")) == sorted(corpus_texts(jsonl))
+    (folder_with_tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<｜reserved▁0｜>"}')
+    renamed = ready(data)
+    assert renamed.folder != prepared.folder and renamed.eos_id == prepared.eos_id + 1
+
+
+def test_large_vocabularies_take_four_bytes(jsonl, files_config, tmp_path):
+    vocab = {f"t{i}": i for i in range(65_535)}
+    vocab[""] = 65_535
+    for extra, dtype in ([], "uint16"), (["word"], "uint32"):
+        made = Tokenizer(models.WordLevel({**vocab, **{w: 65_536 for w in extra}, "</s>": 7}, unk_token="t1"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        made.save(str(tmp_path / "t.json"))
+        prepared = ready(files_config(jsonl, tokenizer=str(tmp_path / "t.json")), 70_000)
+        assert (prepared.dtype, prepared.eos_id) == (dtype, 7)
+        bytes_each = 2 if dtype == "uint16" else 4
+        assert (prepared.folder / "train.bin").stat().st_size == prepared.num_train_tokens * bytes_each
+
+
+def test_what_changes_the_fingerprint(jsonl, files_config, folder_with_tokenizer):
+    def folder(vocab_size=VOCAB, seq_len=8, **changes):
+        return ready(files_config(jsonl, **changes), vocab_size, seq_len).folder
+
+    first = folder()
+    assert folder(seq_len=4) == folder(tokenizer_vocab_size=VOCAB) == folder(split="x", subset="y") == first
+    assert folder(vocab_size=400, tokenizer_vocab_size=VOCAB) == first
+    changed = [
+        folder(vocab_size=400),
+        folder(val_fraction=0.3),
+        folder(document_separator="<>"),
+        folder(tokenizer_sample_mb=2),
+        folder(tokenizer=str(folder_with_tokenizer)),
+    ]
+    jsonl.write_text(jsonl.read_text().replace("text", "body"))
+    changed.append(folder(text_field="body"))
+    assert len({first, *changed}) == 7
+    os.utime(jsonl, ns=(0, 0))
+    assert folder(text_field="body") not in changed
+
+
+def test_a_corpus_in_the_cache_is_not_built_again(jsonl, files_config, monkeypatch):
+    first = ready(files_config(jsonl))
+    monkeypatch.setattr(build, "tokenise", None)
+    assert ready(files_config(jsonl), seq_len=16) == first
+
+
+def run(code: str, data: DataConfig) -> subprocess.Popen:
+    """A process that has `data`, `prepare`, `build` and `cache`, and runs `code`."""
+    settings = {"path": data.path, "cache_dir": data.cache_dir, "val_fraction": 0.2, "tokenizer_sample_mb": 1}
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+from conf.settings import DataConfig, Source
+from train.data.prepare import prepare
+from train.data import build, cache
+data = DataConfig(source=Source.files, **{settings!r})
+{textwrap.dedent(code)}
+"""
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+
+
+def test_the_cached_path_imports_nothing_heavy(jsonl, files_config):
+    ready(files_config(jsonl))
+    code = f"""
+    prepare(data, {VOCAB}, 8)
+    print(sorted({{"datasets", "tokenizers", "torch", "pyarrow"}} & set(sys.modules)))
+    """
+    process = run(code, files_config(jsonl))
+    assert process.communicate()[0].strip() == "[]" and process.returncode == 0
+
+
+def test_processes_at_once_build_once(jsonl, files_config, tmp_path):
+    """Each builder waits until both processes have begun, so without the lock both would build."""
+    code = f"""
+    folder, tokenise = Path({str(tmp_path)!r}), build.tokenise
+    def counted(*args):
+        (folder / f"built-{{os.getpid()}}").touch()
+        while len(list(folder.glob("begun-*"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        return tokenise(*args)
+    build.tokenise = counted
+    (folder / f"begun-{{os.getpid()}}").touch()
+    print(prepare(data, {VOCAB}, 8, progress=False).folder)
+    """
+    both = [run(code, files_config(jsonl)) for _ in range(2)]
+    folders = {process.communicate(timeout=60)[0] for process in both}
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(folders) == 1 and len(list(tmp_path.glob("built-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "build.TokenWriter.write",
+        "build.TokenWriter.close",
+        "cache._sync",
+        "cache.os.rename",
+        "train.data.tokenizer.train_tokenizer",
+    ],
+)
+def test_killed_at_any_moment(jsonl, files_config, moment):
+    data = files_config(jsonl)
+    code = f"""
+    import train.data.tokenizer, train
+    {moment} = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+    prepare(data, {VOCAB}, 8, progress=False)
+    """
+    process = run(code, data)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    left = [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
+    assert len(left) == 1 and ".tmp-" in left[0].name
+    prepared = ready(data)
+    assert [path for path in Path(data.cache_dir).iterdir() if path.is_dir()] == [prepared.folder]
+    assert len(texts_of(prepared, "train") + texts_of(prepared, "val")) == 50
+
+
+def test_an_error_leaves_nothing(jsonl, files_config, monkeypatch):
+    data = files_config(jsonl)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "tokenise", fail)
+    with pytest.raises(KeyboardInterrupt):
+        ready(data)
+    assert not [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
+
+
+def test_leftovers_of_other_corpora_go_unless_someone_builds_them(jsonl, files_config):
+    from filelock import FileLock
+
+    data = files_config(jsonl)
+    dead, alive = (Path(data.cache_dir, name) for name in ("aa.tmp-1-2", "bb.tmp-1-2"))
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+    with FileLock(Path(data.cache_dir, "bb.lock")):
+        ready(data)
+    assert alive.exists() and not dead.exists()
+
+
+@pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "meta.json", "short", "meta"])
+def test_a_damaged_cache_is_built_again(jsonl, files_config, damage):
+    data = files_config(jsonl)
+    prepared = ready(data)
+    before = texts_of(prepared, "train")
+    if damage == "short":
+        os.truncate(prepared.folder / "val.bin", 10)
+    elif damage == "meta":
+        (prepared.folder / "meta.json").write_text("[]")
+    else:
+        (prepared.folder / damage).unlink()
+    with pytest.warns(RuntimeWarning, match="is damaged .* prepared again"):
+        assert ready(data) == prepared
+    assert texts_of(prepared, "train") == before
+
+
+def test_files_are_on_disk_before_the_rename(jsonl, files_config, monkeypatch):
+    synced, renamed = [], []
+    monkeypatch.setattr(cache, "_sync", lambda path: synced.append(path.name))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (renamed.append(list(synced)), rename(a, b)))
+    prepared = ready(files_config(jsonl))
+    assert {"train.bin", "val.bin", "tokenizer.json", "meta.json"} < set(renamed[0]) and synced[-1] == "cache"
+    assert prepared.folder.is_dir()
+
+
+def problems(data, vocab_size=VOCAB, seq_len=8) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        ready(data, vocab_size, seq_len)
+    return caught.value.problems
+
+
+def test_settings_that_cannot_work_are_all_said(files_config, tmp_path):
+    data = files_config(tmp_path / "nowhere", val_fraction=1.5)
+    said = problems(data, vocab_size=100, seq_len=0)
+    assert [s.split("=")[0] for s in said] == ["data.path", "data.val_fraction", "train.seq_len", "model.vocab_size"]
+    assert said[3] == (
+        "model.vocab_size=100: byte-level BPE needs 256 bytes and 15 special tokens; 271 or more would work"
+    )
+
+
+def test_tokenizer_to_be_trained_larger_than_the_model(jsonl, files_config):
+    assert problems(files_config(jsonl, tokenizer_vocab_size=500)) == [
+        "data.tokenizer_vocab_size=500: the model has only model.vocab_size=320 tokens; "
+        "data.tokenizer_vocab_size=320, or model.vocab_size=512, would work"
+    ]
+
+
+def test_tokenizer_larger_than_the_model(jsonl, files_config, folder_with_tokenizer):
+    data = files_config(jsonl, tokenizer=str(folder_with_tokenizer))
+    size = train_tokenizer(iter(["document number squared says that is"] * 9), 300).get_vocab_size()
+    expected = [
+        f"model.vocab_size=280: the tokenizer {folder_with_tokenizer} has {size} tokens; "
+        f"model.vocab_size={size} (or 384, the next multiple of 128, which is faster) would work"
+    ]
+    assert 280 < size <= 300
+    assert problems(data, 280) == expected
+    assert not list(Path(data.cache_dir).glob("*/meta.json"))  # said before tokenising
+    assert ready(data, size).tokenizer_size == size
+    assert problems(data, 280) == expected  # and from the cache
+
+
+def test_tokenizer_without_end_token_and_too_large(jsonl, files_config, tmp_path):
+    Tokenizer(models.WordLevel({"a": 0, "b": 999}, unk_token="a")).save(str(tmp_path / "t.json"))
+    said = problems(files_config(jsonl, tokenizer=str(tmp_path / "t.json")))
+    assert [s.split("=")[0] for s in said] == ["model.vocab_size", "data.tokenizer"]
+    assert "has 1000 tokens" in said[0] and "no token ends a document" in said[1]
+
+
+def test_no_usable_document(tmp_path, files_config):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "x"}\n{"text": " "}')
+    data = files_config(path)
+    assert problems(data) == [
+        f"data.path={path}: no usable document (0 documents; skipped: 1 empty (a.jsonl:2); 1 without text "
+        "(a.jsonl:1)); UTF-8 text, with the text in data.text_field=text, would work"
+    ]
+    assert not list(Path(data.cache_dir).glob("*/"))
+
+
+def test_too_few_tokens_also_from_the_cache(jsonl, files_config):
+    data = files_config(jsonl)
+    prepared = ready(data)
+    train, val = prepared.num_train_tokens, prepared.num_val_tokens
+    said = problems(data, seq_len=100_000)
+    shorter = [1 << (n - 1).bit_length() - 1 for n in (train, val)]
+    assert said[0] == (
+        f"train.seq_len=100000: the corpus has only {train} training tokens and one sequence takes 100001; "
+        f"train.seq_len={shorter[0]}, or a larger corpus would work"
+    )
+    assert said[1].startswith(f"data.val_fraction=0.2: only {val} tokens are held out")
+    assert f"train.seq_len={shorter[1]}, or a larger data.val_fraction" in said[1]
+    for i, split in enumerate(("train", "val")):
+        assert len(getattr(prepared, split)(shorter[i])) == 1
+    assert [s.split(":")[0] for s in problems(data, seq_len=val)] == ["data.val_fraction=0.2"]
+    assert ready(data, seq_len=val - 1) == prepared
+    assert len(problems(files_config(jsonl, val_fraction=0.0), seq_len=100_000)) == 1
+
+
+def test_one_document_cannot_be_split(tmp_path, files_config):
+    (tmp_path / "a.txt").write_text("all the text there is\n" * 9)
+    data = files_config(tmp_path / "a.txt", val_fraction=0.001)
+    (said,) = problems(data)
+    assert said.startswith("data.val_fraction=0.001: the corpus is one document, or copies of one")
+    assert "data.document_separator" in said
+    data.document_separator = "is\n"
+    assert len(problems(data)) == 1  # copies of one text
+    (tmp_path / "a.txt").write_text("all the text there is\nand some more of it")
+    assert ready(data, seq_len=4).num_val_tokens == 6
+
+
+def test_a_cache_that_cannot_be_written(jsonl, files_config, tmp_path):
+    (tmp_path / "file").touch()
+    (said,) = problems(files_config(jsonl, cache_dir=str(tmp_path / "file" / "cache")))
+    assert said.startswith(f"data.cache_dir={tmp_path}/file/cache: cannot be written")
+
+
+def test_threads_are_the_users_choice(jsonl, files_config, monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with build._threads():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM")
+    with build._threads():
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

@@ -1,0 +1,1 @@
+"""Data, optimizer, metrics, the loop, and the entry points."""

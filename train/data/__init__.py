@@ -1,0 +1,1 @@
+"""From a corpus to micro-batches: documents, tokens, memory-mapped sequences, sample order."""

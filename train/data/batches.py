@@ -1,0 +1,109 @@
+"""Sequences to the micro-batches of one data-parallel rank."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from train.data.order import SampleOrder
+from train.data.packing import PackedSequences
+
+IGNORE = -100
+"""The label that counts for no loss."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""Tokens and labels, both int64 of shape (micro_batch, seq_len), on the CPU."""
+
+
+def train_micro_batches(
+    sequences: PackedSequences,
+    order: SampleOrder,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    start_sample: int = 0,
+) -> Iterator[Batch]:
+    """The micro-batches of one rank, without end.
+
+    Step s trains on the samples from start_sample + s * global_batch on, and its micro-batch m on rank r holds those
+    from (m * dp_size + r) * micro_batch of them on. So what a step trains on depends neither on `dp_size` nor on
+    `micro_batch`, and a run resumes at another size from the number of samples it has trained on.
+
+    Args:
+        sequences: the training tokens.
+        order: which sequence each sample is.
+        global_batch: samples per step over all ranks.
+        micro_batch: samples per forward pass of one rank.
+        dp_rank: this rank among the data-parallel ones.
+        dp_size: how many those are.
+        start_sample: samples trained on before.
+
+    Raises:
+        ValueError: at the first item; sizes that do not divide, or an order over another number of sequences.
+    """
+    if global_batch % (micro_batch * dp_size) or not 0 <= dp_rank < dp_size or start_sample < 0:
+        raise ValueError(
+            f"{global_batch=} must be a multiple of {micro_batch=} x {dp_size=}, with {dp_rank=} below the latter "
+            f"and {start_sample=} not negative"
+        )
+    if order.num_sequences != len(sequences):
+        raise ValueError(f"an order over {order.num_sequences} sequences for {len(sequences)}")
+    step_start = start_sample
+    while True:
+        for start in range(dp_rank * micro_batch, global_batch, dp_size * micro_batch):
+            yield _batch(sequences, order.take(np.arange(micro_batch) + (step_start + start)))
+        step_start += global_batch
+
+
+class EvalMicroBatches:
+    """The held-out micro-batches of one rank; iterate as often as wanted, the same each time."""
+
+    def __init__(self, sequences: PackedSequences, count: int, micro_batch: int, starts: range):
+        self._sequences, self._count, self._micro_batch, self._starts = sequences, count, micro_batch, starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in self._starts:
+            wanted = np.arange(start, start + self._micro_batch)
+            # Beyond the last sequence stands sequence 0 with all labels ignored: every rank must run every
+            # micro-batch, or the pipeline would hang.
+            tokens, labels = _batch(self._sequences, np.where(wanted < self._count, wanted, 0))
+            labels[torch.from_numpy(wanted >= self._count)] = IGNORE
+            yield tokens, labels
+
+
+def eval_micro_batches(
+    sequences: PackedSequences, limit: int, *, micro_batch: int, dp_rank: int, dp_size: int
+) -> tuple[EvalMicroBatches, int, float]:
+    """Exactly the first `limit` held-out sequences (all, if there are fewer), whatever `dp_size` is.
+
+    Args:
+        sequences: the held-out tokens.
+        limit: how many sequences at most.
+        micro_batch: sequences per forward pass of one rank.
+        dp_rank: this rank among the data-parallel ones.
+        dp_size: how many those are.
+
+    Returns:
+        The micro-batches of this rank; how many those are, the same on every rank; and the scale: of a loss that
+        divides by all labels, ignored ones included, the mean over all micro-batches and ranks times the scale is
+        the mean over real tokens. With no sequence: no micro-batches and 1.0.
+
+    Raises:
+        ValueError: `micro_batch` or `limit` out of range, or `dp_rank` not below `dp_size`.
+    """
+    if micro_batch < 1 or limit < 0 or not 0 <= dp_rank < dp_size:
+        raise ValueError(f"{micro_batch=} must be positive, {limit=} not negative, {dp_rank=} below {dp_size=}")
+    count = min(limit, len(sequences))
+    slots = -(-count // (micro_batch * dp_size)) * micro_batch * dp_size
+    starts = range(dp_rank * micro_batch, slots, dp_size * micro_batch)
+    return EvalMicroBatches(sequences, count, micro_batch, starts), len(starts), slots / count if count else 1.0
+
+
+def _batch(sequences: PackedSequences, wanted: np.ndarray) -> Batch:
+    rows = torch.from_numpy(np.stack([sequences[int(i)] for i in wanted]))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

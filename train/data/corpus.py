@@ -1,0 +1,247 @@
+"""Where documents come from: the interpreter's own library, local files, or a hub dataset."""
+
+import difflib
+import glob
+import os
+import platform
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from conf.errors import BadInput
+from conf.settings import DataConfig, Source
+from train.data.readers import read_file, usable
+from train.data.tally import Tally
+from train.data.tokenizer import MIN_VOCAB, too_small
+
+__all__ = ["Tally", "check", "documents", "fingerprint_inputs", "list_files"]
+
+_MAX_NAMED = 3
+_INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+
+def check(data: DataConfig) -> list[str]:
+    """Problems that show without reading the corpus.
+
+    Returns:
+        One sentence each, `key=value: what is wrong; what would work`; empty when nothing is wrong.
+    """
+    problems = _check_source(data)
+    if data.tokenizer is not None:
+        problems += _check_tokenizer(data.tokenizer)
+    if not 0 <= data.val_fraction < 1:
+        problems.append(
+            f"data.val_fraction={data.val_fraction}: not a share of the documents; a number from 0 up to, but not "
+            "including, 1 would work, such as 0.01"
+        )
+    if data.tokenizer is None and data.tokenizer_sample_mb < 1:
+        problems.append(
+            f"data.tokenizer_sample_mb={data.tokenizer_sample_mb}: a tokenizer cannot be trained on no text; "
+            "1 or more would work, such as 256"
+        )
+    size = data.tokenizer_vocab_size
+    if data.tokenizer is None and size is not None and size < MIN_VOCAB:
+        problems.append(too_small("data.tokenizer_vocab_size", size))
+    if data.document_separator == "":
+        problems.append(
+            "data.document_separator='': nothing to cut at; null (each file one document) or a string that stands "
+            "between documents would work"
+        )
+    return problems
+
+
+def _check_source(data: DataConfig) -> list[str]:
+    problems = []
+    # A path or name that is not read would mean hours of training on the wrong text.
+    if data.path is not None and data.source is not Source.files:
+        problems.append(
+            f"data.path={data.path}: data.source={data.source.value} does not read it; data.source=files would"
+        )
+    if data.name is not None and data.source is not Source.hub:
+        problems.append(f"data.name={data.name}: data.source={data.source.value} does not read it; "
+                        "data.source=hub would")  # fmt: skip
+    if data.source is Source.hub and not data.name:
+        problems.append("data.name=null: data.source=hub needs one; a dataset's hub name such as "
+                        "HuggingFaceFW/fineweb-edu would work")  # fmt: skip
+    if data.source is Source.files:
+        problems += _check_path(data)
+    return problems
+
+
+def _check_path(data: DataConfig) -> list[str]:
+    if not data.path:
+        return ["data.path=null: data.source=files needs one; a file, a folder or a glob would work"]
+    said = f"data.path={data.path}"
+    path = Path(data.path).expanduser()
+    if not path.exists() and not glob.has_magic(data.path):
+        return [f"{said}: no such file or folder; {_near(path)}"]
+    files = list_files(data)
+    if not files:
+        what = "the folder holds no file" if path.is_dir() else "the pattern matches no file"
+        return [f"{said}: {what}; a file, a folder with files or a glob such as {_example_glob(path)} would work"]
+    unreadable = [str(file) for _, file in files if not os.access(file, os.R_OK)]
+    if unreadable:
+        return [f"{said}: no permission to read {_few(unreadable)}; chmod +r, or a path without them, would work"]
+    if all(file.stat().st_size == 0 for _, file in files):
+        return [f"{said}: all {len(files)} files are empty; files with text in them would work"]
+    return []
+
+
+def _check_tokenizer(given: str) -> list[str]:
+    path = Path(given).expanduser()
+    if not path.exists():
+        return [f"data.tokenizer={given}: no such file or folder; {_near(path)}, or null to train one on the corpus"]
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return [f"data.tokenizer={given}: the folder has no tokenizer.json; a folder with one, the file itself, or "
+                "null to train one on the corpus would work"]  # fmt: skip
+    return []
+
+
+def _near(path: Path) -> str:
+    """What stands in the folder under a similar name, or how far the path exists."""
+    parent = path.parent
+    if not parent.is_dir():
+        while not parent.exists():
+            parent = parent.parent
+        return f"{parent} exists, the rest does not; a path that exists would work"
+    close = difflib.get_close_matches(path.name, sorted(os.listdir(parent)), _MAX_NAMED, 0.5)
+    if close:
+        return " or ".join(str(parent / name) for name in close) + " would work"
+    return "a path that exists would work"
+
+
+def _example_glob(path: Path) -> str:
+    folder = path if path.is_dir() else Path(*_plain_parts(path))
+    return f"{folder / '**' / '*.jsonl'}"
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _plain_parts(path: Path) -> list[str]:
+    """The parts of a glob before the first that has a wildcard."""
+    parts: list[str] = []
+    for part in path.parts:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def list_files(data: DataConfig) -> list[tuple[str, Path]]:
+    """The corpus's files, as (name relative to the folder or glob, path), sorted by name; none for the hub.
+
+    Of a folder or a `**` glob, hidden files are left out, and so is `data.cache_dir` where it lies inside the folder.
+    """
+    if data.source is Source.stdlib:
+        root = Path(sysconfig.get_path("stdlib"))
+        return sorted((p.relative_to(root).as_posix(), p) for p in _walk(root, _INSTALLED) if p.suffix == ".py")
+    if data.source is not Source.files or not data.path:
+        return []
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return [(path.name, path)]
+    if path.is_dir():
+        root, found = path, list(_walk(path))
+    else:
+        root = Path(*_plain_parts(path))
+        found = [Path(p) for p in glob.iglob(str(path), recursive=True) if os.path.isfile(p)]
+    cache = Path(data.cache_dir).expanduser().resolve()
+    if cache.is_relative_to(root.resolve()) and cache != root.resolve():
+        found = [p for p in found if not p.resolve().is_relative_to(cache)]
+    return sorted((p.relative_to(root).as_posix(), p) for p in found)
+
+
+def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Files below `root` but hidden ones and those in folders named in `without`; follows links, once each."""
+    seen = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above it, or to one that was read
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(b for b in below if b not in without and not b.startswith("."))
+        for name in names:
+            if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
+                yield Path(folder, name)
+
+
+def fingerprint_inputs(data: DataConfig) -> dict[str, Any]:
+    """What decides the corpus's documents, JSON-able, without reading them.
+
+    Files are known by relative name, size and modification time (ns), so a copy that keeps times counts as the same;
+    the standard library by version, names and sizes; a hub dataset by name, subset, split and revision: without a
+    revision, what was fetched first stays.
+    """
+    if data.source is Source.hub:
+        keys = ("name", "subset", "split", "revision", "text_field")
+        return {"source": "hub", **{key: getattr(data, key) for key in keys}}
+    files = [(name, path.stat()) for name, path in list_files(data)]
+    if data.source is Source.stdlib:
+        version = f"{platform.python_implementation()} {platform.python_version()}"
+        return {"source": "stdlib", "python": version, "files": [[name, s.st_size] for name, s in files]}
+    return {
+        "source": "files",
+        "text_field": data.text_field,
+        "document_separator": data.document_separator,
+        "files": [[name, s.st_size, s.st_mtime_ns] for name, s in files],
+    }
+
+
+def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
+    """Stream the texts of all usable documents, in the same order every time.
+
+    Args:
+        data: the corpus.
+        tally: counts what is read and skipped; `tally.documents` is how many were handed on.
+
+    Raises:
+        BadInput: the hub dataset cannot be opened, or rows have no such column as `data.text_field`.
+    """
+    from datasets import Features, IterableDataset, Value
+
+    if data.source is Source.hub:
+        yield from _hub_documents(data, tally)
+        return
+    separator = data.document_separator if data.source is Source.files else None
+
+    # datasets' own JSON and text readers end at the first bad line, hence a generator. The tally is reached through
+    # the closure and not gen_kwargs, which are hashed and may be copied.
+    def rows(files: list[tuple[str, Path]]) -> Iterator[dict[str, str]]:
+        for name, path in files:
+            for text in read_file(path, name, data.text_field, separator, tally):
+                yield {"text": text}
+
+    stream = IterableDataset.from_generator(
+        rows, features=Features({"text": Value("large_string")}), gen_kwargs={"files": list_files(data)}
+    )
+    for row in stream:
+        yield row["text"]
+
+
+def _hub_documents(data: DataConfig, tally: Tally) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(data.name, data.subset, split=data.split, revision=data.revision, streaming=True)
+        rows = iter(stream)
+        first = next(rows, None)
+    except Exception as error:  # the library raises a dozen kinds for a wrong name, subset, split, or no network
+        raise BadInput(
+            [f"data.name={data.name}: cannot be opened ({type(error).__name__}: {error}); the name, data.subset="
+             f"{data.subset}, data.split={data.split} and data.revision={data.revision} of an existing dataset, and "
+             "network to reach it, would work"]
+        ) from error  # fmt: skip
+    if first is not None and data.text_field not in first:
+        raise BadInput(
+            [f"data.text_field={data.text_field}: {data.name} has no such column; one of its columns would work: "
+             f"{', '.join(first)}"]
+        )  # fmt: skip
+    # Opened a second time, with the text alone: other columns may be images.
+    for number, row in enumerate(stream.select_columns([data.text_field])):
+        if usable(row[data.text_field], f"{data.name}:{number}", tally):
+            yield row[data.text_field]

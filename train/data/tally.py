@@ -1,0 +1,62 @@
+"""Counts of what was read and of what had to be skipped."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_MAX_PLACES = 3
+
+_WORDS = {
+    "empty": "empty",
+    "bad_utf8": "not UTF-8",
+    "bad_json": "not JSON",
+    "no_text": "without text",
+    "unreadable": "damaged files",
+}
+
+
+@dataclass
+class Tally:
+    """What one pass over a corpus met. All counts are of documents, but for `unreadable`, which counts files."""
+
+    documents: int = 0
+    """Usable documents handed on."""
+    empty: int = 0
+    """Documents of nothing but white space."""
+    bad_utf8: int = 0
+    """Documents that are not valid UTF-8 (or JSON strings with half a surrogate pair, which have no UTF-8 form)."""
+    bad_json: int = 0
+    """JSONL lines that do not parse."""
+    no_text: int = 0
+    """JSONL lines and rows whose text field is missing or is no string."""
+    unreadable: int = 0
+    """Files that could not be read, or not to their end; what could be read of them is among `documents`."""
+    bytes_read: int = 0
+    """Bytes of input files read so far, compressed ones as they lie on disk; 0 for the hub. For progress only."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """For each kind that was skipped, the first few places, as `file:line` or `file`."""
+
+    def skip(self, kind: str, place: str) -> None:
+        """Count one skipped document or damaged file.
+
+        Args:
+            kind: the name of a count: empty, bad_utf8, bad_json, no_text or unreadable.
+            place: where it is.
+        """
+        setattr(self, kind, getattr(self, kind) + 1)
+        places = self.places.setdefault(kind, [])
+        if len(places) < _MAX_PLACES:
+            places.append(place)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts and places, JSON-able."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line for a person, such as `1,790 documents; skipped: 3 not UTF-8 (a.py, b.py, c.py)`."""
+        skipped = []
+        for kind, words in _WORDS.items():
+            if count := getattr(self, kind):
+                places = self.places.get(kind, [])
+                more = ", ..." if count > len(places) else ""
+                skipped.append(f"{count:,} {words} ({', '.join(places)}{more})")
+        return f"{self.documents:,} documents; skipped: {'; '.join(skipped) or 'none'}"

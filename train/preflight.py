@@ -1,0 +1,68 @@
+"""Everything that can be found wrong before a process is started or a device touched, and what a run needs from it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from conf.compose import compose_overrides
+from conf.errors import BadInput
+from conf.schema import Config
+from conf.validate import Machine, validate
+from parallel.layout import Layout
+from train.data import corpus
+from train.data.prepare import PreparedData, prepare
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that can start.
+
+    Attributes:
+        config: all settings, sound.
+        layout: the rank grid.
+        data: tokenised, memory-mapped.
+        run_dir: where the run writes.
+    """
+
+    config: Config
+    layout: Layout
+    data: PreparedData
+    run_dir: Path
+
+
+def preflight(
+    overrides: Sequence[str], *, config_name: str = "config", config_dir: str | None = None, progress: bool = True
+) -> Ready:
+    """Compose, validate, and prepare the data, which runs once for all processes and is cached.
+
+    Args:
+        overrides: as on Hydra's command line.
+        config_name: Hydra's ``--config-name``.
+        config_dir: Hydra's ``--config-dir``.
+        progress: show progress bars.
+
+    Raises:
+        BadInput: with every problem found.
+    """
+    composition = compose_overrides(overrides, config_name, config_dir)
+    config = composition.config
+    layout, problems = validate(config, this_machine())
+    problems = [*composition.problems, *problems, *corpus.check(config.data)]
+    if problems or layout is None:
+        raise BadInput(problems)
+    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, progress=progress)
+    return Ready(config, layout, data, composition.run_dir)
+
+
+def this_machine() -> Machine:
+    """GPUs here, and the processes that a launcher has started, by the environment it sets."""
+    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    processes = os.environ.get("WORLD_SIZE")
+    return Machine(
+        gpus=torch.cuda.device_count(),
+        local_processes=int(local) if local else None,
+        processes=int(processes) if processes else None,
+    )

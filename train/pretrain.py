@@ -1,0 +1,135 @@
+"""Pretrain: ``deepspeed train/pretrain.py model=67b parallel.pp=12 ...``, every argument a Hydra override.
+
+A launcher starts this file once per process. `deepnarrow train` is the friendlier way on one machine.
+"""
+
+import argparse
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Python puts the folder of a script first on the path: its files would hide packages of the same name, and the
+# project's packages lie one above. Neither depends on whether the project is installed.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = _ROOT
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from conf.errors import BadInput  # noqa: E402
+from conf.schema import register  # noqa: E402
+
+SPEAK_AFTER = 30.0
+"""Seconds after which a rank other than 0 says what is wrong: by then rank 0 has said it and the launcher has ended
+all, unless it is wrong on this host alone."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run as one rank; exits with 2 and one line per problem on impossible settings or data."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # DeepSpeed's launcher adds --local_rank=N, which Hydra does not know; LOCAL_RANK says the same.
+    arguments = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
+    register()
+    if asks_hydra(arguments):
+        _hydra_main(arguments, lambda node: None)
+        return
+
+    _stand_alone_unless_launched()
+    die_with(os.environ.get(SUPERVISOR))
+    rank = int(os.environ["RANK"])
+    from train.preflight import preflight
+    from train.tracking import set_aside
+
+    options, overrides = hydra_options(arguments)
+    try:
+        ready = preflight(
+            overrides, config_name=options.config_name, config_dir=options.config_dir, progress=rank == 0
+        )
+    except BadInput as error:
+        if rank != 0:
+            time.sleep(SPEAK_AFTER)
+        print("\n".join(error.problems), file=sys.stderr)
+        raise SystemExit(2) from None
+    if rank == 0:
+        if earlier := set_aside(ready.run_dir):
+            print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
+    else:  # the run folder is rank 0's to write
+        arguments += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+
+    def run(node: DictConfig) -> None:
+        from train.trainer import train
+
+        train(ready)
+
+    _hydra_main(arguments, run)
+
+
+def asks_hydra(arguments: Sequence[str]) -> bool:
+    """Whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
+    questions = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
+    return any(argument.partition("=")[0] in questions for argument in arguments)
+
+
+def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's own options that decide what is composed, and the overrides."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-cn", "--config-name", default="config")
+    parser.add_argument("-cd", "--config-dir")
+    parser.add_argument("-r", "--run", action="store_true")
+    options, rest = parser.parse_known_args(list(arguments))
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        named = ", ".join(unknown)
+        print(f"{named}: not an option of a training run; for several runs, start several", file=sys.stderr)
+        raise SystemExit(2)
+    return options, rest
+
+
+def _hydra_main(arguments: Sequence[str], run: "hydra.types.TaskFunction") -> None:
+    sys.argv = [str(Path(_ROOT) / "train" / "pretrain.py"), *arguments]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failing run shows where it failed, not a summary of it
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run)()
+
+
+def _stand_alone_unless_launched() -> None:
+    """Without a launcher this is a run of one process."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+SUPERVISOR = "DEEPNARROW_SUPERVISOR"
+"""Environment variable: the process that started the launcher and must not be outlived."""
+
+
+def die_with(supervisor: str | None) -> None:
+    """End this process's whole group once the process with this id is gone, killed without a word perhaps.
+
+    The launcher passes no death on to its ranks; each watches by itself. Does nothing where the system has no pidfd.
+    """
+    if supervisor is None or not hasattr(os, "pidfd_open"):
+        return
+
+    def watch(fd: int) -> None:
+        select.select([fd], [], [])
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    try:
+        fd = os.pidfd_open(int(supervisor))
+    except ProcessLookupError:
+        raise SystemExit(1) from None
+    threading.Thread(target=watch, args=(fd,), daemon=True, name="die-with-supervisor").start()
+
+
+if __name__ == "__main__":
+    main()
