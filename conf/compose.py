@@ -113,7 +113,7 @@ def _judge(override: Override, defaults: DictConfig) -> str | None:
     key, text = override.key_or_group, override.input_line or ""
     options = GlobalHydra.instance().config_loader().get_group_options(key)
     if options and "." not in key:
-        value = str(override.value())
+        value = override.get_value_element_as_str()
         if value in options or override.is_delete():
             return None
         nearest = _nearest(value, options)
@@ -132,10 +132,10 @@ _MISSING = object()
 def _keys(node: DictConfig) -> list[str]:
     """Every dotted key, sections included, Hydra's own left out."""
     found: list[str] = []
-    for name in node:
+    for name in map(str, node):
         if name == "hydra":
             continue
-        found.append(str(name))
+        found.append(name)
         if OmegaConf.is_dict(node._get_node(name)):
             found += [f"{name}.{inner}" for inner in _keys(node[name])]
     return found

@@ -40,9 +40,9 @@ _NOT_IDENTITY = {
 
 
 def run_name(root: DictConfig) -> str:
-    """``67b-files-f6aa340``: preset, corpus, and a fingerprint of model, data, optimizer, schedule, seed, batch and length.
+    """``67b-files-f6aa340``: preset, corpus, and a fingerprint of what shapes the loss curve.
 
-    The layout is no part of it, nor is anything that leaves the loss curve alone.
+    That is model, data, optimizer, schedule, seed, batch and length; the layout is no part of it.
     """
     identity: dict[str, Any] = {}
     for section in ("model", "data", "optimizer", "schedule", "train"):

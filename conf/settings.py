@@ -120,7 +120,7 @@ class TrainConfig:
     micro_batch: int = 1
     """Sequences per forward pass of one rank. Accumulation follows: global_batch / (micro_batch x dp)."""
     total_tokens: float = 2e12
-    """Length of the run, over which the schedule is spread; 2e12 is a fine way to write it. Rounded up to whole steps."""
+    """Length of the run, over which the schedule is spread, rounded up to whole steps; may be written 2e12."""
     max_steps: int | None = None
     """For trials: stop after so many steps, with the schedule of the full run."""
     precision: Precision = Precision.auto

@@ -47,7 +47,10 @@ def _devices(config: Config, machine: Machine) -> list[str]:
     if not machine.gpus or asked <= machine.gpus:
         return []
     if machine.local_processes:
-        return [f"{asked} processes were started here: this host has {machine.gpus} GPUs; --num_gpus {machine.gpus}"]
+        return [
+            f"--num_gpus={asked}: {asked} processes were started on this host, and it has {machine.gpus} GPUs; "
+            f"--num_gpus={machine.gpus} works"
+        ]
     key, value = ("parallel.dp", config.parallel.dp) if config.parallel.pp <= machine.gpus else (
         "parallel.pp", config.parallel.pp)  # fmt: skip
     return [

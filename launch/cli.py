@@ -61,9 +61,11 @@ def train(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> int:
     """Tokenise a corpus ahead of a run."""
+    from conf.validate import Machine
     from train.preflight import preflight
 
-    data = preflight(options.overrides).data
+    # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
+    data = preflight(options.overrides, machine=Machine(gpus=0)).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"
@@ -93,10 +95,10 @@ VERBS = {
         "Takes Hydra overrides.\n\n"
         "  deepnarrow train model=tiny parallel.pp=2\n"
         "  deepnarrow train model=7b parallel.pp=4 data=files data.path='/corpus/*.jsonl.zst' wandb.mode=online\n\n"
-        "The whole configuration is checked and the data prepared before any process is started. Then as many ranks as\n"
-        "the layout asks for run under DeepSpeed's launcher; signals reach them, none is left behind, and the exit code\n"
-        "is theirs. --cfg job prints the composed configuration. On several machines, use the launcher itself:\n"
-        "deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES.",
+        "The whole configuration is checked and the data prepared before any process is started. Then as many\n"
+        "ranks as the layout asks for run under DeepSpeed's launcher; signals reach them, none is left behind, and\n"
+        "the exit code is theirs. --cfg job prints the composed configuration.\n\n"
+        "On several machines, use the launcher itself: deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES",
     ),
     "prepare": (
         prepare,

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import Config
-from parallel.stages import split, stage_rows
+from parallel.stages import split, stage_rows, stage_table
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -41,10 +41,10 @@ def as_json(config: Config) -> str:
     return json.dumps(facts(config), indent=2)
 
 
-def as_text(config: Config, width: int | None = None) -> str:
+def as_text(config: Config) -> str:
     """`facts` for people."""
     model, found = config.model, facts(config)
-    console = Console(width=width, highlight=False)
+    console = Console(width=100, highlight=False)
     with console.capture() as capture:
         console.print(
             f"{found['preset']}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} query and "
@@ -62,10 +62,4 @@ def as_text(config: Config, width: int | None = None) -> str:
         costs.add_row("true FLOPs, forward and backward", f"{found['flops_per_token']:,}")
         costs.add_row("KV cache, bf16 bytes", f"{found['kv_cache_bytes_per_token']:,}")
         console.print(costs)
-        count = len(found["stages"])
-        stages = Table("stage", "layers", "parameters", "share of cost", title_justify="left")
-        stages.title = f"{count} pipeline stage{'s' * (count > 1)} (parallel.pp={count})"
-        for row in found["stages"]:
-            stages.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
-        console.print(stages)
-    return capture.get().rstrip()
+    return capture.get() + stage_table(found["stages"])

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from train.pretrain import SUPERVISOR
 from train.tracking import SUMMARY
 
@@ -46,7 +48,9 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
         *[str(ROOT / "train" / "pretrain.py"), *arguments],
     ]
     completed_before = _completion(run_dir)
-    environment = {**os.environ, SUPERVISOR: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, SUPERVISOR: str(os.getpid())}
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no better one
     group = subprocess.Popen(command, env=environment, start_new_session=True)
     received = _wait_passing_signals_on(group)
     _end_group(group.pid)

@@ -22,8 +22,9 @@ def causal_attention(
     """Causal softmax attention, scaled by 1/sqrt(K), with each key/value head shared by H/G query heads.
 
     Args:
-        q_BLHK: queries; k_BLGK, v_BLGK: keys and values, all of one dtype. Query head h reads key/value head h // (H/G).
-        backend: `AUTO` takes flash-attn where it is installed and can run (GPU, 16-bit), else PyTorch's own.
+        q_BLHK: queries; k_BLGK, v_BLGK: keys and values, all of one dtype. Query head h reads key/value head
+            h // (H/G).
+        backend: `auto` takes flash-attn where it is installed and can run (GPU, 16-bit), else PyTorch's own.
 
     Returns:
         (B, L, H, K) in the dtype of the inputs; softmax statistics are fp32 inside.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,11 @@ def layer_costs(
     """
     if balance is Balance.flops:
         return [float(flops) for flops in model.layer_flops(seq_len)]
-    measured: list[object] = [None]
+    measured: list[Any] = [None]
     if dist.get_rank() == 0:
         measured = [_measure(model, seq_len, micro_batch, device, dtype)]
     dist.broadcast_object_list(measured, src=0, device=device if device.type == "cuda" else None)
-    embedding, block, head = measured[0]  # type: ignore[misc]
+    embedding, block, head = measured[0]
     return [embedding, *[block] * model.n_layers, head]
 
 

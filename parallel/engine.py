@@ -55,6 +55,8 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.dev
     Returns:
         This rank's device: its GPU by LOCAL_RANK, or the CPU.
     """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no better one
     with quiet():
         import deepspeed
         from deepspeed.accelerator import get_accelerator

@@ -7,10 +7,12 @@ that with the head they divide well (arXiv 2401.02954, section 2.2).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from model.config import ModelConfig
 
@@ -81,7 +83,7 @@ def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
     total = before[-1] or 1
     stages = [
         Stage(i, start, stop, float((before[stop] - before[start]) / total))
-        for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for i, (start, stop) in enumerate(pairwise(bounds))
     ]
     covered = [layer for stage in stages for layer in range(stage.start, stage.stop)]
     assert covered == list(range(n)), f"a layer was lost or doubled: {bounds}"
@@ -110,3 +112,15 @@ def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, An
             }
         )
     return rows
+
+
+def stage_table(rows: Sequence[dict[str, Any]]) -> str:
+    """`stage_rows` as a table for the terminal."""
+    table = Table("stage", "layers", "parameters", "share of cost", title_justify="left")
+    table.title = f"{len(rows)} pipeline stage{'s' * (len(rows) > 1)}"
+    for row in rows:
+        table.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

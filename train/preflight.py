@@ -34,7 +34,12 @@ class Ready:
 
 
 def preflight(
-    overrides: Sequence[str], *, config_name: str = "config", config_dir: str | None = None, progress: bool = True
+    overrides: Sequence[str],
+    *,
+    config_name: str = "config",
+    config_dir: str | None = None,
+    machine: Machine | None = None,
+    progress: bool = True,
 ) -> Ready:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
 
@@ -42,6 +47,7 @@ def preflight(
         overrides: as on Hydra's command line.
         config_name: Hydra's ``--config-name``.
         config_dir: Hydra's ``--config-dir``.
+        machine: to judge the layout by; None is the machine this runs on, as the launcher's environment describes it.
         progress: show progress bars.
 
     Raises:
@@ -49,7 +55,7 @@ def preflight(
     """
     composition = compose_overrides(overrides, config_name, config_dir)
     config = composition.config
-    layout, problems = validate(config, this_machine())
+    layout, problems = validate(config, machine or this_machine())
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
     if problems or layout is None:
         raise BadInput(problems)

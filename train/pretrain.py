@@ -49,9 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options, overrides = hydra_options(arguments)
     try:
-        ready = preflight(
-            overrides, config_name=options.config_name, config_dir=options.config_dir, progress=rank == 0
-        )
+        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, progress=rank == 0)
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)
@@ -73,7 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def asks_hydra(arguments: Sequence[str]) -> bool:
     """Whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
-    questions = ("-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion")
+    questions = (
+        "-h",
+        "--help",
+        "--hydra-help",
+        "--version",
+        "-c",
+        "--cfg",
+        "-i",
+        "--info",
+        "-sc",
+        "--shell-completion",
+    )
     return any(argument.partition("=")[0] in questions for argument in arguments)
 
 

@@ -88,7 +88,9 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
         self._wandb.summary.update(summary)
-        summary["wandb"] = {"mode": self.mode, "dir": str(Path(self._wandb.dir).parent), "url": self._wandb.url}
+        summary["wandb"] = {"mode": self.mode, "dir": str(Path(self._wandb.dir).parent)}
+        if self.mode == "online":
+            summary["wandb"]["url"] = self._wandb.url
         self._wandb.finish()
         self._metrics.close()
         unfinished = self.run_dir / (SUMMARY + ".tmp")
@@ -97,7 +99,7 @@ class Tracker:
 
 
 def wandb_mode(settings: WandbConfig) -> Any:
-    """The mode that `wandb.mode=auto` means here: W&B's own variable, else online where there is a key, else offline."""
+    """What `wandb.mode=auto` means here: W&B's own variable, else online where there is a key, else offline."""
     if settings.mode is not WandbMode.auto:
         return settings.mode.value
     if asked := os.environ.get("WANDB_MODE"):

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from conf.schema import Config
 from conf.settings import Precision
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
-from parallel.stages import split, stage_rows
+from parallel.stages import split, stage_rows, stage_table
 from train.data.batches import eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
@@ -178,17 +176,6 @@ def header(config: Config, facts: dict[str, Any], layout: str, steps: int, train
     )
 
 
-def stage_table(rows: list[dict[str, Any]]) -> str:
-    """The split into stages, as a table for the terminal."""
-    table = Table("stage", "layers", "parameters", "share of cost", title="pipeline stages", title_justify="left")
-    for row in rows:
-        table.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
 def closing(summary: dict[str, Any], texts: list[str], run_dir: Path) -> str:
     """The last words: samples, losses, speed, where things are."""
     lines = [f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1)]
@@ -200,10 +187,10 @@ def closing(summary: dict[str, Any], texts: list[str], run_dir: Path) -> str:
         f"speed            {summary['tokens_per_second']:,.0f} tokens/s",
         f"run folder       {run_dir}",
     ]
-    offline = summary["wandb"]
-    if offline["mode"] == "offline":
-        lines.append(f"W&B (no account) wandb leet {offline['dir']}")
-        lines.append(f"W&B (upload)     wandb sync {offline['dir']}")
-    elif offline["url"]:
-        lines.append(f"W&B              {offline['url']}")
+    logged = summary["wandb"]
+    if logged["mode"] == "offline":
+        lines.append(f"W&B (no account) wandb leet {logged['dir']}")
+        lines.append(f"W&B (upload)     wandb sync {logged['dir']}")
+    elif "url" in logged:
+        lines.append(f"W&B              {logged['url']}")
     return "\n".join(lines)

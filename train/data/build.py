@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -118,7 +119,7 @@ def tokenise(
         Tokens per split, and what was read.
     """
     tally = Tally()
-    threshold = int(data.val_fraction * 2**64)
+    threshold = math.ceil(data.val_fraction * 2**64)
     low, high = _Extreme(2**64), _Extreme(-1)
     counts = dict.fromkeys(SPLITS, 0)
     with (

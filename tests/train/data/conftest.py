@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conf.settings import DataConfig, Source
+from train.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -28,3 +29,12 @@ def jsonl(tmp_path: Path) -> Path:
     lines = [json.dumps({"text": f"document number {i}\nsays that {i} squared is {i * i}.\n"}) for i in range(50)]
     path.write_text("\n".join(lines), "utf-8")
     return path
+
+
+@pytest.fixture
+def folder_with_tokenizer(tmp_path: Path) -> Path:
+    """A folder with the tokenizer.json of a small tokenizer trained elsewhere."""
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    train_tokenizer(iter(["document number squared says that is"] * 9), 300).save(str(folder / "tokenizer.json"))
+    return folder

@@ -1,7 +1,9 @@
 import gzip
 import json
 import os
+import random
 import sysconfig
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -80,6 +82,25 @@ def test_damage_inside_is_counted_and_members_are_joined(tmp_path, files_config,
     (tmp_path / f"bad.jsonl.{ending}").write_bytes(compress(b'{"text": "one"}\n') + b"this is no member")
     texts, tally = read(files_config(tmp_path / f"bad.jsonl.{ending}"))
     assert texts == ["one"] and tally.places["unreadable"] == [f"bad.jsonl.{ending}"]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_what_stands_before_damage_is_read(tmp_path, files_config, ending):
+    draw = random.Random(0)
+    texts = [f"{i} {draw.randbytes(300).hex()}" for i in range(1000)]
+    whole = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if ending == "gz":
+        stream = zlib.compressobj(wbits=31)
+        packed = stream.compress(whole) + stream.flush(zlib.Z_FULL_FLUSH) + b"\x07"  # a block of no known type
+    else:
+        stream = zstandard.ZstdCompressor().compressobj()
+        packed = stream.compress(whole) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) + b"\x06\x00\x00"  # likewise
+    path = tmp_path / f"a.jsonl.{ending}"
+    path.write_bytes(packed + bytes(5000))
+    found, tally = read(files_config(path))
+    assert (tally.unreadable, tally.bad_json, tally.bad_utf8) == (1, 0, 0)
+    # All but the last block, of at most 128 KiB, or in gzip the last kibibyte fed.
+    assert found == texts[: len(found)] and len(found) > (980 if ending == "gz" else 750)
 
 
 def test_gzip_may_be_padded_with_zeros(tmp_path, files_config):

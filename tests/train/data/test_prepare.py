@@ -1,9 +1,5 @@
 import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,33 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from conf.errors import BadInput
-from conf.settings import DataConfig
-from train.data import build, cache
-from train.data.prepare import prepare
+from tests.train.data.helpers import VOCAB, corpus_texts, problems, ready, texts_of
+from train.data import build
 from train.data.tokenizer import train_tokenizer
-
-ROOT = Path(__file__).parents[3]
-VOCAB = 320
-
-
-def ready(data: DataConfig, vocab_size: int = VOCAB, seq_len: int = 8):
-    return prepare(data, vocab_size, seq_len, progress=False)
-
-
-def texts_of(prepared, split: str) -> list[str]:
-    """The documents of a split, read back from its tokens."""
-    tokens = np.fromfile(prepared.folder / f"{split}.bin", prepared.dtype)
-    assert len(tokens) == getattr(prepared, f"num_{split}_tokens")
-    assert not len(tokens) or tokens[-1] == prepared.eos_id
-    tokenizer = prepared.tokenizer()
-    ends = np.flatnonzero(tokens == prepared.eos_id)
-    parts = np.split(tokens, ends + 1)[:-1]
-    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
-
-
-def corpus_texts(jsonl: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
 
 
 def test_every_document_is_on_one_side(jsonl, files_config):
@@ -68,8 +40,9 @@ def test_a_larger_fraction_holds_out_more_of_the_same(jsonl, files_config):
     assert few < many and 15 <= len(many) <= 35
 
 
-@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_each_side_gets_a_document_and_its_copies(jsonl, files_config, fraction):
+@pytest.mark.parametrize("fraction", [1e-30, 1 - 1e-9])
+def test_each_side_gets_a_document_and_its_copies(jsonl, files_config, monkeypatch, fraction):
+    monkeypatch.setattr(build, "_PIECE_CHARS", 16)  # documents of several pieces
     lines = jsonl.read_text().splitlines()
     jsonl.write_text("\n".join(lines * 2))
     prepared = ready(files_config(jsonl, val_fraction=fraction))
@@ -138,14 +111,6 @@ def test_the_tokenizer_sample_is_bounded_and_even(tmp_path, files_config):
     assert sum(map(len, everything)) == 20 * 150_000
 
 
-@pytest.fixture
-def folder_with_tokenizer(tmp_path):
-    folder = tmp_path / "tok"
-    folder.mkdir()
-    train_tokenizer(iter(["document number squared says that is"] * 9), 300).save(str(folder / "tokenizer.json"))
-    return folder
-
-
 def test_an_existing_tokenizer(jsonl, files_config, folder_with_tokenizer):
     data = files_config(jsonl, tokenizer=str(folder_with_tokenizer))
     prepared = ready(data)
@@ -159,171 +124,15 @@ def test_an_existing_tokenizer(jsonl, files_config, folder_with_tokenizer):
 
 
 def test_large_vocabularies_take_four_bytes(jsonl, files_config, tmp_path):
-    vocab = {f"t{i}": i for i in range(65_535)}
-    vocab[""] = 65_535
+    vocab = {"</s>" if i == 7 else f"t{i}": i for i in range(65_536)}
     for extra, dtype in ([], "uint16"), (["word"], "uint32"):
-        made = Tokenizer(models.WordLevel({**vocab, **{w: 65_536 for w in extra}, "</s>": 7}, unk_token="t1"))
+        made = Tokenizer(models.WordLevel({**vocab, **{w: 65_536 for w in extra}}, unk_token="t1"))
         made.pre_tokenizer = pre_tokenizers.Whitespace()
         made.save(str(tmp_path / "t.json"))
         prepared = ready(files_config(jsonl, tokenizer=str(tmp_path / "t.json")), 70_000)
         assert (prepared.dtype, prepared.eos_id) == (dtype, 7)
         bytes_each = 2 if dtype == "uint16" else 4
         assert (prepared.folder / "train.bin").stat().st_size == prepared.num_train_tokens * bytes_each
-
-
-def test_what_changes_the_fingerprint(jsonl, files_config, folder_with_tokenizer):
-    def folder(vocab_size=VOCAB, seq_len=8, **changes):
-        return ready(files_config(jsonl, **changes), vocab_size, seq_len).folder
-
-    first = folder()
-    assert folder(seq_len=4) == folder(tokenizer_vocab_size=VOCAB) == folder(split="x", subset="y") == first
-    assert folder(vocab_size=400, tokenizer_vocab_size=VOCAB) == first
-    changed = [
-        folder(vocab_size=400),
-        folder(val_fraction=0.3),
-        folder(document_separator="<>"),
-        folder(tokenizer_sample_mb=2),
-        folder(tokenizer=str(folder_with_tokenizer)),
-    ]
-    jsonl.write_text(jsonl.read_text().replace("text", "body"))
-    changed.append(folder(text_field="body"))
-    assert len({first, *changed}) == 7
-    os.utime(jsonl, ns=(0, 0))
-    assert folder(text_field="body") not in changed
-
-
-def test_a_corpus_in_the_cache_is_not_built_again(jsonl, files_config, monkeypatch):
-    first = ready(files_config(jsonl))
-    monkeypatch.setattr(build, "tokenise", None)
-    assert ready(files_config(jsonl), seq_len=16) == first
-
-
-def run(code: str, data: DataConfig) -> subprocess.Popen:
-    """A process that has `data`, `prepare`, `build` and `cache`, and runs `code`."""
-    settings = {"path": data.path, "cache_dir": data.cache_dir, "val_fraction": 0.2, "tokenizer_sample_mb": 1}
-    program = f"""
-import os, signal, sys, time
-from pathlib import Path
-from conf.settings import DataConfig, Source
-from train.data.prepare import prepare
-from train.data import build, cache
-data = DataConfig(source=Source.files, **{settings!r})
-{textwrap.dedent(code)}
-"""
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, text=True, stdout=subprocess.PIPE)
-
-
-def test_the_cached_path_imports_nothing_heavy(jsonl, files_config):
-    ready(files_config(jsonl))
-    code = f"""
-    prepare(data, {VOCAB}, 8)
-    print(sorted({{"datasets", "tokenizers", "torch", "pyarrow"}} & set(sys.modules)))
-    """
-    process = run(code, files_config(jsonl))
-    assert process.communicate()[0].strip() == "[]" and process.returncode == 0
-
-
-def test_processes_at_once_build_once(jsonl, files_config, tmp_path):
-    """Each builder waits until both processes have begun, so without the lock both would build."""
-    code = f"""
-    folder, tokenise = Path({str(tmp_path)!r}), build.tokenise
-    def counted(*args):
-        (folder / f"built-{{os.getpid()}}").touch()
-        while len(list(folder.glob("begun-*"))) < 2:
-            time.sleep(0.01)
-        time.sleep(0.3)
-        return tokenise(*args)
-    build.tokenise = counted
-    (folder / f"begun-{{os.getpid()}}").touch()
-    print(prepare(data, {VOCAB}, 8, progress=False).folder)
-    """
-    both = [run(code, files_config(jsonl)) for _ in range(2)]
-    folders = {process.communicate(timeout=60)[0] for process in both}
-    assert [process.returncode for process in both] == [0, 0]
-    assert len(folders) == 1 and len(list(tmp_path.glob("built-*"))) == 1
-
-
-@pytest.mark.parametrize(
-    "moment",
-    [
-        "build.TokenWriter.write",
-        "build.TokenWriter.close",
-        "cache._sync",
-        "cache.os.rename",
-        "train.data.tokenizer.train_tokenizer",
-    ],
-)
-def test_killed_at_any_moment(jsonl, files_config, moment):
-    data = files_config(jsonl)
-    code = f"""
-    import train.data.tokenizer, train
-    {moment} = lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
-    prepare(data, {VOCAB}, 8, progress=False)
-    """
-    process = run(code, data)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    left = [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
-    assert len(left) == 1 and ".tmp-" in left[0].name
-    prepared = ready(data)
-    assert [path for path in Path(data.cache_dir).iterdir() if path.is_dir()] == [prepared.folder]
-    assert len(texts_of(prepared, "train") + texts_of(prepared, "val")) == 50
-
-
-def test_an_error_leaves_nothing(jsonl, files_config, monkeypatch):
-    data = files_config(jsonl)
-
-    def fail(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(build, "tokenise", fail)
-    with pytest.raises(KeyboardInterrupt):
-        ready(data)
-    assert not [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
-
-
-def test_leftovers_of_other_corpora_go_unless_someone_builds_them(jsonl, files_config):
-    from filelock import FileLock
-
-    data = files_config(jsonl)
-    dead, alive = (Path(data.cache_dir, name) for name in ("aa.tmp-1-2", "bb.tmp-1-2"))
-    for folder in (dead, alive):
-        folder.mkdir(parents=True)
-    with FileLock(Path(data.cache_dir, "bb.lock")):
-        ready(data)
-    assert alive.exists() and not dead.exists()
-
-
-@pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "meta.json", "short", "meta"])
-def test_a_damaged_cache_is_built_again(jsonl, files_config, damage):
-    data = files_config(jsonl)
-    prepared = ready(data)
-    before = texts_of(prepared, "train")
-    if damage == "short":
-        os.truncate(prepared.folder / "val.bin", 10)
-    elif damage == "meta":
-        (prepared.folder / "meta.json").write_text("[]")
-    else:
-        (prepared.folder / damage).unlink()
-    with pytest.warns(RuntimeWarning, match="is damaged .* prepared again"):
-        assert ready(data) == prepared
-    assert texts_of(prepared, "train") == before
-
-
-def test_files_are_on_disk_before_the_rename(jsonl, files_config, monkeypatch):
-    synced, renamed = [], []
-    monkeypatch.setattr(cache, "_sync", lambda path: synced.append(path.name))
-    rename = os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: (renamed.append(list(synced)), rename(a, b)))
-    prepared = ready(files_config(jsonl))
-    assert {"train.bin", "val.bin", "tokenizer.json", "meta.json"} < set(renamed[0]) and synced[-1] == "cache"
-    assert prepared.folder.is_dir()
-
-
-def problems(data, vocab_size=VOCAB, seq_len=8) -> list[str]:
-    with pytest.raises(BadInput) as caught:
-        ready(data, vocab_size, seq_len)
-    return caught.value.problems
 
 
 def test_settings_that_cannot_work_are_all_said(files_config, tmp_path):
@@ -403,12 +212,6 @@ def test_one_document_cannot_be_split(tmp_path, files_config):
     assert len(problems(data)) == 1  # copies of one text
     (tmp_path / "a.txt").write_text("all the text there is\nand some more of it")
     assert ready(data, seq_len=4).num_val_tokens == 6
-
-
-def test_a_cache_that_cannot_be_written(jsonl, files_config, tmp_path):
-    (tmp_path / "file").touch()
-    (said,) = problems(files_config(jsonl, cache_dir=str(tmp_path / "file" / "cache")))
-    assert said.startswith(f"data.cache_dir={tmp_path}/file/cache: cannot be written")
 
 
 def test_threads_are_the_users_choice(jsonl, files_config, monkeypatch):

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from model.config import AttentionBackend
+from model.kernels import causal_attention, flash_obstacle
+
+SHAPES = [(2, 17, 4, 4, 16), (2, 64, 6, 2, 32), (1, 130, 8, 1, 64), (3, 1, 4, 2, 16)]
+
+
+def attend(backend, q, k, v, weights):
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out = causal_attention(q, k, v, backend)
+    (out.float() * weights).sum().backward()
+    return [x.detach().float() for x in (out, q.grad, k.grad, v.grad)]
+
+
+def inputs(shape, device="cpu", dtype=torch.float32):
+    B, L, H, G, K = shape
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(B, L, heads, K, generator=generator).to(device, dtype) for heads in (H, G, G, H)
+    )
+    return q, k, v, weights.float()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["mha", "gqa", "mqa", "one-token"])
+@pytest.mark.parametrize("backend", [AttentionBackend.sdpa, AttentionBackend.auto])
+def test_backends_agree_with_the_definition_in_value_and_gradient(backend, shape):
+    tensors = inputs(shape)
+    expected = attend(AttentionBackend.reference, *tensors)
+    for got, want in zip(attend(backend, *tensors), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_definition_on_numbers_done_by_hand():
+    # Two query heads share one key/value head. Position 0 sees itself; position 1 weighs both by softmax(q.k).
+    q = torch.tensor([[[[0.0], [0.0]], [[1.0], [-1.0]]]])
+    k = torch.tensor([[[[0.0]], [[1.0]]]])
+    v = torch.tensor([[[[10.0]], [[20.0]]]])
+    up = 1 / (1 + torch.exp(torch.tensor(-1.0)))  # softmax of (0, 1) on the second
+    out = causal_attention(q, k, v, AttentionBackend.reference)
+    expected = torch.tensor([[[[10.0], [10.0]], [[0.0], [0.0]]]])
+    expected[0, 1, 0, 0] = 10 * (1 - up) + 20 * up
+    expected[0, 1, 1, 0] = 10 * up + 20 * (1 - up)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", [AttentionBackend.reference, AttentionBackend.sdpa])
+def test_no_position_sees_a_later_one(backend):
+    q, k, v, _ = inputs((1, 12, 4, 2, 16))
+    before = causal_attention(q, k, v, backend)
+    k[:, 7:] += 1.0
+    v[:, 7:] += 1.0
+    after = causal_attention(q, k, v, backend)
+    torch.testing.assert_close(after[:, :7], before[:, :7])
+    assert not torch.allclose(after[:, 7:], before[:, 7:])
+
+
+def test_flash_where_it_cannot_run_says_why_and_auto_does_without():
+    q, k, v, _ = inputs((1, 8, 4, 2, 16))
+    with pytest.raises(RuntimeError, match=r"model.attention=flash: .*GPU.*model.attention=auto"):
+        causal_attention(q, k, v, AttentionBackend.flash)
+    assert causal_attention(q, k, v, AttentionBackend.auto).shape == q.shape
+    assert "16 bits" in (flash_obstacle("cuda", torch.float32) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 128, 32, 32, 128), (1, 1000, 64, 8, 128), (1, 513, 8, 1, 64)])
+@pytest.mark.parametrize("backend", [AttentionBackend.flash, AttentionBackend.sdpa])
+def test_gpu_backends_agree_with_the_definition_in_bf16(backend, shape):
+    if backend is AttentionBackend.flash and (obstacle := flash_obstacle("cuda", torch.bfloat16)):
+        pytest.skip(obstacle)
+    tensors = inputs(shape, "cuda", torch.bfloat16)
+    exact = attend(AttentionBackend.reference, *(x.double() for x in tensors))
+    for got, want in zip(attend(backend, *tensors), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())

@@ -1,0 +1,20 @@
+"""Models and settings that several tests use."""
+
+from conf.compose import compose_overrides
+from conf.schema import Config
+from model.config import ModelConfig
+
+
+def preset(*overrides: str) -> Config:
+    """The configuration of a preset or of overrides."""
+    composition = compose_overrides([text if "=" in text else f"model={text}" for text in overrides])
+    assert not composition.problems
+    return composition.config
+
+
+def small(kv_heads: int = 2, **changes: object) -> ModelConfig:
+    """A model of two narrow blocks; 4 kv heads are MHA, 2 are GQA, 1 is MQA."""
+    shape = dict(
+        n_layers=2, d_model=64, n_heads=4, n_kv_heads=kv_heads, d_ff=160, vocab_size=300, max_seq_len=64, init_std=0.05
+    )
+    return ModelConfig(**{**shape, **changes})

@@ -1,0 +1,38 @@
+"""Preparing small corpora, and reading back what was prepared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conf.errors import BadInput
+from conf.settings import DataConfig
+from train.data.prepare import prepare
+
+VOCAB = 320
+
+
+def ready(data: DataConfig, vocab_size: int = VOCAB, seq_len: int = 8):
+    return prepare(data, vocab_size, seq_len, progress=False)
+
+
+def texts_of(prepared, split: str) -> list[str]:
+    """The documents of a split, read back from its tokens."""
+    tokens = np.fromfile(prepared.folder / f"{split}.bin", prepared.dtype)
+    assert len(tokens) == getattr(prepared, f"num_{split}_tokens")
+    assert not len(tokens) or tokens[-1] == prepared.eos_id
+    tokenizer = prepared.tokenizer()
+    ends = np.flatnonzero(tokens == prepared.eos_id)
+    parts = np.split(tokens, ends + 1)[:-1]
+    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
+
+
+def corpus_texts(jsonl: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in jsonl.read_text().splitlines()]
+
+
+def problems(data, vocab_size=VOCAB, seq_len=8) -> list[str]:
+    with pytest.raises(BadInput) as caught:
+        ready(data, vocab_size, seq_len)
+    return caught.value.problems
