@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options, overrides = hydra_options(arguments)
     try:
-        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, progress=rank == 0)
+        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, progress=True)
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)

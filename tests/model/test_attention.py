@@ -17,9 +17,7 @@ def attend(backend, q, k, v, weights):
 def inputs(shape, device="cpu", dtype=torch.float32):
     B, L, H, G, K = shape
     generator = torch.Generator().manual_seed(0)
-    q, k, v, weights = (
-        torch.randn(B, L, heads, K, generator=generator).to(device, dtype) for heads in (H, G, G, H)
-    )
+    q, k, v, weights = (torch.randn(B, L, heads, K, generator=generator).to(device, dtype) for heads in (H, G, G, H))
     return q, k, v, weights.float()
 
 

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from model.loss import IGNORED
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
-
-IGNORE = -100
-"""The label that counts for no loss."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Tokens and labels, both int64 of shape (micro_batch, seq_len), on the CPU."""
@@ -72,7 +70,7 @@ class EvalMicroBatches:
             # Beyond the last sequence stands sequence 0 with all labels ignored: every rank must run every
             # micro-batch, or the pipeline would hang.
             tokens, labels = _batch(self._sequences, np.where(wanted < self._count, wanted, 0))
-            labels[torch.from_numpy(wanted >= self._count)] = IGNORE
+            labels[torch.from_numpy(wanted >= self._count)] = IGNORED
             yield tokens, labels
 
 

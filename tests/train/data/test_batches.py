@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.batches import IGNORE, eval_micro_batches, train_micro_batches
+from model.loss import IGNORED
+from train.data.batches import eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
 
@@ -97,10 +98,10 @@ def test_eval_covers_exactly_the_first(sequences, limit, micro_batch, dp_size):
         assert len(list(batches)) == len(batches) == number
         for tokens, labels in batches:
             assert tokens.shape == labels.shape == (micro_batch, SEQ)
-            real = labels[:, 0] != IGNORE
-            assert (labels[~real] == IGNORE).all() and torch.equal(labels[real], tokens[real] + 1)
+            real = labels[:, 0] != IGNORED
+            assert (labels[~real] == IGNORED).all() and torch.equal(labels[real], tokens[real] + 1)
             seen += firsts(tokens[real])
-            losses.append(torch.where(labels == IGNORE, 0, per_token[labels]).sum() / labels.numel())
+            losses.append(torch.where(labels == IGNORED, 0, per_token[labels]).sum() / labels.numel())
     assert sorted(seen) == list(range(count))
     ((number, scale),) = numbers
     assert number == -(-count // (micro_batch * dp_size))

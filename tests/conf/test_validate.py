@@ -1,0 +1,75 @@
+import pytest
+
+from conf.validate import Machine, validate
+from tests.shapes import preset
+
+CPU = Machine(gpus=0)
+
+
+def problems(*overrides, machine=CPU):
+    return validate(preset(*overrides), machine)[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.pp=11"], ["parallel.pp=11", "10 layers", "parallel.pp=10"]),
+        (["parallel.pp=0"], ["parallel.pp=0", "at least 1"]),
+        (["model.n_heads=7", "model.n_kv_heads=7"], ["model.n_heads=7", "model.d_model=128", "model.n_heads=8"]),
+        (["model.n_kv_heads=3"], ["model.n_kv_heads=3", "model.n_heads=8", "model.n_kv_heads=4"]),
+        (
+            ["train.global_batch=15"],
+            ["train.global_batch=15", "2 x 1", "train.global_batch=14 or train.global_batch=16"],
+        ),
+        (["train.seq_len=512"], ["train.seq_len=512", "model.max_seq_len=256"]),
+        (["train.micro_batch=0"], ["train.micro_batch=0", "at least 1"]),
+        (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
+        (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "below 1"]),
+        (["optimizer.clip=-1"], ["optimizer.clip=-1", "null"]),
+        (["schedule.step_at=[0.9]"], ["schedule.step_at=[0.9]", "equally many"]),
+        (["schedule.step_at=[0.9,0.8]"], ["schedule.step_at=[0.9, 0.8]", "rise"]),
+        (["train.max_steps=0"], ["train.max_steps=0", "null"]),
+        (["train.total_tokens=0"], ["train.total_tokens=0", "at least 1"]),
+    ],
+)
+def test_each_impossible_setting_names_key_value_and_what_would_work(overrides, said):
+    found = problems("tiny", *overrides)
+    assert len(found) == 1, found
+    assert all(part in found[0] for part in said), found[0]
+    assert "\n" not in found[0]
+
+
+def test_all_problems_come_at_once():
+    found = problems("tiny", "parallel.pp=30", "model.n_kv_heads=3", "train.global_batch=15", "train.seq_len=999")
+    assert len(found) == 4
+
+
+def test_processes_are_counted_from_the_layout_or_the_machine():
+    def layout(*overrides, machine):
+        return validate(preset("tiny", *overrides), machine)[0]
+
+    assert layout("parallel.pp=2", machine=CPU).world_size == 2
+    assert layout("parallel.pp=2", "parallel.dp=2", machine=CPU).world_size == 4
+    assert layout("parallel.pp=2", machine=Machine(gpus=8)).dp == 4
+    assert layout("parallel.pp=2", machine=Machine(gpus=8, local_processes=8, processes=64)).dp == 32
+
+
+def test_processes_that_do_not_fit_the_layout():
+    started = Machine(gpus=0, local_processes=6, processes=6)
+    assert "parallel.pp=4: 6 processes" in problems("tiny", "parallel.pp=4", machine=started)[0]
+    assert "4 or 8 processes" in problems("tiny", "parallel.pp=4", machine=started)[0]
+    assert "parallel.dp=2: dp x pp = 2 x 2 needs 4" in problems(
+        "tiny", "parallel.pp=2", "parallel.dp=2", machine=started
+    )[0]  # fmt: skip
+
+
+def test_more_processes_than_gpus():
+    four = Machine(gpus=4)
+    assert problems("tiny", "parallel.pp=4", machine=four) == []
+    assert "parallel.pp=8" in problems("tiny", "parallel.pp=8", machine=four)[0]
+    assert "this machine has 4 GPUs" in problems("tiny", "parallel.pp=8", machine=four)[0]
+    assert "parallel.dp=4" in problems("tiny", "parallel.pp=2", "parallel.dp=4", machine=four)[0]
+    launched = Machine(gpus=4, local_processes=8, processes=8)
+    assert "--num_gpus=8" in problems("tiny", "parallel.pp=8", machine=launched)[0]
+    # the rest of the processes may be on other hosts
+    assert problems("tiny", "parallel.pp=8", machine=Machine(gpus=4, local_processes=4, processes=8)) == []

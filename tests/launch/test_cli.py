@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from launch import cli, supervise
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_started(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("a process would have been started")
+
+    monkeypatch.setattr(supervise, "launch", fail)
+
+
+def bad(capsys, *arguments):
+    assert cli.main(list(arguments)) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_describe_67b_for_scripts(capsys):
+    assert cli.main(["describe", "67b", "parallel.pp=12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == 67_425_001_472 == sum(found["parameters_by_part"].values())
+    assert found["M"] == 72 * 95 * 8192**2 + 12 * 95 * 8192 * 4096
+    assert found["kv_cache_bytes_per_token"] == 2 * 95 * 8 * 128 * 2
+    assert found["attention"] == "GQA-8"
+    assert [stage["blocks"] for stage in found["stages"]] == [8] * 11 + [7]
+    assert sum(stage["parameters"] for stage in found["stages"]) == found["parameters"]
+    matrices = found["parameters"] - 102400 * 8192 - 191 * 8192  # the lookup and the norms multiply nothing
+    assert found["flops_per_token"] == 6 * matrices + 6 * 95 * 64 * 128 * 4096
+
+
+def test_describe_for_people_takes_presets_and_overrides(capsys):
+    assert cli.main(["describe", "7b", "model.n_kv_heads=8", "parallel.pp=2"]) == 0
+    said = capsys.readouterr().out
+    for part in ("GQA-8", "embedding, blocks 0-15", "blocks 16-29, head", "KV cache"):
+        assert part in said
+
+
+def test_every_verb_has_a_help_text(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    overview = capsys.readouterr().out
+    for verb in cli.VERBS:
+        assert verb in overview
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([verb, "--help"])
+        assert f"deepnarrow {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["parallel.pp=5"], ["parallel.pp=5", "4 layers"]),
+        (["model.d_model=33"], ["model.n_heads=4", "model.d_model=33"]),
+        (["model.n_kv_heads=3"], ["model.n_kv_heads=3", "model.n_kv_heads=2 or model.n_kv_heads=4"]),
+        (["train.global_batch=7"], ["train.global_batch=7", "train.global_batch=6 or train.global_batch=8"]),
+        (["train.global_batc=8"], ["train.global_batc=8", "train.global_batch"]),
+        (["model=tinny"], ["model=tinny", "model=tiny"]),
+        (["data.path=/no/such/folder"], ["data.path=/no/such/folder"]),
+        (["train.seq_len=65"], ["train.seq_len=65", "model.max_seq_len=64"]),
+        (["model.vocab_size=100", "data.tokenizer_vocab_size=300"], ["model.vocab_size=100", "300"]),
+        (["parallel.pp=5", "model.n_kv_heads=3", "data.path=/no/such"], ["pp=5", "n_kv_heads=3", "data.path=/no/such"]),
+    ],
+)
+def test_impossible_runs_end_before_any_process(changes, said, overrides, capsys):
+    text = bad(capsys, "train", *overrides, *changes)
+    assert all(part in text for part in said), text
+    assert len(text.splitlines()) == (3 if len(changes) == 3 else 1), text
+
+
+def test_an_empty_corpus_and_one_shorter_than_a_sequence(overrides, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in bad(capsys, "train", *overrides, f"data.path={tmp_path / 'empty'}")
+    (tmp_path / "short").mkdir()
+    for i in range(3):
+        (tmp_path / "short" / f"{i}.txt").write_text("a few words")
+    text = bad(capsys, "train", *overrides, f"data.path={tmp_path / 'short'}")
+    assert "train.seq_len=32" in text
+
+
+def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypatch, capsys, tmp_path):
+    assert cli.main(["prepare", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "training and" in said and "tokenizer.json" in said
+    started = []
+    monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
+    assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
+    ((arguments, processes, run_dir),) = started
+    assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments

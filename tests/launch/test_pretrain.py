@@ -1,0 +1,129 @@
+"""The cluster's command, run for real: DeepSpeed's launcher, two stages, a run folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.wandb_file import history_and_config
+from tests.ranks import ROOT, free_port
+
+PRETRAIN = str(ROOT / "train" / "pretrain.py")
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def launcher(num, *arguments, **environment):
+    """The plain command, --local_rank and all."""
+    return run(
+        DEEPSPEED, "--num_gpus", str(num), "--master_port", str(free_port()), PRETRAIN, *arguments, **environment
+    )
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pipelined(overrides, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    result = launcher(2, *overrides, "parallel.pp=2", "train.max_steps=6", f"hydra.run.dir={folder}")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder, result
+
+
+@pytest.mark.launch
+def test_every_step_is_one_object(pipelined):
+    folder, _ = pipelined
+    records = metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"} <= set(record)
+        assert record["tokens"] == record["step"] * 8 * 32
+        assert len(record["memory_gib"]) == 2 and min(record["memory_gib"]) > 0
+    assert [record["step"] for record in records if "val_loss" in record] == [4, 6]
+    assert records[0]["lr"] == pytest.approx(4e-3 / 20) and records[5]["lr"] == pytest.approx(6 * 4e-3 / 20)
+
+
+@pytest.mark.launch
+def test_the_run_folder_is_complete_and_written_by_one_rank(pipelined):
+    folder, result = pipelined
+    names = {path.name for path in folder.iterdir()}
+    assert {".hydra", "metrics.jsonl", "summary.json", "pretrain.log", "wandb"} <= names
+    assert not (folder / "earlier").exists()
+    overrides_yaml = (folder / ".hydra" / "overrides.yaml").read_text()
+    assert "parallel.pp=2" in overrides_yaml and "local_rank" not in overrides_yaml
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    records = metrics(folder)
+    assert summary["loss_last"] == records[-1]["loss"] and summary["val_loss"] == records[-1]["val_loss"]
+    for said in ("wandb leet", "wandb sync", str(folder), "sample 3", ", head"):
+        assert result.stderr.count(said) >= 1, said
+    assert result.stderr.count("speed   ") == 1
+
+
+@pytest.mark.launch
+def test_the_wandb_run_holds_the_curve_the_configuration_and_the_samples(pipelined):
+    folder, _ = pipelined
+    history, config = history_and_config(next((folder / "wandb").glob("offline-run-*/*.wandb")))
+    steps = [logged for logged in history if "loss" in logged]
+    for logged, record in zip(steps, metrics(folder), strict=True):
+        for key in ("loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"):
+            assert logged[key] == record[key]
+        assert logged.get("val_loss") == record.get("val_loss")
+        assert [logged[f"memory_gib/stage{i}"] for i in (0, 1)] == record["memory_gib"]
+    assert sum(any(key.startswith("samples") for key in logged) for logged in history) == 1
+    assert config["model"]["n_kv_heads"] == 2 and config["layout"]["pp"] == 2 and config["code"]
+
+
+@pytest.mark.launch
+def test_one_process_has_the_same_curve_and_an_earlier_run_is_kept(pipelined, overrides, tmp_path):
+    folder, _ = pipelined
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    single = run(sys.executable, PRETRAIN, *overrides, "train.max_steps=6", f"hydra.run.dir={tmp_path}")
+    assert single.returncode == 0, single.stderr[-4000:]
+    for one, two in zip(metrics(tmp_path), metrics(folder), strict=True):
+        assert one.keys() == two.keys()
+        for key in {"loss", "grad_norm", "val_loss"} & one.keys():
+            assert one[key] == pytest.approx(two[key], rel=1e-5), (one["step"], key)
+    assert (tmp_path / "earlier" / "1" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.launch
+def test_impossible_settings_are_said_once_under_the_launcher(overrides, tmp_path):
+    folder = tmp_path / "run"
+    result = launcher(
+        2, *overrides, "parallel.pp=2", "model.n_kv_heads=3", "train.global_batch=9", f"hydra.run.dir={folder}"
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("model.n_kv_heads=3: ") == 1
+    assert result.stderr.count("train.global_batch=9: ") == 1
+    assert "Traceback" not in result.stderr
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cfg", "job", "--resolve", "model=67b", "--local_rank=3"], ["n_layers: 95", "name: 67b-stdlib-"]),
+        (["--help"], ["deepspeed train/pretrain.py model=67b", "== Configuration groups ==", "model: 12x768"]),
+        (["--cfg", "hydra"], ["dir: runs/"]),
+    ],
+)
+def test_hydras_questions_are_answered(arguments, said):
+    result = run(sys.executable, PRETRAIN, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert all(part in result.stdout for part in said), result.stdout
+
+
+def test_an_unknown_option_is_refused():
+    result = run(sys.executable, PRETRAIN, "--multirun", "train.seed=1,2")
+    assert result.returncode == 2 and "--multirun" in result.stderr and "Traceback" not in result.stderr
