@@ -13,13 +13,13 @@ def problems(*overrides, machine=CPU):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["parallel.pp=11"], ["parallel.pp=11", "10 layers", "parallel.pp=10"]),
+        (["parallel.pp=9"], ["parallel.pp=9", "8 layers", "parallel.pp=8"]),
         (["parallel.pp=0"], ["parallel.pp=0", "at least 1"]),
         (["model.n_heads=7", "model.n_kv_heads=7"], ["model.n_heads=7", "model.d_model=128", "model.n_heads=8"]),
-        (["model.n_kv_heads=3"], ["model.n_kv_heads=3", "model.n_heads=8", "model.n_kv_heads=4"]),
+        (["model.n_kv_heads=3"], ["model.n_kv_heads=3", "model.n_heads=4", "model.n_kv_heads=4"]),
         (
-            ["train.global_batch=15"],
-            ["train.global_batch=15", "2 x 1", "train.global_batch=14 or train.global_batch=16"],
+            ["train.global_batch=15", "train.micro_batch=2"],
+            ["train.global_batch=15", "2 x 1", "14 or train.global_batch=16"],
         ),
         (["train.seq_len=512"], ["train.seq_len=512", "model.max_seq_len=256"]),
         (["train.micro_batch=0"], ["train.micro_batch=0", "at least 1"]),
@@ -40,7 +40,14 @@ def test_each_impossible_setting_names_key_value_and_what_would_work(overrides, 
 
 
 def test_all_problems_come_at_once():
-    found = problems("tiny", "parallel.pp=30", "model.n_kv_heads=3", "train.global_batch=15", "train.seq_len=999")
+    found = problems(
+        "tiny",
+        "parallel.pp=30",
+        "model.n_kv_heads=3",
+        "train.micro_batch=2",
+        "train.global_batch=15",
+        "train.seq_len=999",
+    )
     assert len(found) == 4
 
 

@@ -50,7 +50,7 @@ def test_every_step_is_one_object(pipelined):
         assert record["tokens"] == record["step"] * 8 * 32
         assert len(record["memory_gib"]) == 2 and min(record["memory_gib"]) > 0
     assert [record["step"] for record in records if "val_loss" in record] == [4, 6]
-    assert records[0]["lr"] == pytest.approx(4e-3 / 20) and records[5]["lr"] == pytest.approx(6 * 4e-3 / 20)
+    assert records[0]["lr"] == pytest.approx(3e-3 / 10) and records[5]["lr"] == pytest.approx(6 * 3e-3 / 10)
 
 
 @pytest.mark.launch

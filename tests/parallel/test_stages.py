@@ -63,4 +63,4 @@ def test_more_stages_than_layers_is_refused():
 def test_the_table_names_every_stage():
     model = preset("tiny").model
     text = stage_table(stage_rows(model, split(model.layer_flops(256), 2)))
-    assert "embedding, blocks 0-5" in text and "blocks 6-9, head" in text
+    assert "embedding, blocks 0-4" in text and "blocks 5-7, head" in text
