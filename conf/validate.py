@@ -26,7 +26,8 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
     """The layout of the run, None where there cannot be one, and every problem found."""
     problems = config.model.problems() + layout.problems(config.parallel, config.model)
     run_layout: Layout | None = None
-    if config.parallel.pp >= 1 and (config.parallel.dp is None or config.parallel.dp >= 1):
+    parallel = config.parallel
+    if parallel.pp >= 1 and parallel.tp >= 1 and (parallel.dp is None or parallel.dp >= 1):
         try:
             run_layout = layout.layout_for(config.parallel, machine.processes or _processes(config, machine))
         except ValueError as error:
@@ -36,10 +37,23 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
     return run_layout, problems
 
 
+def warnings(config: Config, layout: Layout, machine: Machine) -> list[str]:
+    """What works, and may not be what was meant; one sentence each."""
+    found = []
+    if machine.local_processes and machine.local_processes % layout.tp:
+        found.append(
+            f"parallel.tp={layout.tp}: {machine.local_processes} processes on each machine split some tensor-parallel "
+            "groups over machines, where every block waits for the network; a tp that divides them is faster"
+        )
+    if config.parallel.sequence_parallel and layout.tp == 1:
+        found.append("parallel.sequence_parallel=true: ignored, it needs parallel.tp above 1")
+    return found
+
+
 def _processes(config: Config, machine: Machine) -> int:
     """How many processes to start here: what the layout asks for, else every GPU, else one pipeline."""
-    pp, dp = config.parallel.pp, config.parallel.dp
-    return pp * (dp or max(1, machine.gpus // pp))
+    pipeline = config.parallel.pp * config.parallel.tp
+    return pipeline * (config.parallel.dp or max(1, machine.gpus // pipeline))
 
 
 def _devices(config: Config, machine: Machine) -> list[str]:
@@ -51,11 +65,11 @@ def _devices(config: Config, machine: Machine) -> list[str]:
             f"--num_gpus={asked}: {asked} processes were started on this host, and it has {machine.gpus} GPUs; "
             f"--num_gpus={machine.gpus} works"
         ]
-    key, value = ("parallel.dp", config.parallel.dp) if config.parallel.pp <= machine.gpus else (
-        "parallel.pp", config.parallel.pp)  # fmt: skip
+    sizes = {key: getattr(config.parallel, key) for key in ("pp", "tp", "dp")}
+    asks = " ".join(f"parallel.{key}={size}" for key, size in sizes.items() if size and size > 1)
     return [
-        f"{key}={value}: the layout asks for {asked} processes and this machine has {machine.gpus} GPUs; "
-        f"dp x pp <= {machine.gpus} works here, and the deepspeed launcher with --hostfile spreads over more machines"
+        f"{asks}: the layout asks for {asked} processes and this machine has {machine.gpus} GPUs; "
+        f"pp x tp x dp <= {machine.gpus} works here, and the deepspeed launcher's --hostfile takes more machines"
     ]
 
 
@@ -86,6 +100,14 @@ def _lengths(config: Config) -> list[str]:
         problems.append(
             f"train.seq_len={train.seq_len}: longer than the model's context, model.max_seq_len="
             f"{config.model.max_seq_len}; lower the one or raise the other"
+        )
+    tp = config.parallel.tp
+    if tp > 1 and config.parallel.sequence_parallel is not False and train.seq_len % tp:
+        below, above = train.seq_len // tp * tp, -(-train.seq_len // tp) * tp
+        works = " or ".join(f"train.seq_len={length}" for length in (below, above) if length)
+        problems.append(
+            f"train.seq_len={train.seq_len}: sequence parallelism cuts it into parallel.tp={tp} even parts; "
+            f"{works} would work, or parallel.sequence_parallel=false"
         )
     if not train.total_tokens >= 1:
         problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1")

@@ -15,7 +15,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.kernels import causal_attention
-from model.layers import apply_rotary, rotary_tables
+from model.layers import FanOut, apply_rotary, rotary_tables
 
 
 class GroupedQueryAttention(nn.Module):
@@ -26,17 +26,14 @@ class GroupedQueryAttention(nn.Module):
         d_model, self.d_head = config.d_model, config.d_head
         self.rope_theta = config.rope_theta
         self.backend = config.attention
-        self.q_proj = nn.Linear(d_model, config.n_heads * self.d_head, bias=False)
-        self.k_proj = nn.Linear(d_model, config.n_kv_heads * self.d_head, bias=False)
-        self.v_proj = nn.Linear(d_model, config.n_kv_heads * self.d_head, bias=False)
+        d_q, d_kv = config.n_heads * self.d_head, config.n_kv_heads * self.d_head
+        self.qkv = FanOut(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
         # The number of heads is read off the projections: a tensor-parallel cut leaves each rank some of them.
-        q_BLHK = self.q_proj(x_BLD).unflatten(-1, (-1, self.d_head))
-        k_BLGK = self.k_proj(x_BLD).unflatten(-1, (-1, self.d_head))
-        v_BLGK = self.v_proj(x_BLD).unflatten(-1, (-1, self.d_head))
+        q_BLHK, k_BLGK, v_BLGK = (x.unflatten(-1, (-1, self.d_head)) for x in self.qkv(x_BLD))
         cos, sin = rotary_tables(q_BLHK.shape[1], self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
         q_BLHK, k_BLGK = apply_rotary(q_BLHK, cos, sin), apply_rotary(k_BLGK, cos, sin)
         out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend)

@@ -20,18 +20,39 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x_BLD, self.weight.shape, self.weight, self.eps)
 
 
+class FanOut(nn.Module):
+    """Several linear maps of one input, without biases.
+
+    Together they read their input once, which is what a fused kernel and a tensor-parallel cut want; apart by name,
+    they stay the matrices of the paper.
+
+    Args:
+        d_in: width of the input.
+        widths: name and output width of each map, in order.
+    """
+
+    def __init__(self, d_in: int, **widths: int):
+        super().__init__()
+        for name, width in widths.items():
+            self.add_module(name, nn.Linear(d_in, width, bias=False))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(..., d_in) to one (..., width) for each map."""
+        return tuple(linear(x) for linear in self.children())
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.gate_up = FanOut(d_model, gate_proj=d_ff, up_proj=d_ff)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
-        return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        gate_BLF, up_BLF = self.gate_up(x_BLD)
+        return self.down_proj(F.silu(gate_BLF) * up_BLF)
 
 
 @lru_cache(maxsize=8)

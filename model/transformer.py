@@ -58,7 +58,7 @@ def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
     """The layers in order, by name, each as a function that builds it: a stage builds its own and no other.
 
     A parameter's full name, the same in every layout, is the layer's name, a dot, and its name inside the layer:
-    ``blocks.17.attention.k_proj.weight``.
+    ``blocks.17.attention.qkv.k_proj.weight``.
     """
     blocks = {f"blocks.{i}": lambda: Block(config) for i in range(config.n_layers)}
     return {"embedding": lambda: Embedding(config), **blocks, "head": lambda: Head(config)}

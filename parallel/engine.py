@@ -15,17 +15,22 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from model.config import ModelConfig
-from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import layer_builders
-from parallel.layout import Layout
+from parallel.layout import Layout, Recompute
+from parallel.loss import vocab_parallel_cross_entropy
+from parallel.recompute import recomputing
+from parallel.sharding import shard
 from parallel.stages import Stage
+from parallel.tensor import TensorParallel, build_layer, sum_gradients
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.module import PipelineModule
 
 # Importing DeepSpeed takes seconds and asks for a launcher's environment; whoever only needs types must not pay that.
 
@@ -40,6 +45,7 @@ class EngineSettings:
         clip: largest norm of the gradient over all stages, None for no clipping.
         bf16: compute in bf16; else fp32. Master weights, moments and accumulated gradients are fp32 either way.
         seed: of the initial weights.
+        recompute: what blocks compute again in the backward pass.
     """
 
     micro_batch: int
@@ -47,6 +53,7 @@ class EngineSettings:
     clip: float | None
     bf16: bool
     seed: int
+    recompute: Recompute = Recompute.none
 
 
 def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
@@ -55,6 +62,8 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.dev
     Returns:
         This rank's device: its GPU by LOCAL_RANK, or the CPU.
     """
+    # Said once per collective and process; the names that replace them are not in every torch that is supported.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no better one
     with quiet():
@@ -88,13 +97,21 @@ def build_engine(
     """
     with quiet():
         import deepspeed
-        from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+        from deepspeed.runtime.pipe.engine import PipelineEngine
+        from deepspeed.runtime.pipe.schedule import ReduceGrads
 
-        topology = PipeDataParallelTopology(num_pp=layout.pp, num_dp=layout.dp)
-        module = _stage_module(model, stages, settings.seed, topology)
+        module = _stage_module(model, layout, stages, settings)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=make_optimizer(module.parameters()), config=_deepspeed_config(layout, settings)
         )
+    if layout.tp > 1:
+
+        def reduce_gradients(self: PipelineEngine) -> None:
+            sum_gradients(self.module.parameters(), self.module.tp)
+            self._exec_reduce_grads()
+
+        # DeepSpeed looks instructions up here, not among the engine's methods.
+        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceGrads: reduce_gradients}
     return engine
 
 
@@ -106,11 +123,16 @@ def named_parameters(engine: "PipelineEngine", model: ModelConfig) -> Iterator[t
         yield f"{names[int(index)]}.{inner}", parameter
 
 
-def _stage_module(model: ModelConfig, stages: Sequence[Stage], seed: int, topology: Any) -> nn.Module:
+def _stage_module(
+    model: ModelConfig, layout: Layout, stages: Sequence[Stage], settings: EngineSettings
+) -> "PipelineModule":
     from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     class StageModule(PipelineModule):
         """The layers of one stage, by the bounds that `parallel.stages` found and in DeepSpeed's terms."""
+
+        tp: TensorParallel
 
         def _partition_layers(self, method: str = "") -> None:
             self.parts = [stage.start for stage in stages] + [stages[-1].stop]
@@ -118,22 +140,42 @@ def _stage_module(model: ModelConfig, stages: Sequence[Stage], seed: int, topolo
             self._set_bounds(start=own.start, stop=own.stop)
 
         def _build(self) -> None:
+            self.tp = _tensor_parallel(model, layout, self._grid.get_slice_parallel_group())
             builders = list(layer_builders(model).items())
-            device = _device()
             for index in range(self._local_start, self._local_stop):
                 name, build = builders[index]
-                with torch.device("meta"):
-                    layer = build()
-                layer = layer.to_empty(device=device)
-                initialise(layer, f"{name}.", seed, model.init_std)
+                layer = build_layer(build, f"{name}.", model, self.tp, _device(), settings.seed)
                 self.add_module(str(index), layer)
                 self.fwd_map[str(index)] = len(self.forward_funcs)
-                self.forward_funcs.append(layer)
+                is_block = name.startswith("blocks.")
+                self.forward_funcs.append(recomputing(layer, settings.recompute) if is_block else layer)
             for parameter in self.parameters():
                 parameter.ds_pipe_replicated = False
+            self.loss_fn = self._loss
+
+        def _loss(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+            if layout.tp == 1:
+                return cross_entropy(logits_BLV, labels_BL)
+            own = shard("head.proj.weight", torch.Size((model.vocab_size, 1)), model, self.tp.size, self.tp.rank)
+            return vocab_parallel_cross_entropy(logits_BLV, labels_BL, own.start, self.tp)
 
     # DeepSpeed only counts the list; each rank builds its own layers above, on its device, and no others.
+    topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
     return StageModule(layers=[*layer_builders(model)], topology=topology, loss_fn=cross_entropy)
+
+
+def _tensor_parallel(model: ModelConfig, layout: Layout, group: Any) -> TensorParallel:
+    """This rank's part in tensor parallelism, with the groups of ranks that share key/value heads."""
+    rank = dist.get_rank()
+    sharing = {layout.tp: group}
+    if model.n_kv_heads < layout.tp:
+        copies = layout.tp // model.n_kv_heads
+        if copies < layout.tp:
+            for first in range(0, layout.world_size, copies):  # every rank makes every group, in one order
+                neighbours = dist.new_group(list(range(first, first + copies)))
+                if first <= rank < first + copies:
+                    sharing[copies] = neighbours
+    return TensorParallel(group, layout.tp_rank(rank), layout.tp, layout.sequence_parallel, sharing)
 
 
 def _device() -> torch.device:

@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from model.config import ModelConfig
+from parallel.tensor import TensorParallel
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -30,17 +32,21 @@ def next_token_logits(
     from deepspeed.runtime.pipe import p2p
 
     engine.module.eval()
+    tp = engine.module.tp
+    if tp.sequence_parallel:  # the sequence is cut evenly; what is added is never looked at
+        tokens_BL = F.pad(tokens_BL, (0, -tokens_BL.shape[1] % tp.size))
     B, L = tokens_BL.shape
     if engine.is_first_stage():
         x = tokens_BL
     else:
         dtype = next(engine.module.parameters()).dtype
-        x = torch.empty(B, L, model.d_model, dtype=dtype, device=tokens_BL.device)
+        own_L = L // tp.size if tp.sequence_parallel else L
+        x = torch.empty(B, own_L, model.d_model, dtype=dtype, device=tokens_BL.device)
         p2p.recv(x, engine.stage_id - 1)
     for layer in engine.module.forward_funcs:
         x = layer(x)
     if engine.is_last_stage():
-        logits_BV = x[torch.arange(B, device=x.device), lengths_B - 1].float().contiguous()
+        logits_BV = _all_columns(x[torch.arange(B, device=x.device), lengths_B - 1].float(), model.vocab_size, tp)
     else:
         p2p.send(x.contiguous(), engine.stage_id + 1)
         logits_BV = torch.empty(B, model.vocab_size, device=tokens_BL.device)
@@ -48,3 +54,14 @@ def next_token_logits(
         last_rank = engine.grid.stage_to_global(engine.num_stages - 1)
         dist.broadcast(logits_BV, src=last_rank, group=engine.grid.get_pipe_parallel_group())
     return logits_BV
+
+
+def _all_columns(logits_BV: torch.Tensor, vocab_size: int, tp: TensorParallel) -> torch.Tensor:
+    """(B, V/tp) of each tensor-parallel rank to (B, V) on all."""
+    if tp.size == 1:
+        return logits_BV.contiguous()
+    columns = -(-vocab_size // tp.size)  # the last rank may have fewer
+    own = F.pad(logits_BV, (0, columns - logits_BV.shape[1])).contiguous()
+    parts = [torch.empty_like(own) for _ in range(tp.size)]
+    dist.all_gather(parts, own, group=tp.group)
+    return torch.cat(parts, dim=1)[:, :vocab_size].contiguous()

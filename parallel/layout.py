@@ -4,6 +4,18 @@ from dataclasses import dataclass
 from enum import Enum
 
 from model.config import ModelConfig, either
+from parallel import sharding
+
+
+class Recompute(Enum):
+    """What a block's backward pass computes again instead of keeping it from the forward pass."""
+
+    none = "none"
+    """Nothing: fastest, most memory."""
+    selective = "selective"
+    """All but matrix products and attention: norms, rotary positions and SwiGLU's product are cheap to make again."""
+    full = "full"
+    """All but the block's input."""
 
 
 class Balance(Enum):
@@ -21,34 +33,50 @@ class ParallelConfig:
 
     pp: int = 1
     """Pipeline stages."""
+    tp: int = 1
+    """Tensor-parallel ranks: how many share every matrix of a stage. Keep them inside one machine."""
     dp: int | None = None
-    """Data-parallel replicas of the pipeline; null makes it processes / pp."""
+    """Data-parallel replicas of the pipeline; null makes it processes / (pp x tp)."""
+    sequence_parallel: bool | None = None
+    """Cut norms, residuals and what travels between stages along the sequence too; null is true where tp > 1."""
+    recompute: Recompute = Recompute.none
+    """none, selective or full."""
     balance: Balance = Balance.flops
     """flops or measured: what the split into stages is balanced by."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A rank grid of dp x pp processes; neighbouring ranks are replicas of one stage, as in DeepSpeed's topology."""
+    """A rank grid of dp x pp x tp processes; neighbouring ranks share matrices, then come the replicas of a stage.
+
+    The order is that of DeepSpeed's topology.
+    """
 
     dp: int
     pp: int
+    tp: int = 1
+    sequence_parallel: bool = False
 
     @property
     def world_size(self) -> int:
         """Processes in all."""
-        return self.dp * self.pp
+        return self.dp * self.pp * self.tp
 
     def stage(self, rank: int) -> int:
         """The pipeline stage of a rank."""
-        return rank // self.dp
+        return rank // (self.dp * self.tp)
 
     def replica(self, rank: int) -> int:
         """Which of the dp replicas a rank belongs to."""
-        return rank % self.dp
+        return rank // self.tp % self.dp
+
+    def tp_rank(self, rank: int) -> int:
+        """Which part of every matrix a rank holds."""
+        return rank % self.tp
 
     def __str__(self) -> str:
-        return f"dp{self.dp} x pp{self.pp}"
+        parts = f"dp{self.dp} x pp{self.pp} x tp{self.tp}"
+        return parts + (" with sequence parallelism" if self.sequence_parallel else "")
 
 
 def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
@@ -62,7 +90,9 @@ def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
             f"(model.n_layers={model.n_layers}); parallel.pp={model.n_layers} is the most that works"
         )
     if parallel.dp is not None and parallel.dp < 1:
-        found.append(f"parallel.dp={parallel.dp}: must be at least 1, or null for processes / pp")
+        found.append(f"parallel.dp={parallel.dp}: must be at least 1, or null for processes / (pp x tp)")
+    if not model.problems():
+        found += sharding.problems(model, parallel.tp)
     return found
 
 
@@ -72,21 +102,25 @@ def layout_for(parallel: ParallelConfig, num_processes: int) -> Layout:
     Raises:
         ValueError: the processes cannot be laid out this way; says what would work.
     """
-    pp, dp = parallel.pp, parallel.dp
+    pp, tp, dp = parallel.pp, parallel.tp, parallel.dp
+    name = f"parallel.pp={pp} parallel.tp={tp}" if tp > 1 else f"parallel.pp={pp}"
     if dp is None:
-        if num_processes % pp:
-            counts = [n for n in (num_processes // pp * pp, -(-num_processes // pp) * pp) if n]
+        pipeline = pp * tp
+        if num_processes % pipeline:
+            counts = [n for n in (num_processes // pipeline * pipeline, -(-num_processes // pipeline) * pipeline) if n]
             works = " or ".join(str(n) for n in counts)
-            stages = [p for p in range(1, num_processes + 1) if num_processes % p == 0]
-            nearest = sorted(stages, key=lambda p: abs(p - pp))[:2]
+            fitting = [p for p in range(1, num_processes + 1) if num_processes % (p * tp) == 0]
+            nearest = sorted(sorted(fitting, key=lambda p: abs(p - pp))[:2])
+            or_stages = f", or {either('parallel.pp', nearest)}," if nearest else ""
             raise ValueError(
-                f"parallel.pp={pp}: {num_processes} processes cannot be laid out as pipelines of {pp} stages; "
-                f"{works} processes, or {either('parallel.pp', sorted(nearest))}, would work"
+                f"{name}: {num_processes} processes cannot be laid out as pipelines of {pipeline}; "
+                f"{works} processes{or_stages} would work"
             )
-        dp = num_processes // pp
-    if dp * pp != num_processes:
+        dp = num_processes // pipeline
+    if dp * pp * tp != num_processes:
         raise ValueError(
-            f"parallel.dp={dp}: dp x pp = {dp} x {pp} needs {dp * pp} processes, and {num_processes} were started; "
-            f"start {dp * pp}, or leave parallel.dp=null"
+            f"parallel.dp={dp}: dp x pp x tp = {dp} x {pp} x {tp} needs {dp * pp * tp} processes, and {num_processes} "
+            f"were started; start {dp * pp * tp}, or leave parallel.dp=null"
         )
-    return Layout(dp=dp, pp=pp)
+    sequence_parallel = tp > 1 and parallel.sequence_parallel is not False
+    return Layout(dp=dp, pp=pp, tp=tp, sequence_parallel=sequence_parallel)

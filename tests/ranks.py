@@ -1,6 +1,5 @@
 """Real processes for distributed tests: start them once, run many checks in them."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,24 +41,26 @@ def run_ranks(module: str, num_processes: int, folder: Path, timeout: float = 30
         log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115 - the process writes to it
         processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
     deadline = time.monotonic() + timeout
+    failed: list[int] = []
     try:
         # One rank that fails leaves the others waiting for it: the first failure ends all.
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
+            if failed := [rank for rank, process in enumerate(processes) if process.poll()]:
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    logs = [(folder / f"rank{rank}.log").read_text() for rank in range(num_processes)]
+    # The others only say that it left them.
+    log_of = failed[0] if failed else 0
+    text = (folder / f"rank{log_of}.log").read_text()
     codes = [process.returncode for process in processes]
-    assert codes == [0] * num_processes, f"exit codes {codes}\n" + "\n".join(text[-3000:] for text in logs)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_processes)]
+    assert codes == [0] * num_processes, f"exit codes {codes}; rank {log_of}:\n{text[-4000:]}"
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
 def report(run: Callable[[], Any]) -> None:
     """The main of a rank's module: run, and hand the result to `run_ranks`."""
     result = run()
-    path = Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json"
-    path.write_text(json.dumps(result))
+    torch.save(result, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")

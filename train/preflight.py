@@ -10,7 +10,7 @@ import torch
 from conf.compose import compose_overrides
 from conf.errors import BadInput
 from conf.schema import Config
-from conf.validate import Machine, validate
+from conf.validate import Machine, validate, warnings
 from parallel.layout import Layout
 from train.data import corpus
 from train.data.prepare import PreparedData, prepare
@@ -25,12 +25,14 @@ class Ready:
         layout: the rank grid.
         data: tokenised, memory-mapped.
         run_dir: where the run writes.
+        warnings: what may not be what was meant, one sentence each.
     """
 
     config: Config
     layout: Layout
     data: PreparedData
     run_dir: Path
+    warnings: list[str]
 
 
 def preflight(
@@ -55,12 +57,13 @@ def preflight(
     """
     composition = compose_overrides(overrides, config_name, config_dir)
     config = composition.config
-    layout, problems = validate(config, machine or this_machine())
+    machine = machine or this_machine()
+    layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
     if problems or layout is None:
         raise BadInput(problems)
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len, progress=progress)
-    return Ready(config, layout, data, composition.run_dir)
+    return Ready(config, layout, data, composition.run_dir, warnings(config, layout, machine))
 
 
 def this_machine() -> Machine:

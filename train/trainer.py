@@ -62,6 +62,7 @@ def train(ready: Ready) -> None:
             clip=config.optimizer.clip,
             bf16=bf16,
             seed=settings.seed,
+            recompute=config.parallel.recompute,
         ),
         make_optimizer=partial(adamw, settings=config.optimizer),
     )
@@ -85,6 +86,8 @@ def train(ready: Ready) -> None:
     }
     tracker = Tracker(config, ready.run_dir, length.steps, facts) if rank == 0 else None
     if tracker:
+        for warning in ready.warnings:
+            log.warning(warning)
         log.info("%s", header(config, facts, str(layout), length.steps, data.num_train_tokens, len(held_out)))
         log.info("%s", stage_table(stage_rows(shape, stages)))
 

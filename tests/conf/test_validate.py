@@ -65,7 +65,7 @@ def test_processes_that_do_not_fit_the_layout():
     started = Machine(gpus=0, local_processes=6, processes=6)
     assert "parallel.pp=4: 6 processes" in problems("tiny", "parallel.pp=4", machine=started)[0]
     assert "4 or 8 processes" in problems("tiny", "parallel.pp=4", machine=started)[0]
-    assert "parallel.dp=2: dp x pp = 2 x 2 needs 4" in problems(
+    assert "parallel.dp=2: dp x pp x tp = 2 x 2 x 1 needs 4" in problems(
         "tiny", "parallel.pp=2", "parallel.dp=2", machine=started
     )[0]  # fmt: skip
 

@@ -40,8 +40,10 @@ def huggingface_twin(config, model):
         for ours, theirs in [
             ("attention_norm", "input_layernorm"),
             ("ffn_norm", "post_attention_layernorm"),
-            *[(f"attention.{p}_proj", f"self_attn.{p}_proj") for p in "qkvo"],
-            *[(f"ffn.{p}_proj", f"mlp.{p}_proj") for p in ("gate", "up", "down")],
+            *[(f"attention.qkv.{p}_proj", f"self_attn.{p}_proj") for p in "qkv"],
+            ("attention.o_proj", "self_attn.o_proj"),
+            *[(f"ffn.gate_up.{p}_proj", f"mlp.{p}_proj") for p in ("gate", "up")],
+            ("ffn.down_proj", "mlp.down_proj"),
         ]:
             names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
     state = {names[name]: value for name, value in model.state_dict().items()}
@@ -87,10 +89,10 @@ def test_the_list_of_layers_is_the_model():
 
 def test_the_same_seed_and_name_give_the_same_numbers_and_no_others_do():
     shape = torch.Size([40, 50])
-    value = initial_value("blocks.0.ffn.up_proj.weight", shape, 1, 0.006)
-    assert torch.equal(value, initial_value("blocks.0.ffn.up_proj.weight", shape, 1, 0.006))
-    assert not torch.equal(value, initial_value("blocks.1.ffn.up_proj.weight", shape, 1, 0.006))
-    assert not torch.equal(value, initial_value("blocks.0.ffn.up_proj.weight", shape, 2, 0.006))
+    value = initial_value("blocks.0.ffn.gate_up.up_proj.weight", shape, 1, 0.006)
+    assert torch.equal(value, initial_value("blocks.0.ffn.gate_up.up_proj.weight", shape, 1, 0.006))
+    assert not torch.equal(value, initial_value("blocks.1.ffn.gate_up.up_proj.weight", shape, 1, 0.006))
+    assert not torch.equal(value, initial_value("blocks.0.ffn.gate_up.up_proj.weight", shape, 2, 0.006))
     assert abs(value.std().item() / 0.006 - 1) < 0.1 and abs(value.mean().item()) < 0.001
 
 

@@ -1,106 +1,163 @@
 """One rank of the layout sweep: the same training on every cut of the same processes."""
 
-from functools import partial
+import hashlib
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 
 from conf.settings import OptimizerConfig
 from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer
-from parallel.costs import layer_costs
-from parallel.engine import EngineSettings, build_engine, named_parameters, start_process_group
-from parallel.forward import next_token_logits
-from parallel.layout import Balance, Layout
+from parallel.layout import Balance, Layout, Recompute
 from parallel.stages import split
 from tests.ranks import report
 from tests.shapes import small
 from train.optimizer import adamw
 
-STEPS, BATCH, SEQ_LEN, SEED = 5, 8, 24, 3
-OPTIMIZER = OptimizerConfig(lr=5e-3)
-MODEL = small(n_layers=7)
+STEPS, BATCH, SEQ_LEN, SEED = 5, 12, 24, 3
+OPTIMIZER = OptimizerConfig(lr=1e-3)
 
 
-def batches(step):
+@dataclass(frozen=True)
+class Case:
+    """One training run of the sweep."""
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    kv_heads: int = 2
+    n_layers: int = 3
+    vocab_size: int = 300
+    clip: float | None = 1.0
+    bf16: bool = False
+    micro_batch: int = 1
+    recompute: str = "none"
+
+    @property
+    def layout(self):
+        return Layout(self.dp, self.pp, self.tp, self.sequence_parallel)
+
+    @property
+    def model(self):
+        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size)
+
+
+def both(**case):
+    """With and without sequence parallelism; three micro-batches, which two stages do not divide."""
+    case = {"n_layers": 2, "micro_batch": BATCH // 3 // case.get("dp", 1), **case}
+    return [Case(**case, sequence_parallel=on) for on in (False, True)]
+
+
+# Multi-head, grouped and multi-query; 8 query heads.
+ATTENTIONS = (8, 2, 1)
+CASES = {
+    4: [
+        # Pipelines alone, against clipping and micro-batches.
+        *[
+            Case(pp=pp, dp=4 // pp, n_layers=7, clip=clip, bf16=bf16, micro_batch=micro_batch)
+            for clip, bf16, micro_batch in [(1.0, False, 1), (None, False, 3), (0.05, False, 1), (1.0, True, 1)]
+            for pp in (1, 2, 4)
+        ],
+        *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in ("selective", "full")],
+        # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
+        *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
+        *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv)],
+        *[case for kv in ATTENTIONS for case in both(dp=2, tp=2, kv_heads=kv)],
+        *both(tp=4, kv_heads=1, clip=0.05),
+        *both(pp=2, tp=2, vocab_size=1003),
+        *both(tp=4, kv_heads=2, bf16=True),
+        *both(dp=2, tp=2, kv_heads=1, bf16=True),
+        *[case for how in ("selective", "full") for case in both(pp=2, tp=2, recompute=how)],
+    ],
+    6: [*both(pp=3, tp=2, n_layers=7), *both(pp=3, tp=2, n_layers=7, kv_heads=1, vocab_size=1003, clip=0.05)],
+    8: [
+        *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, dp=2, kv_heads=kv)],
+        *both(pp=2, tp=4, kv_heads=2, vocab_size=1003),
+        *both(pp=2, tp=2, dp=2, bf16=True),
+    ],
+}
+
+
+def batches(step, vocab_size):
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
+    tokens = torch.randint(vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def plain_loop(clip, model_config=MODEL):
-    """Single-process PyTorch, no DeepSpeed: what every layout has to equal."""
-    model = Transformer(model_config)
-    initialise(model, "", SEED, model_config.init_std)
+@cache
+def plain_loop(case):
+    """Single-process PyTorch, no DeepSpeed: what every layout has to equal. Its layout fields are not read."""
+    model = Transformer(case.model)
+    initialise(model, "", SEED, case.model.init_std)
     optimizer = adamw(model.parameters(), OPTIMIZER)
     curve = []
     for step in range(STEPS):
-        tokens, labels = batches(step)
+        tokens, labels = batches(step, case.vocab_size)
         loss = cross_entropy(model(tokens), labels)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
         optimizer.step()
         curve.append((loss.item(), norm.item()))
-    return model, curve
+    return model, torch.tensor(curve)
 
 
-def engine_for(layout, clip, *, bf16=False, micro_batch=1, stages=None):
-    accumulation = BATCH // (micro_batch * layout.dp)
-    return build_engine(
-        MODEL,
-        layout,
-        stages or split(MODEL.layer_flops(SEQ_LEN), layout.pp),
-        EngineSettings(micro_batch, accumulation, clip, bf16, SEED),
-        partial(adamw, settings=OPTIMIZER),
-    )
-
-
-def micro_batches(layout, tensors, micro_batch):
-    rows = torch.arange(BATCH).reshape(-1, layout.dp, micro_batch)[:, layout.replica(dist.get_rank())]
+def micro_batches(case, tensors):
+    replica = case.layout.replica(dist.get_rank())
+    rows = torch.arange(BATCH).reshape(-1, case.dp, case.micro_batch)[:, replica]
     return iter([tuple(tensor[row] for tensor in tensors) for row in rows])
 
 
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def train(case):
+    """Train as a case says; what this rank held and saw."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from parallel.engine import EngineSettings, build_engine, named_parameters
+    from parallel.forward import next_token_logits
+
+    print(case, flush=True)  # into the rank's log: where it stood if it hangs
+    model, accumulation = case.model, BATCH // (case.micro_batch * case.dp)
+    settings = EngineSettings(case.micro_batch, accumulation, case.clip, case.bf16, SEED, Recompute(case.recompute))
+    stages = split(model.layer_flops(SEQ_LEN), case.pp)
+    engine = build_engine(model, case.layout, stages, settings, partial(adamw, settings=OPTIMIZER))
+    parameters = dict(named_parameters(engine, model))
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    curve, digests = [], []
+    for step in range(STEPS):
+        loss = engine.train_batch(micro_batches(case, batches(step, case.vocab_size)))
+        curve.append((float(loss), float(engine.get_global_grad_norm())))
+        digests.append({name: digest(p) for name, p in parameters.items()})
+    evaluated = engine.eval_batch(micro_batches(case, batches(99, case.vocab_size)), num_micro_batches=accumulation)
+    tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
+    return {
+        "case": asdict(case),
+        "curve": torch.tensor(curve),
+        "start": start,
+        "digests": digests,
+        "weights": {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()},
+        "eval": float(evaluated),
+        "logits": next_token_logits(engine, model, tokens, torch.tensor([5, 13, 1])),
+    }
+
+
 def sweep():
+    from parallel.costs import layer_costs
+    from parallel.engine import start_process_group
+
     start_process_group()
-    world = dist.get_world_size()
-    results = []
-    for clip, bf16, micro_batch in [(1.0, False, 1), (None, False, 2), (0.05, False, 1), (1.0, True, 1)]:
-        for pp in (1, 2, 4):
-            layout = Layout(dp=world // pp, pp=pp)
-            engine = engine_for(layout, clip, bf16=bf16, micro_batch=micro_batch)
-            start = {name: p.detach().float().tolist() for name, p in named_parameters(engine, MODEL)}
-            curve = []
-            for step in range(STEPS):
-                loss = engine.train_batch(micro_batches(layout, batches(step), micro_batch))
-                curve.append((float(loss), float(engine.get_global_grad_norm())))
-            evaluated = float(
-                engine.eval_batch(
-                    micro_batches(layout, batches(99), micro_batch), num_micro_batches=BATCH // micro_batch // layout.dp
-                )
-            )
-            lengths = torch.tensor([5, 12, 1])
-            logits = next_token_logits(engine, MODEL, batches(98)[0][:3, :12].contiguous(), lengths)
-            weights = {n: safe_get_full_fp32_param(p).tolist() for n, p in named_parameters(engine, MODEL)}
-            results.append(
-                {
-                    "clip": clip,
-                    "bf16": bf16,
-                    "pp": pp,
-                    "curve": curve,
-                    "eval": evaluated,
-                    "logits": logits.tolist(),
-                    "start": start if clip == 1.0 else None,
-                    "weights": weights,
-                    "stage": layout.stage(dist.get_rank()),
-                }
-            )
+    runs = [train(case) for case in CASES[dist.get_world_size()]]
     measured = layer_costs(
-        MODEL, Balance.measured, seq_len=SEQ_LEN, micro_batch=1, device=torch.device("cpu"), dtype=torch.float32
+        Case().model, Balance.measured, seq_len=SEQ_LEN, micro_batch=1, device=torch.device("cpu"), dtype=torch.float32
     )
-    return {"runs": results, "measured": measured}
+    return {"runs": runs, "measured": measured}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""How tensor parallelism cuts each parameter: the one table that says so.
+
+The parallel layers, the gradient sums, the gradient norm and whatever stores or gathers weights all read it; nothing
+else knows how a weight is cut.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from model.config import ModelConfig
+
+
+class Cut(Enum):
+    """How a parameter is divided over the tensor-parallel ranks."""
+
+    COLUMNS = "its output features"
+    """Each rank computes some of the outputs: dimension 0 of a linear's weight."""
+    KV_HEADS = "its key/value heads, each on every rank whose query heads read it"
+    """As COLUMNS; with fewer heads than ranks, neighbouring ranks hold the same head."""
+    ROWS = "its input features"
+    """Each rank computes a part of every sum: dimension 1 of a linear's weight."""
+    VOCABULARY = "its rows, a token each"
+    """Dimension 0, the last rank with fewer rows where the vocabulary does not divide: nothing is padded."""
+    WHOLE = "not at all"
+    """Every rank holds all of it."""
+
+
+TABLE: dict[str, Cut] = {
+    r"embedding\.tokens\.weight": Cut.VOCABULARY,
+    r"blocks\.\d+\.attention\.qkv\.q_proj\.weight": Cut.COLUMNS,
+    r"blocks\.\d+\.attention\.qkv\.[kv]_proj\.weight": Cut.KV_HEADS,
+    r"blocks\.\d+\.attention\.o_proj\.weight": Cut.ROWS,
+    r"blocks\.\d+\.ffn\.gate_up\.(gate|up)_proj\.weight": Cut.COLUMNS,
+    r"blocks\.\d+\.ffn\.down_proj\.weight": Cut.ROWS,
+    r"blocks\.\d+\.(attention|ffn)_norm\.weight": Cut.WHOLE,
+    r"head\.norm\.weight": Cut.WHOLE,
+    r"head\.proj\.weight": Cut.VOCABULARY,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of a parameter that one tensor-parallel rank holds.
+
+    Attributes:
+        dim: the dimension that is cut; 0 where none is.
+        start, stop: the half-open range of that dimension.
+        copies: how many neighbouring ranks hold this same part.
+    """
+
+    dim: int
+    start: int
+    stop: int
+    copies: int
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This part of the whole parameter, a view."""
+        return whole.narrow(self.dim, self.start, self.stop - self.start)
+
+    def counts(self, tp_rank: int) -> bool:
+        """Whether this rank is the one among those with the same part that counts it in a norm or a sum."""
+        return tp_rank % self.copies == 0
+
+
+def cut_of(name: str) -> Cut:
+    """The table's row for a parameter's full name, such as ``blocks.3.attention.o_proj.weight``.
+
+    Raises:
+        KeyError: no row matches: a parameter was added to the model and not to the table.
+    """
+    for pattern, cut in TABLE.items():
+        if re.fullmatch(pattern, name):
+            return cut
+    raise KeyError(f"{name}: parallel/sharding.py has no row for this parameter")
+
+
+def shard(name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """Which part of the parameter `name`, of full `shape`, rank `tp_rank` of `tp` holds.
+
+    The numbers divide: `problems` below has been asked.
+    """
+    cut = cut_of(name)
+    if cut is Cut.WHOLE:
+        return Shard(0, 0, shape[0], tp)
+    if cut is Cut.VOCABULARY:
+        rows = -(-shape[0] // tp)
+        return Shard(0, min(tp_rank * rows, shape[0]), min((tp_rank + 1) * rows, shape[0]), 1)
+    if cut is Cut.KV_HEADS and tp > model.n_kv_heads:
+        copies = tp // model.n_kv_heads
+        head = tp_rank // copies
+        return Shard(0, head * model.d_head, (head + 1) * model.d_head, copies)
+    dim = 1 if cut is Cut.ROWS else 0
+    size = shape[dim] // tp
+    return Shard(dim, tp_rank * size, (tp_rank + 1) * size, 1)
+
+
+def assemble(name: str, parts: list[torch.Tensor], shape: torch.Size, model: ModelConfig) -> torch.Tensor:
+    """The whole parameter from what the tensor-parallel ranks hold, in rank order; inverse of `shard`."""
+    whole = parts[0].new_empty(shape)
+    for tp_rank, part in enumerate(parts):
+        shard(name, shape, model, len(parts), tp_rank).of(whole).copy_(part)
+    return whole
+
+
+def problems(model: ModelConfig, tp: int) -> list[str]:
+    """Why this model cannot be cut over `tp` ranks, one sentence each with key, value and what would work."""
+    if tp < 1:
+        return [f"parallel.tp={tp}: must be at least 1"]
+    works = [n for n in range(1, tp + 64) if not _obstacles(model, n)]
+    nearest = sorted(sorted(works, key=lambda n: abs(n - tp))[:2])
+    hint = " or ".join(f"parallel.tp={n}" for n in nearest)
+    return [f"parallel.tp={tp}: {obstacle}; {hint} would work" for obstacle in _obstacles(model, tp)]
+
+
+def _obstacles(model: ModelConfig, tp: int) -> list[str]:
+    found = []
+    if model.n_heads % tp:
+        found.append(f"does not divide the query heads, model.n_heads={model.n_heads}")
+    elif model.n_kv_heads % tp and tp % model.n_kv_heads:
+        found.append(f"neither divides nor is a multiple of the key/value heads, model.n_kv_heads={model.n_kv_heads}")
+    if model.d_ff % tp:
+        found.append(f"does not divide the feed-forward width, model.d_ff={model.d_ff}")
+    if (tp - 1) * -(-model.vocab_size // tp) >= model.vocab_size:
+        found.append(f"leaves ranks without a row of the vocabulary, model.vocab_size={model.vocab_size}")
+    return found

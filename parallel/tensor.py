@@ -1,0 +1,269 @@
+"""Tensor- and sequence-parallel layers, and the swap that puts them in the place of a plain layer's.
+
+Megatron-LM's cut (arXiv 1909.08053, sequence parallelism arXiv 2205.05198). In a block, with sequence parallelism:
+
+    x (B, L/tp, D)  norm  ->  all-gather  ->  q,k,v or gate,up: some columns each   (B, L, F/tp)
+                              attention or silu, per rank on its own heads or columns
+                              o or down: some rows each, partial sums (B, L, D)  ->  reduce-scatter  ->  (B, L/tp, D)
+
+Without it, the all-gather is nothing and the reduce-scatter an all-reduce. Backward they swap roles. A model without
+dropout needs no random state to be kept in step between ranks.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from model.config import ModelConfig
+from model.init import initial_value
+from model.layers import FanOut
+from parallel.sharding import Cut, cut_of, shard
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share every matrix of a stage.
+
+    Attributes:
+        group: the process group of those ranks.
+        rank: of this process in it.
+        size: how many they are.
+        sequence_parallel: whether what lies between the matrices is cut along the sequence.
+        sharing: for each number of neighbouring ranks that hold one same parameter, the group of those ranks that this
+            one is in.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    sequence_parallel: bool
+    sharing: Mapping[int, Any]
+
+
+# ---- collectives along the sequence, dimension 1 of (B, L, D) ----
+
+
+def _start_gather(x_BlD: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Any]:
+    """(B, L/tp, D) on its way to (tp * B, L/tp, D), which `_gathered` makes (B, L, D) once it has arrived."""
+    out = x_BlD.new_empty(tp.size * x_BlD.shape[0], *x_BlD.shape[1:])
+    handle = dist.all_gather_into_tensor(out, x_BlD.contiguous(), group=tp.group, async_op=True)
+    return out, handle
+
+
+def _gathered(out: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    return out.unflatten(0, (tp.size, -1)).movedim(0, 1).flatten(1, 2)  # no copy for a micro-batch of one sequence
+
+
+def _gather(x_BlD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    out, handle = _start_gather(x_BlD, tp)
+    handle.wait()
+    return _gathered(out, tp)
+
+
+def _start_reduce_scatter(x_BLD: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Sum over the ranks, of which each keeps its part of the sequence."""
+    parts = x_BLD.unflatten(1, (tp.size, -1)).movedim(1, 0).flatten(0, 1).contiguous()
+    out = torch.empty_like(parts[: x_BLD.shape[0]])
+    # The input is handed back: it must live until the handle has been waited for.
+    return out, dist.reduce_scatter_tensor(out, parts, group=tp.group, async_op=True), parts
+
+
+def _reduce(x_BLD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """Partial sums to sums: each rank's part of the sequence, or all of it."""
+    if tp.sequence_parallel:
+        out, handle, _ = _start_reduce_scatter(x_BLD, tp)
+        handle.wait()
+        return out
+    out = x_BLD.clone()  # the input may be kept by selective recomputation, and must not change under it
+    dist.all_reduce(out, group=tp.group)
+    return out
+
+
+class _ReducePartialSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+        ctx.tp = tp
+        return _reduce(x_BLD, tp)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _gather(grads[0], ctx.tp) if ctx.tp.sequence_parallel else grads[0], None
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """y_i = gather(x) W_i^T for several W_i at once.
+
+    Backward, the gradient of the input travels while the gradients of the weights are computed, and the gathered input,
+    which is not kept, is gathered again while the former is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tp = tp
+        ctx.save_for_backward(x, *weights)
+        whole = _gather(x, tp) if tp.sequence_parallel else x
+        return tuple(F.linear(whole, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, *weights = ctx.saved_tensors
+        tp = ctx.tp
+        if tp.sequence_parallel:
+            gathering, gather = _start_gather(x, tp)
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = torch.addmm(grad_x.flatten(0, -2), grad.flatten(0, -2), weight).view_as(grad_x)
+        if tp.sequence_parallel:
+            gather.wait()
+            x = _gathered(gathering, tp)
+            grad_x, reduction, _alive = _start_reduce_scatter(grad_x, tp)
+        else:
+            reduction = dist.all_reduce(grad_x, group=tp.group, async_op=True)
+        grad_weights = [grad.flatten(0, -2).T @ x.flatten(0, -2) for grad in grads]
+        reduction.wait()
+        return grad_x, None, *grad_weights
+
+
+# ---- layers; their parameters bear the names of the plain ones ----
+
+
+class ColumnParallelFanOut(nn.Module):
+    """`FanOut` with some output features of each map on each rank."""
+
+    def __init__(self, plain: FanOut, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        for name, linear in plain.named_children():
+            self.add_module(name, linear)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, L/tp or L, d_in) to one (B, L, width/tp) for each map."""
+        return _ColumnParallel.apply(x, self.tp, *self.parameters())
+
+
+class ColumnParallelLinear(nn.Module):
+    """A linear map with some of its output features on each rank: the output head, by vocabulary."""
+
+    def __init__(self, plain: nn.Linear, tp: TensorParallel):
+        super().__init__()
+        self.weight, self.tp = nn.Parameter(plain.weight), tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L/tp or L, d_in) to (B, L, d_out/tp)."""
+        return _ColumnParallel.apply(x, self.tp, self.weight)[0]
+
+
+class RowParallelLinear(nn.Module):
+    """A linear map with some of its input features on each rank."""
+
+    def __init__(self, plain: nn.Linear, tp: TensorParallel):
+        super().__init__()
+        self.weight, self.tp = nn.Parameter(plain.weight), tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, d_in/tp) to (B, L/tp or L, d_out)."""
+        return _ReducePartialSums.apply(F.linear(x, self.weight), self.tp)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding with the rows of some tokens on each rank; the others contribute zeros to a sum over the ranks."""
+
+    def __init__(self, plain: nn.Embedding, first_token: int, tp: TensorParallel):
+        super().__init__()
+        self.weight, self.first_token, self.tp = nn.Parameter(plain.weight), first_token, tp
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """int64 (B, L) to (B, L/tp or L, D)."""
+        local = tokens_BL - self.first_token
+        elsewhere = (local < 0) | (local >= self.weight.shape[0])
+        x_BLD = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return _ReducePartialSums.apply(x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
+
+
+def build_layer(
+    build: Callable[[], nn.Module], prefix: str, model: ModelConfig, tp: TensorParallel, device: torch.device, seed: int
+) -> nn.Module:
+    """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, initialised.
+
+    Every parameter is drawn at full size from (seed, full name) and then cut, so that all layouts start from the same
+    bits; one at a time is held whole.
+
+    Args:
+        build: makes the plain layer.
+        prefix: what stands before the names of its parameters, ``"blocks.3."``.
+        model: the whole model's shape.
+        tp: the ranks to cut over; one rank leaves the layer plain.
+        device: to hold it.
+        seed: of the run.
+    """
+    with torch.device("meta"):
+        layer = build()
+    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
+    if tp.size > 1:
+        _swap(layer, prefix, model, tp)
+    layer = layer.to_empty(device=device)
+    for name, parameter in layer.named_parameters():
+        full_name = prefix + name
+        part = shard(full_name, shapes[name], model, tp.size, tp.rank)
+        with torch.no_grad():
+            parameter.copy_(part.of(initial_value(full_name, shapes[name], seed, model.init_std)))
+        if tp.size > 1:
+            whole = cut_of(full_name) is Cut.WHOLE
+            # Counted in the norm by every rank that holds a part of its own, and once where ranks hold the same.
+            # DeepSpeed counts on each rank what bears this mark, and the rest on the first rank alone.
+            parameter.model_parallel = not whole and part.counts(tp.rank)  # type: ignore[attr-defined]
+            # Ranks that share key/value heads compute their gradients from different query heads; those that share a
+            # norm weight, from different tokens, if the sequence is cut.
+            parameter.sum_over = 1 if whole and not tp.sequence_parallel else part.copies  # type: ignore[attr-defined]
+    return layer
+
+
+def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel) -> None:
+    """Cut the parameters of a plain layer on the meta device, and put parallel modules in the place of its own."""
+    for name, module in list(layer.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            continue
+        full_name = f"{prefix}{name}.weight"
+        part = shard(full_name, weight.shape, model, tp.size, tp.rank)
+        module.weight = nn.Parameter(part.of(weight.data).clone())
+        cut = cut_of(full_name)
+        if isinstance(module, nn.Embedding):
+            _place(layer, name, VocabParallelEmbedding(module, part.start, tp))
+        elif isinstance(module, nn.Linear) and cut is Cut.ROWS:
+            _place(layer, name, RowParallelLinear(module, tp))
+        elif isinstance(module, nn.Linear) and cut is Cut.VOCABULARY:
+            _place(layer, name, ColumnParallelLinear(module, tp))
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, FanOut):
+            _place(layer, name, ColumnParallelFanOut(module, tp))
+
+
+def _place(layer: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(parent), leaf, module)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], tp: TensorParallel) -> None:
+    """Sum, in place, the gradients that ranks computed apart for parameters that they all hold.
+
+    To be called once a step, when gradients have been accumulated and before they are averaged over the replicas.
+    """
+    together: dict[int, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.sum_over > 1:  # type: ignore[attr-defined]
+            # In bf16 DeepSpeed accumulates into an fp32 gradient of its own.
+            gradient = getattr(parameter, "_hp_grad", None)
+            gradient = parameter.grad if gradient is None else gradient
+            assert gradient is not None, "every parameter of a stage is used"
+            together.setdefault(parameter.sum_over, []).append(gradient)  # type: ignore[attr-defined]
+    for sum_over, gradients in sorted(together.items()):
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=tp.sharing[sum_over])
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
