@@ -120,7 +120,7 @@ def stage_table(rows: Sequence[dict[str, Any]]) -> str:
     table.title = f"{len(rows)} pipeline stage{'s' * (len(rows) > 1)}"
     for row in rows:
         table.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
-    console = Console(width=100)
+    console = Console(width=100, color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -214,9 +214,9 @@ def build_layer(
             parameter.copy_(part.of(initial_value(full_name, shapes[name], seed, model.init_std)))
         if tp.size > 1:
             whole = cut_of(full_name) is Cut.WHOLE
-            # Counted in the norm by every rank that holds a part of its own, and once where ranks hold the same.
-            # DeepSpeed counts on each rank what bears this mark, and the rest on the first rank alone.
-            parameter.model_parallel = not whole and part.counts(tp.rank)  # type: ignore[attr-defined]
+            # Counted in the norm once for each different part: DeepSpeed counts on every rank what bears this mark, and
+            # the rest on the group's first rank, which is the one that counts what all hold.
+            parameter.model_parallel = part.counts(tp.rank)  # type: ignore[attr-defined]
             # Ranks that share key/value heads compute their gradients from different query heads; those that share a
             # norm weight, from different tokens, if the sequence is cut.
             parameter.sum_over = 1 if whole and not tp.sequence_parallel else part.copies  # type: ignore[attr-defined]

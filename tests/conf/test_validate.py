@@ -1,6 +1,6 @@
 import pytest
 
-from conf.validate import Machine, validate
+from conf.validate import Machine, validate, warnings
 from tests.shapes import preset
 
 CPU = Machine(gpus=0)
@@ -22,6 +22,11 @@ def problems(*overrides, machine=CPU):
             ["train.global_batch=15", "2 x 1", "14 or train.global_batch=16"],
         ),
         (["train.seq_len=512"], ["train.seq_len=512", "model.max_seq_len=256"]),
+        (["parallel.tp=3", "model.d_ff=513", "train.seq_len=255"], ["parallel.tp=3", "model.n_heads=4"]),
+        (
+            ["parallel.tp=2", "train.seq_len=255"],
+            ["train.seq_len=255", "parallel.tp=2", "train.seq_len=254 or train.seq_len=256", "sequence_parallel=false"],
+        ),
         (["train.micro_batch=0"], ["train.micro_batch=0", "at least 1"]),
         (["optimizer.lr=0"], ["optimizer.lr=0", "above 0"]),
         (["optimizer.beta2=1.0"], ["optimizer.beta2=1.0", "below 1"]),
@@ -68,6 +73,20 @@ def test_processes_that_do_not_fit_the_layout():
     assert "parallel.dp=2: dp x pp x tp = 2 x 2 x 1 needs 4" in problems(
         "tiny", "parallel.pp=2", "parallel.dp=2", machine=started
     )[0]  # fmt: skip
+
+
+def test_tensor_parallel_ranks_count_and_may_not_span_machines_in_silence():
+    config = preset("tiny", "parallel.pp=2", "parallel.tp=2")
+    layout, found = validate(config, CPU)
+    assert found == [] and (layout.world_size, layout.tp, layout.sequence_parallel) == (4, 2, True)
+    assert warnings(config, layout, Machine(gpus=0, local_processes=4, processes=4)) == []
+    assert "over machines" in warnings(config, layout, Machine(gpus=0, local_processes=3, processes=12))[0]
+    assert "parallel.pp=2 parallel.tp=2: 6 processes" in validate(config, Machine(0, 6, 6))[1][0]
+    assert (
+        validate(preset("tiny", "parallel.tp=2", "parallel.sequence_parallel=false"), CPU)[0].sequence_parallel is False
+    )
+    ignored = preset("tiny", "parallel.sequence_parallel=true")
+    assert "ignored" in warnings(ignored, validate(ignored, CPU)[0], CPU)[0]
 
 
 def test_more_processes_than_gpus():
