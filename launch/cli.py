@@ -1,6 +1,7 @@
 """The `deepnarrow` command: everything besides the cluster's `deepspeed train/pretrain.py`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
+    except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     """Check everything, prepare the data, then start DeepSpeed's launcher and stay with it."""
     from launch.supervise import launch
     from train import pretrain
@@ -56,7 +60,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
     hydra_options, overrides = pretrain.hydra_options(arguments)
     ready = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
-    return launch(arguments, ready.layout.world_size, ready.run_dir)
+    return launch(pretrain.for_hydra(hydra_options, overrides, ready.run_dir), ready.layout.world_size, ready.run_dir)
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -65,7 +69,7 @@ def prepare(options: argparse.Namespace) -> int:
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(options.overrides, machine=Machine(gpus=0)).data
+    data = preflight(options.overrides, machine=Machine(gpus=0), writes=False).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"

@@ -1,8 +1,11 @@
 import json
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
+from conf.compose import compose_overrides
 from launch import cli, supervise
+from train import preflight, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +94,34 @@ def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypat
     assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
     ((arguments, processes, run_dir),) = started
     assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments
+def test_a_run_folder_that_cannot_be_made(overrides, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        text = bad(capsys, "train", *overrides, f"hydra.run.dir={folder}", "parallel.pp=5")
+        assert f"hydra.run.dir={folder}: {tmp_path / 'file'}: not a folder" in text and "parallel.pp=5" in text
+    assert cli.main(["prepare", *overrides, f"hydra.run.dir={tmp_path / 'file'}"]) == 0  # writes no run
+
+
+def test_ranks_are_told_the_run_folder_and_not_how_to_name_it(overrides, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
+    named = f"hydra.run.dir='{tmp_path}/it\\'s a run/${{now:%f}}'"
+    assert cli.main(["train", *overrides, named, "--config-name", "config", "hydra.job.chdir=true"]) == 0
+    ((arguments, _, run_dir),) = started
+    assert "now:" not in str(run_dir) and run_dir.parent == tmp_path / "it's a run"
+    options, told = pretrain.hydra_options(arguments)
+    assert compose_overrides(told).run_dir == run_dir
+    # Hydra's own parser takes no override behind an option, and its chdir would move relative paths.
+    parsed = get_args_parser().parse_args(arguments)
+    assert parsed.overrides == told and told[-1] == "hydra.job.chdir=false" and options.config_name == "config"
+
+
+def test_ctrl_c_while_data_is_prepared_is_no_traceback(overrides, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "prepare", stop)
+    assert cli.main(["train", *overrides]) == cli.main(["prepare", *overrides]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
