@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
     known, unknown = parser.parse_known_args(arguments)
+    # argparse takes the overrides on one side of an option only: describe 67b --json parallel.pp=12.
+    known.overrides += [word for word in unknown if not word.startswith("-")]
+    unknown = [word for word in unknown if word.startswith("-")]
     if unknown and known.verb != "train":
         parser.error(f"unknown option {' '.join(unknown)}")
     if known.verb == "train":
@@ -43,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
-
-
-def train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def train(options: argparse.Namespace) -> int:
     """Check everything, prepare the data, then start DeepSpeed's launcher and stay with it."""
     from launch.supervise import launch
     from train import pretrain
@@ -80,14 +83,15 @@ def prepare(options: argparse.Namespace) -> int:
 def describe(options: argparse.Namespace) -> int:
     """Print what a model costs and how it is cut."""
     from conf.compose import compose_overrides
+    from conf.validate import Machine, validate
     from launch.describe import as_json, as_text
-    from parallel.layout import problems
 
     overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
     composition = compose_overrides(overrides)
     config = composition.config
-    if found := [*composition.problems, *config.model.problems(), *problems(config.parallel, config.model)]:
-        raise BadInput(found)
+    _, problems = validate(config, Machine(gpus=0))
+    if problems := [*composition.problems, *problems]:
+        raise BadInput(problems)
     print(as_json(config) if options.json else as_text(config))
     return 0
 

@@ -43,6 +43,15 @@ def test_describe_for_people_takes_presets_and_overrides(capsys):
         assert part in said
 
 
+def test_describe_takes_overrides_on_both_sides_of_an_option(capsys):
+    assert cli.main(["describe", "67b", "--json", "parallel.pp=4"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["stages"]) == 4
+
+
+def test_describe_judges_every_setting_that_it_prints(capsys):
+    assert "train.seq_len=0" in bad(capsys, "describe", "tiny", "train.seq_len=0")
+
+
 def test_every_verb_has_a_help_text(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
@@ -85,15 +94,6 @@ def test_an_empty_corpus_and_one_shorter_than_a_sequence(overrides, tmp_path, ca
     assert "train.seq_len=32" in text
 
 
-def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypatch, capsys, tmp_path):
-    assert cli.main(["prepare", *overrides]) == 0
-    said = capsys.readouterr().out
-    assert "training and" in said and "tokenizer.json" in said
-    started = []
-    monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
-    assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
-    ((arguments, processes, run_dir),) = started
-    assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments
 def test_a_run_folder_that_cannot_be_made(overrides, tmp_path, capsys):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -125,3 +125,12 @@ def test_ctrl_c_while_data_is_prepared_is_no_traceback(overrides, monkeypatch, c
     assert "stopped" in capsys.readouterr().err
 
 
+def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypatch, capsys, tmp_path):
+    assert cli.main(["prepare", *overrides]) == 0
+    said = capsys.readouterr().out
+    assert "training and" in said and "tokenizer.json" in said
+    started = []
+    monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
+    assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
+    ((arguments, processes, run_dir),) = started
+    assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments
