@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     register()
     if asks_hydra(arguments):
-        _hydra_main(arguments, lambda node: None)
+        if os.environ.get("RANK", "0") == "0":  # one answer, however many were started
+            _hydra_main(arguments, lambda node: None)
         return
 
     _stand_alone_unless_launched()

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -123,6 +124,14 @@ def test_ctrl_c_while_data_is_prepared_is_no_traceback(overrides, monkeypatch, c
     monkeypatch.setattr(preflight, "prepare", stop)
     assert cli.main(["train", *overrides]) == cli.main(["prepare", *overrides]) == 130
     assert "stopped" in capsys.readouterr().err
+
+
+def test_hydras_questions_are_answered_by_one_rank(monkeypatch, capsys):
+    for rank, answers in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", [])
+        pretrain.main(["--local_rank=0", "parallel.pp=3", "--cfg", "job"])
+        assert capsys.readouterr().out.count("pp: 3") == answers
 
 
 def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypatch, capsys, tmp_path):
