@@ -3,6 +3,7 @@
 import copy
 import difflib
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,12 +65,12 @@ def compose_overrides(
             # The schema is closed: Hydra's "+key=value" would add a key that nothing reads.
             if not any(override.startswith("+") for override in overrides):
                 return Composition(_compose(config_name, [*search, *overrides]), [])
-        except (HydraException, OmegaConfBaseException):
+        except _IMPOSSIBLE:
             pass
         sound, problems = _sift(config_name, search, overrides)
         try:
             return Composition(_compose(config_name, [*search, *sound]), problems)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _IMPOSSIBLE as error:
             raise BadInput([*problems, _one_line(error)]) from None
 
 
@@ -93,20 +94,33 @@ def _sift(config_name: str, search: list[str], overrides: Sequence[str]) -> tupl
     for override in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):
         try:
             parsed = OverridesParser.create().parse_override(override)
+            if parsed.is_sweep_override():  # a,b: several runs to Hydra, and one path to its user
+                raise HydraException
         except HydraException:
-            problems.append(f"{override}: not an override; write key=value")
+            problems.append(f"{override}: {_unreadable(override)}")
             continue
         try:
             problem = _judge(parsed, defaults)
             if problem is None:
-                _compose(config_name, [*search, *sound, override])
-        except (HydraException, OmegaConfBaseException) as error:
+                # To the end, so that ${...} in a value is looked up as well.
+                Composition(_compose(config_name, [*search, *sound, override]), [])
+        except _IMPOSSIBLE as error:
             problem = f"{override}: {_one_line(error)}"
         if problem is None:
             sound.append(override)
         else:
             problems.append(problem)
     return sound, problems
+
+
+def _unreadable(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return "not an override; write key=value"
+    # Hydra reads =, commas, brackets, a leading ~ and letters beyond ASCII inside quotes only, and the shell takes one
+    # pair of them away.
+    example = "" if value[:1] in ("[", "{", '"', "'") else ", such as " + shlex.quote(f'{key}="{value}"')
+    return f"Hydra cannot read this value; quotes around its text that the shell leaves in place{example}, would work"
 
 
 def _judge(override: Override, defaults: DictConfig) -> str | None:
@@ -127,6 +141,8 @@ def _judge(override: Override, defaults: DictConfig) -> str | None:
 
 
 _MISSING = object()
+# Hydra raises a bare ValueError for a group set to no name (model=null).
+_IMPOSSIBLE = (HydraException, OmegaConfBaseException, ValueError)
 
 
 def _keys(node: DictConfig) -> list[str]:

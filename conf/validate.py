@@ -1,5 +1,6 @@
 """Settings that cannot work together, each said in one sentence with the key, the value and what would work."""
 
+import math
 from dataclasses import dataclass
 
 from conf.schema import Config
@@ -109,14 +110,18 @@ def _lengths(config: Config) -> list[str]:
             f"train.seq_len={train.seq_len}: sequence parallelism cuts it into parallel.tp={tp} even parts; "
             f"{works} would work, or parallel.sequence_parallel=false"
         )
-    if not train.total_tokens >= 1:
-        problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1")
+    if not 1 <= train.total_tokens < math.inf:
+        problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1 and finite, such as 2e12")
     if train.max_steps is not None and train.max_steps < 1:
         problems.append(f"train.max_steps={train.max_steps}: must be at least 1, or null for the whole run")
     if train.val_every < 0:
         problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
     if config.sample.tokens < 0:
         problems.append(f"sample.tokens={config.sample.tokens}: must be at least 1, or 0 to sample nothing")
+    if not 0 <= config.sample.temperature < math.inf:
+        problems.append(
+            f"sample.temperature={config.sample.temperature}: must be 0 (the likeliest token) or above, and finite"
+        )
     return problems
 
 
@@ -128,8 +133,8 @@ def _recipe(config: Config) -> list[str]:
             problems.append(f"optimizer.{key}={getattr(adam, key)}: must be at least 0 and below 1")
     for key, least in (("lr", "above 0"), ("eps", "above 0"), ("weight_decay", "at least 0")):
         value = getattr(adam, key)
-        if not (value > 0 or (least == "at least 0" and value == 0)):
-            problems.append(f"optimizer.{key}={value}: must be {least}")
+        if not (0 < value < math.inf or (least == "at least 0" and value == 0)):
+            problems.append(f"optimizer.{key}={value}: must be {least} and finite")
     if adam.clip is not None and not adam.clip > 0:
         problems.append(f"optimizer.clip={adam.clip}: must be above 0, or null to clip nothing")
     if schedule.warmup_steps < 0:

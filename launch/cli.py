@@ -1,6 +1,7 @@
 """The `deepnarrow` command: everything besides the cluster's `deepspeed train/pretrain.py`."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
     known, unknown = parser.parse_known_args(arguments)
+    # argparse takes the overrides on one side of an option only: describe 67b --json parallel.pp=12.
+    known.overrides += [word for word in unknown if not word.startswith("-")]
+    unknown = [word for word in unknown if word.startswith("-")]
     if unknown and known.verb != "train":
         parser.error(f"unknown option {' '.join(unknown)}")
     if known.verb == "train":
@@ -42,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def train(options: argparse.Namespace) -> int:
@@ -56,7 +63,7 @@ def train(options: argparse.Namespace) -> int:
         return 0
     hydra_options, overrides = pretrain.hydra_options(arguments)
     ready = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
-    return launch(arguments, ready.layout.world_size, ready.run_dir)
+    return launch(pretrain.for_hydra(hydra_options, overrides, ready.run_dir), ready.layout.world_size, ready.run_dir)
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -65,7 +72,7 @@ def prepare(options: argparse.Namespace) -> int:
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(options.overrides, machine=Machine(gpus=0)).data
+    data = preflight(options.overrides, machine=Machine(gpus=0), writes=False).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"
@@ -76,14 +83,15 @@ def prepare(options: argparse.Namespace) -> int:
 def describe(options: argparse.Namespace) -> int:
     """Print what a model costs and how it is cut."""
     from conf.compose import compose_overrides
+    from conf.validate import Machine, validate
     from launch.describe import as_json, as_text
-    from parallel.layout import problems
 
     overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
     composition = compose_overrides(overrides)
     config = composition.config
-    if found := [*composition.problems, *config.model.problems(), *problems(config.parallel, config.model)]:
-        raise BadInput(found)
+    _, problems = validate(config, Machine(gpus=0))
+    if problems := [*composition.problems, *problems]:
+        raise BadInput(problems)
     print(as_json(config) if options.json else as_text(config))
     return 0
 

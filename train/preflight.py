@@ -42,6 +42,7 @@ def preflight(
     config_dir: str | None = None,
     machine: Machine | None = None,
     progress: bool = True,
+    writes: bool = True,
 ) -> Ready:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
 
@@ -51,6 +52,7 @@ def preflight(
         config_dir: Hydra's ``--config-dir``.
         machine: to judge the layout by; None is the machine this runs on, as the launcher's environment describes it.
         progress: show progress bars.
+        writes: whether the run folder is this process's to write, and so to judge.
 
     Raises:
         BadInput: with every problem found.
@@ -60,6 +62,8 @@ def preflight(
     machine = machine or this_machine()
     layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
+    if writes:
+        problems += _check_run_dir(composition.run_dir)
     if problems or layout is None:
         raise BadInput(problems)
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len, progress=progress)
@@ -75,3 +79,14 @@ def this_machine() -> Machine:
         local_processes=int(local) if local else None,
         processes=int(processes) if processes else None,
     )
+
+
+def _check_run_dir(run_dir: Path) -> list[str]:
+    """Whether the run folder is one or can be made; nothing is."""
+    nearest = run_dir.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return []
+    why = "no permission to write there" if nearest.is_dir() else "not a folder"
+    return [f"hydra.run.dir={run_dir}: {nearest}: {why}; a folder that can be written would work"]

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = _ROOT
 
 import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+from hydra.core.override_parser.types import Quote, QuotedString  # noqa: E402
 
 from conf.errors import BadInput  # noqa: E402
 from conf.schema import register  # noqa: E402
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
     register()
     if asks_hydra(arguments):
-        _hydra_main(arguments, lambda node: None)
+        if os.environ.get("RANK", "0") == "0":  # one answer, however many were started
+            _hydra_main(arguments, lambda node: None)
         return
 
     _stand_alone_unless_launched()
@@ -49,24 +50,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     options, overrides = hydra_options(arguments)
     try:
-        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, progress=True)
+        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0)
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)
         print("\n".join(error.problems), file=sys.stderr)
         raise SystemExit(2) from None
-    if rank == 0:
-        if earlier := set_aside(ready.run_dir):
-            print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
-    else:  # the run folder is rank 0's to write
-        arguments += ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    from train.trainer import train
 
-    def run(node: DictConfig) -> None:
-        from train.trainer import train
-
+    if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
         train(ready)
+        return
+    if earlier := set_aside(ready.run_dir):
+        print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
+    _hydra_main(for_hydra(options, overrides, ready.run_dir), lambda node: train(ready))
 
-    _hydra_main(arguments, run)
+
+def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """The arguments of a run that is to be kept in `run_dir`.
+
+    Hydra would look up ${now:...} in hydra.run.dir again, and find another folder a second later. Nor may it change
+    the working directory: paths in the configuration are relative to where the run was started.
+    """
+    fixed = [f"hydra.run.dir={QuotedString(str(run_dir), Quote.single).with_quotes()}", "hydra.job.chdir=false"]
+    extra = [f"--config-dir={options.config_dir}"] if options.config_dir else []
+    # Options last: Hydra's parser takes the overrides on one side of them only.
+    return [*overrides, *fixed, f"--config-name={options.config_name}", *extra]
 
 
 def asks_hydra(arguments: Sequence[str]) -> bool:

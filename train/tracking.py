@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+INIT_TIMEOUT = 20.0
+"""Seconds that W&B's server has to answer at the start of a run."""
 
 
 class Tracker:
@@ -38,17 +40,15 @@ class Tracker:
 
     def __init__(self, config: Config, run_dir: Path, steps: int, facts: dict[str, Any]):
         self.run_dir = run_dir
-        self.mode = wandb_mode(config.wandb)
         self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._wandb = wandb.init(
+        self._wandb, self.mode = _start(
+            wandb_mode(config.wandb),
             project=config.wandb.project,
             entity=config.wandb.entity,
             tags=config.wandb.tags,
             name=config.name,
             dir=run_dir,
-            mode=self.mode,
             config={**plain(asdict(config)), **facts, "code": code_version()},
-            settings=wandb.Settings(silent=True, console="off"),
         )
         self._steps = steps
         # A bar where someone watches; in a log file, a line now and then.
@@ -98,16 +98,36 @@ class Tracker:
         unfinished.rename(self.run_dir / SUMMARY)
 
 
+def _start(mode: Any, **run: Any) -> tuple[Any, str]:
+    """The W&B run and its mode: offline where there should be an online one and no server or key lets it be."""
+    # By default W&B retries for 90 s, while all ranks wait.
+    os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
+    try:
+        return wandb.init(mode=mode, settings=settings, **run), mode
+    except wandb.Error as error:
+        if mode == "offline":
+            raise
+        log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
+    os.environ["WANDB_MODE"] = "offline"
+    return wandb.init(mode="offline", settings=settings, **run), "offline"
+
+
 def wandb_mode(settings: WandbConfig) -> Any:
     """What `wandb.mode=auto` means here: W&B's own variable, else online where there is a key, else offline."""
     if settings.mode is not WandbMode.auto:
         return settings.mode.value
-    if asked := os.environ.get("WANDB_MODE"):
+    asked = os.environ.get("WANDB_MODE", "")
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's older names
+    if asked in ("online", "offline", "disabled"):
         return asked
     has_key = bool(os.environ.get("WANDB_API_KEY"))
     with suppress(OSError, netrc.NetrcParseError):
-        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        has_key = has_key or netrc.netrc().authenticators(host) is not None
+        keys = netrc.netrc(os.environ.get("NETRC"))
+        # `wandb login` keeps the key under the server's name, which is not the same in all versions of W&B.
+        own = os.environ.get("WANDB_BASE_URL")
+        for url in [own] if own else [wandb.Settings().base_url, "https://api.wandb.ai"]:
+            has_key = has_key or keys.authenticators(urlparse(url).hostname or "") is not None
     return "online" if has_key else "offline"
 
 

@@ -78,6 +78,12 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
         ("optimizer.lr=high", ["optimizer.lr=high", "must be a number"]),
         ("train.precision=fp8", ["train.precision=fp8", "auto, bf16, fp32"]),
         ("nonsense", ["nonsense: not an override", "key=value"]),
+        ("model=null", ["model=null: no such preset", "tiny"]),
+        ("data.path=~/x", ["data.path=~/x: Hydra cannot read this value", """'data.path="~/x"'"""]),
+        ("data.path=a=[b]", ["data.path=a=[b]: Hydra cannot read this value", """'data.path="a=[b]"'"""]),
+        ("data.path=a,b", ["data.path=a,b: Hydra cannot read this value", """'data.path="a,b"'"""]),
+        ("sample.prompts=[é]", ["sample.prompts=[é]: Hydra cannot read this value"]),
+        ("data.path=${nowhere}", ["data.path=${nowhere}:", "not found"]),
     ],
 )
 def test_an_override_that_cannot_be_applied(override, said):

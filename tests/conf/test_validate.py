@@ -35,6 +35,9 @@ def problems(*overrides, machine=CPU):
         (["schedule.step_at=[0.9,0.8]"], ["schedule.step_at=[0.9, 0.8]", "rise"]),
         (["train.max_steps=0"], ["train.max_steps=0", "null"]),
         (["train.total_tokens=0"], ["train.total_tokens=0", "at least 1"]),
+        (["train.total_tokens=inf"], ["train.total_tokens=inf", "finite"]),
+        (["optimizer.lr=inf"], ["optimizer.lr=inf", "finite"]),
+        (["sample.temperature=nan"], ["sample.temperature=nan", "0 (the likeliest token) or above"]),
     ],
 )
 def test_each_impossible_setting_names_key_value_and_what_would_work(overrides, said):

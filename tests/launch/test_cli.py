@@ -1,8 +1,12 @@
 import json
+import sys
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
+from conf.compose import compose_overrides
 from launch import cli, supervise
+from train import preflight, pretrain
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +42,15 @@ def test_describe_for_people_takes_presets_and_overrides(capsys):
     said = capsys.readouterr().out
     for part in ("GQA-8", "embedding, blocks 0-15", "blocks 16-29, head", "KV cache"):
         assert part in said
+
+
+def test_describe_takes_overrides_on_both_sides_of_an_option(capsys):
+    assert cli.main(["describe", "67b", "--json", "parallel.pp=4"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["stages"]) == 4
+
+
+def test_describe_judges_every_setting_that_it_prints(capsys):
+    assert "train.seq_len=0" in bad(capsys, "describe", "tiny", "train.seq_len=0")
 
 
 def test_every_verb_has_a_help_text(capsys):
@@ -80,6 +93,45 @@ def test_an_empty_corpus_and_one_shorter_than_a_sequence(overrides, tmp_path, ca
         (tmp_path / "short" / f"{i}.txt").write_text("a few words")
     text = bad(capsys, "train", *overrides, f"data.path={tmp_path / 'short'}")
     assert "train.seq_len=32" in text
+
+
+def test_a_run_folder_that_cannot_be_made(overrides, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        text = bad(capsys, "train", *overrides, f"hydra.run.dir={folder}", "parallel.pp=5")
+        assert f"hydra.run.dir={folder}: {tmp_path / 'file'}: not a folder" in text and "parallel.pp=5" in text
+    assert cli.main(["prepare", *overrides, f"hydra.run.dir={tmp_path / 'file'}"]) == 0  # writes no run
+
+
+def test_ranks_are_told_the_run_folder_and_not_how_to_name_it(overrides, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
+    named = f"hydra.run.dir='{tmp_path}/it\\'s a run/${{now:%f}}'"
+    assert cli.main(["train", *overrides, named, "--config-name", "config", "hydra.job.chdir=true"]) == 0
+    ((arguments, _, run_dir),) = started
+    assert "now:" not in str(run_dir) and run_dir.parent == tmp_path / "it's a run"
+    options, told = pretrain.hydra_options(arguments)
+    assert compose_overrides(told).run_dir == run_dir
+    # Hydra's own parser takes no override behind an option, and its chdir would move relative paths.
+    parsed = get_args_parser().parse_args(arguments)
+    assert parsed.overrides == told and told[-1] == "hydra.job.chdir=false" and options.config_name == "config"
+
+
+def test_ctrl_c_while_data_is_prepared_is_no_traceback(overrides, monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "prepare", stop)
+    assert cli.main(["train", *overrides]) == cli.main(["prepare", *overrides]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_hydras_questions_are_answered_by_one_rank(monkeypatch, capsys):
+    for rank, answers in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "argv", [])
+        pretrain.main(["--local_rank=0", "parallel.pp=3", "--cfg", "job"])
+        assert capsys.readouterr().out.count("pp: 3") == answers
 
 
 def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypatch, capsys, tmp_path):

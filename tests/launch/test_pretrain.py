@@ -35,8 +35,11 @@ def metrics(folder):
 @pytest.fixture(scope="module")
 def pipelined(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    result = launcher(2, *overrides, "parallel.pp=2", "train.max_steps=6", f"hydra.run.dir={folder}")
+    # A name that changes by the microsecond: there must be one folder all the same.
+    named = f"hydra.run.dir={folder}/${{now:%f}}"
+    result = launcher(2, *overrides, "parallel.pp=2", "train.max_steps=6", named)
     assert result.returncode == 0, result.stderr[-4000:]
+    (folder,) = folder.iterdir()
     return folder, result
 
 

@@ -1,8 +1,13 @@
 import json
+import os
+from urllib.parse import urlparse
+
+import wandb
 
 from conf.settings import WandbConfig, WandbMode
+from tests.shapes import preset
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
-from train.tracking import METRICS, SUMMARY, set_aside, wandb_mode
+from train.tracking import METRICS, SUMMARY, Tracker, set_aside, wandb_mode
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(monkeypatch, tmp_path):
@@ -15,12 +20,39 @@ def test_wandb_is_offline_without_a_key_and_online_with_one(monkeypatch, tmp_pat
     netrc.write_text("machine api.wandb.ai login user password secret\n")
     netrc.chmod(0o600)
     assert wandb_mode(WandbConfig()) == "online"
-    netrc.unlink()
+    # where this version's `wandb login` writes
+    netrc.write_text(f"machine {urlparse(wandb.Settings().base_url).hostname} login user password secret\n")
+    assert wandb_mode(WandbConfig()) == "online"
+    netrc.rename(tmp_path / "elsewhere")
+    assert wandb_mode(WandbConfig()) == "offline"
+    monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
+    assert wandb_mode(WandbConfig()) == "online"
+    monkeypatch.delenv("NETRC")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert wandb_mode(WandbConfig()) == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_mode(WandbConfig()) == "disabled"
     assert wandb_mode(WandbConfig(mode=WandbMode.offline)) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert wandb_mode(WandbConfig()) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    assert wandb_mode(WandbConfig()) == "online"
+
+
+def test_a_run_without_a_server_or_key_is_logged_offline(monkeypatch, tmp_path, caplog):
+    def init(*, mode, settings, **run):
+        asked.append((mode, os.environ["WANDB_MODE"]))
+        assert settings.init_timeout <= 30
+        if mode == "online":
+            raise wandb.errors.CommError("no such host\nand more")
+
+    asked = []
+    monkeypatch.setenv("WANDB_MODE", "no such mode")
+    monkeypatch.setattr(wandb, "init", init)
+    config = preset("tiny", "wandb.mode=online")
+    tracker = Tracker(config, tmp_path, steps=1, facts={})
+    assert tracker.mode == "offline" and asked == [("online", "online"), ("offline", "offline")]
+    assert "no such host" in caplog.text and "and more" not in caplog.text
 
 
 def test_what_an_earlier_run_wrote_is_moved_and_the_rest_stays(tmp_path):

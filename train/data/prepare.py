@@ -89,7 +89,9 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool =
     }
     fingerprint = cache.fingerprint(description)
     folder = Path(data.cache_dir).expanduser() / fingerprint
-    with _writable(data):
+    with _writable(data, "be made"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(data, "be written", _FULL_OR_FORBIDDEN):
         meta = cache.cached(folder, lambda temporary: _build(data, vocab_size, temporary, description, progress))
     prepared = PreparedData(
         folder=folder,
@@ -233,13 +235,16 @@ def _no_documents(data: DataConfig, tally: corpus.Tally) -> str:
     return f"data.{key}={value}: no usable document ({tally.summary()}); UTF-8 text{hint} would work"
 
 
+_FULL_OR_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
-def _writable(data: DataConfig) -> Iterator[None]:
-    """Say which setting is at fault when the cache cannot be written."""
+def _writable(data: DataConfig, fails_to: str, codes: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Say which setting is at fault when the cache cannot be made or written; other codes than these pass, if given."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+        if codes is not None and error.errno not in codes:
             raise
-        raise BadInput([f"data.cache_dir={data.cache_dir}: cannot be written ({error}); a folder with room in it "
+        raise BadInput([f"data.cache_dir={data.cache_dir}: cannot {fails_to} ({error}); a folder with room in it "
                         "would work"]) from error  # fmt: skip

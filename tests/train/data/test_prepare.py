@@ -222,3 +222,10 @@ def test_threads_are_the_users_choice(jsonl, files_config, monkeypatch):
     with build._threads():
         assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_a_cache_that_cannot_be_made(jsonl, files_config, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        (said,) = problems(files_config(jsonl, cache_dir=str(folder)))
+        assert f"data.cache_dir={folder}: cannot be made" in said
