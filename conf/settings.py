@@ -38,7 +38,7 @@ class DataConfig:
     text_field: str = "text"
     """The field of a JSONL line, or the column of a Parquet file or hub dataset, that holds the text."""
     document_separator: str | None = None
-    """Cut plain-text files into documents at this string; null makes each file one document."""
+    """Cut plain-text files into documents at this string, such as "\\n\\n"; null makes each file one document."""
     tokenizer: str | None = None
     """An existing tokenizer.json (or a folder with one); null trains a byte-level BPE on the corpus."""
     tokenizer_vocab_size: int | None = None

@@ -25,15 +25,17 @@ class Machine:
 
 def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]]:
     """The layout of the run, None where there cannot be one, and every problem found."""
-    problems = config.model.problems() + layout.problems(config.parallel, config.model)
-    run_layout: Layout | None = None
-    parallel = config.parallel
+    parallel, run_layout = config.parallel, None
+    cut = layout.problems(parallel, config.model)
+    problems = config.model.problems() + cut
     if parallel.pp >= 1 and parallel.tp >= 1 and (parallel.dp is None or parallel.dp >= 1):
+        found = _devices(config, machine)
         try:
-            run_layout = layout.layout_for(config.parallel, machine.processes or _processes(config, machine))
+            run_layout = layout.layout_for(parallel, machine.processes or _processes(config, machine))
         except ValueError as error:
-            problems.append(str(error))
-        problems += _devices(config, machine)
+            found.append(str(error))
+        if not cut:  # a cut that the model does not allow is not worth counting processes for
+            problems += found
     problems += _batch(config, run_layout) + _lengths(config) + _recipe(config)
     return run_layout, problems
 

@@ -78,7 +78,9 @@ def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> int | None:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        _signal_group(group.pid, number if len(received) == 1 else signal.SIGKILL)
+        # Ctrl-C reaches the group as SIGTERM: Python would answer SIGINT with a traceback from every process.
+        gently = signal.SIGTERM if number == signal.SIGINT else number
+        _signal_group(group.pid, gently if len(received) == 1 else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:

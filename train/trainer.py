@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import time
 from dataclasses import asdict
 from functools import partial
@@ -192,8 +193,9 @@ def closing(summary: dict[str, Any], texts: list[str], run_dir: Path) -> str:
     ]
     logged = summary["wandb"]
     if logged["mode"] == "offline":
-        lines.append(f"W&B (no account) wandb leet {logged['dir']}")
-        lines.append(f"W&B (upload)     wandb sync {logged['dir']}")
+        folder = shlex.quote(logged["dir"])
+        lines.append(f"W&B (no account) wandb leet {folder}")
+        lines.append(f"W&B (upload)     wandb sync {folder}")
     elif "url" in logged:
         lines.append(f"W&B              {logged['url']}")
     return "\n".join(lines)

@@ -207,7 +207,9 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
     if data.source is Source.hub:
         yield from _hub_documents(data, tally)
         return
+    # A command line carries a newline as two characters, and Hydra leaves them so.
     separator = data.document_separator if data.source is Source.files else None
+    separator = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
 
     # datasets' own JSON and text readers end at the first bad line, hence a generator. The tally is reached through
     # the closure and not gen_kwargs, which are hashed and may be copied.
@@ -233,8 +235,8 @@ def _hub_documents(data: DataConfig, tally: Tally) -> Iterator[str]:
     except Exception as error:  # the library raises a dozen kinds for a wrong name, subset, split, or no network
         raise BadInput(
             [f"data.name={data.name}: cannot be opened ({type(error).__name__}: {error}); the name, data.subset="
-             f"{data.subset}, data.split={data.split} and data.revision={data.revision} of an existing dataset, and "
-             "network to reach it, would work"]
+             f"{data.subset or 'null'}, data.split={data.split} and data.revision={data.revision or 'null'} of an "
+             "existing dataset, and network to reach it, would work"]
         ) from error  # fmt: skip
     if first is not None and data.text_field not in first:
         raise BadInput(

@@ -161,9 +161,3 @@ def test_files_are_on_disk_before_the_rename(jsonl, files_config, monkeypatch):
     prepared = ready(files_config(jsonl))
     assert {"train.bin", "val.bin", "tokenizer.json", "meta.json"} < set(renamed[0]) and synced[-1] == "cache"
     assert prepared.folder.is_dir()
-
-
-def test_a_cache_that_cannot_be_written(jsonl, files_config, tmp_path):
-    (tmp_path / "file").touch()
-    (said,) = problems(files_config(jsonl, cache_dir=str(tmp_path / "file" / "cache")))
-    assert said.startswith(f"data.cache_dir={tmp_path}/file/cache: cannot be written")

@@ -304,3 +304,10 @@ def test_fingerprint_inputs_of_the_hub_and_the_library():
     library = fingerprint_inputs(DataConfig())
     assert library["python"].split()[1] == ".".join(map(str, os.sys.version_info[:3]))
     assert library == fingerprint_inputs(DataConfig(text_field="t", document_separator="x"))
+
+
+def test_a_separator_may_be_written_as_on_a_command_line(tmp_path, files_config):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\tthree")
+    assert read(files_config(path, document_separator="\\n\\n"))[0] == ["one", "two\tthree"]
+    assert read(files_config(path, document_separator="\\t"))[0] == ["one\n\ntwo", "three"]
