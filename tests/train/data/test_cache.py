@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conf.settings import DataConfig
-from tests.train.data.helpers import VOCAB, problems, ready, texts_of
+from tests.train.data.helpers import VOCAB, ready, texts_of
 from train.data import build, cache
 
 ROOT = Path(__file__).parents[3]
