@@ -137,14 +137,22 @@ def train(case):
         digests.append({name: digest(p) for name, p in parameters.items()})
     evaluated = engine.eval_batch(micro_batches(case, batches(99, case.vocab_size)), num_micro_batches=accumulation)
     tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
+    weights = {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()}
+    logits = next_token_logits(engine, model, tokens, torch.tensor([5, 13, 1]))
+    for group in engine.optimizer.param_groups:  # as the trainer sets the rate of each step
+        group["lr"] = 0.0
+    engine.train_batch(micro_batches(case, batches(0, case.vocab_size)))
     return {
         "case": asdict(case),
         "curve": torch.tensor(curve),
         "start": start,
         "digests": digests,
-        "weights": {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()},
+        "weights": weights,
         "eval": float(evaluated),
-        "logits": next_token_logits(engine, model, tokens, torch.tensor([5, 13, 1])),
+        "logits": logits,
+        "moved_at_rate_0": [
+            n for n, p in parameters.items() if not torch.equal(safe_get_full_fp32_param(p), weights[n])
+        ],
     }
 
 

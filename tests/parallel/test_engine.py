@@ -128,6 +128,12 @@ def test_evaluation_and_sampling_see_the_trained_model(run):
         assert torch.equal(report["logits"], reports[0]["logits"])
 
 
+@every_run
+def test_the_rate_that_the_trainer_sets_is_the_one_that_is_used(run):
+    _, reports = run
+    assert all(report["moved_at_rate_0"] == [] for report in reports)
+
+
 def test_bf16_differs_over_pipelines_and_replicas_by_less_than_a_rounding(launches):
     """Gradients are accumulated and reduced in fp32: in bf16 the first norms would differ by 1e-5 already."""
     runs = [rank_0 for rank_0 in launches(4)[0]["runs"] if rank_0["case"]["bf16"] and rank_0["case"]["tp"] == 1]
