@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 
+from launch import supervise
 from tests.ranks import ROOT
 
 
@@ -72,6 +73,22 @@ def test_however_a_run_ends_nothing_is_left_and_the_exit_code_is_true(ending, ov
     assert command.wait(timeout=60) == code if code is not None else command.wait(timeout=60) not in (0, None)
     assert_all_gone(processes)
     assert not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("stubborn", ["", "trap '' TERM; "], ids=["", "deaf to SIGTERM"])
+def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
+    """Where ranks cannot watch the command by themselves, this alone ends them."""
+    monkeypatch.setattr(supervise, "GRACE", 3.0)
+    launcher = subprocess.Popen(
+        ["sh", "-c", f"{stubborn}(while true; do sleep 0.1; done) & echo $!"],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+    )
+    left = psutil.Process(int(launcher.stdout.readline()))
+    launcher.wait()
+    assert left.is_running()
+    supervise._end_group(launcher.pid)
+    assert_all_gone([left])
 
 
 @pytest.mark.launch
