@@ -80,18 +80,18 @@ def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Pa
 
 def asks_hydra(arguments: Sequence[str]) -> bool:
     """Whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
-    questions = (
-        "-h",
+    questions = {
         "--help",
         "--hydra-help",
         "--version",
-        "-c",
         "--cfg",
-        "-i",
         "--info",
-        "-sc",
         "--shell-completion",
-    )
+        "-h",
+        "-c",
+        "-i",
+        "-sc",
+    }
     return any(argument.partition("=")[0] in questions for argument in arguments)
 
 
