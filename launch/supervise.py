@@ -6,7 +6,6 @@ a rank was killed.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from types import FrameType
 
 import torch
 
-from train.pretrain import SUPERVISOR
+from train.pretrain import SUPERVISOR, free_port
 from train.tracking import SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,12 +36,9 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
         An exit code for the shell: 0 for a complete run; 128 + N where signal N ended it; else that of the rank that
         failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         *[sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"],
-        *["--num_gpus", str(num_processes), "--master_port", str(port)],
+        *["--num_gpus", str(num_processes), "--master_port", str(free_port())],
         # This machine only: a hostfile that lies around is for those who call the launcher themselves.
         *["--hostfile", os.devnull],
         *[str(ROOT / "train" / "pretrain.py"), *arguments],

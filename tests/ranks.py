@@ -1,7 +1,6 @@
 """Real processes for distributed tests: start them once, run many checks in them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,13 +10,9 @@ from typing import Any
 
 import torch
 
+from train.pretrain import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run_ranks(module: str, num_processes: int, folder: Path, timeout: float = 300) -> list[Any]:

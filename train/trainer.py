@@ -22,7 +22,7 @@ from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
 from train.metrics import peak_flops, peak_memory_by_stage
 from train.optimizer import adamw
-from train.preflight import Ready
+from train.preflight import Ready, this_machine
 from train.sample import sample_text
 from train.schedule import length_of, rate_share
 from train.tracking import Tracker
@@ -165,7 +165,7 @@ def validation_loss(
 
 def use_cpus_fairly(device: torch.device) -> None:
     """On the CPU, share the cores among the processes of this host, unless OMP_NUM_THREADS says otherwise."""
-    local = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local = this_machine().local_processes or 1
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 

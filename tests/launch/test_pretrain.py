@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch.wandb_file import history_and_config
-from tests.ranks import ROOT, free_port
+from tests.ranks import ROOT
+from train.pretrain import free_port
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
