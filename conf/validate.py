@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config
+from model.config import either, nearest_multiples
 from parallel import layout
 from parallel.layout import Layout
 
@@ -87,8 +88,7 @@ def _batch(config: Config, run_layout: Layout | None) -> list[str]:
         return problems
     unit = train.micro_batch * run_layout.dp
     if train.global_batch % unit:
-        below, above = train.global_batch // unit * unit, -(-train.global_batch // unit) * unit
-        works = " or ".join(f"train.global_batch={batch}" for batch in (below, above) if batch)
+        works = either("train.global_batch", nearest_multiples(train.global_batch, unit))
         problems.append(
             f"train.global_batch={train.global_batch}: not divisible by train.micro_batch x dp = "
             f"{train.micro_batch} x {run_layout.dp} = {unit}; {works} would be"
@@ -106,8 +106,7 @@ def _lengths(config: Config) -> list[str]:
         )
     tp = config.parallel.tp
     if tp > 1 and config.parallel.sequence_parallel is not False and train.seq_len % tp:
-        below, above = train.seq_len // tp * tp, -(-train.seq_len // tp) * tp
-        works = " or ".join(f"train.seq_len={length}" for length in (below, above) if length)
+        works = either("train.seq_len", nearest_multiples(train.seq_len, tp))
         problems.append(
             f"train.seq_len={train.seq_len}: sequence parallelism cuts it into parallel.tp={tp} even parts; "
             f"{works} would work, or parallel.sequence_parallel=false"

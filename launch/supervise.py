@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-import torch
-
+from parallel.engine import name_accelerator
 from train.pretrain import SUPERVISOR, free_port
 from train.tracking import SUMMARY
 
@@ -45,8 +44,7 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
     ]
     completed_before = _completion(run_dir)
     environment = {**os.environ, SUPERVISOR: str(os.getpid())}
-    if not torch.accelerator.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no better one
+    name_accelerator(environment)
     group = subprocess.Popen(command, env=environment, start_new_session=True)
     received = _wait_passing_signals_on(group)
     _end_group(group.pid)

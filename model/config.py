@@ -3,6 +3,7 @@
 Nothing here needs PyTorch, so that a configuration can be judged before anything heavy is imported.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -166,6 +167,16 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
     below = [d for d in divisors if d < wanted]
     above = [d for d in divisors if d > wanted]
     return below[-1:] + above[:1]
+
+
+def nearest_multiples(number: int, unit: int) -> list[int]:
+    """The positive multiples of `unit` just below and just above `number`, which is none itself."""
+    return [multiple for multiple in (number // unit * unit, -(-number // unit) * unit) if multiple]
+
+
+def nearest(candidates: Iterable[int], wanted: int) -> list[int]:
+    """The two candidates nearest to `wanted`, ascending."""
+    return sorted(sorted(candidates, key=lambda candidate: abs(candidate - wanted))[:2])
 
 
 def either(key: str, values: list[int]) -> str:

@@ -9,9 +9,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from model.transformer import layer_builders
 from parallel.layout import Layout, Recompute
 from parallel.loss import vocab_parallel_cross_entropy
 from parallel.recompute import recomputing
-from parallel.sharding import shard
+from parallel.sharding import kv_copies, vocabulary_shard
 from parallel.stages import Stage
 from parallel.tensor import TensorParallel, build_layer, sum_gradients
 
@@ -56,7 +56,7 @@ class EngineSettings:
     recompute: Recompute = Recompute.none
 
 
-def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def start_process_group() -> torch.device:
     """Join the processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR ... in the environment).
 
     Returns:
@@ -64,8 +64,7 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.dev
     """
     # Said once per collective and process; the names that replace them are not in every torch that is supported.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unasked, DeepSpeed warns that it found no better one
+    name_accelerator(os.environ)
     with quiet():
         import deepspeed
         from deepspeed.accelerator import get_accelerator
@@ -75,8 +74,14 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.dev
         on_gpu = get_accelerator().device_name() == "cuda"
         if on_gpu:
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout)
-        return torch.device(get_accelerator().current_device_name())
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+        return _device()
+
+
+def name_accelerator(environment: MutableMapping[str, str]) -> None:
+    """Say in an environment that DeepSpeed is to run on the CPU, where there is nothing else: unasked, it warns."""
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def build_engine(
@@ -151,30 +156,26 @@ def _stage_module(
                 self.forward_funcs.append(recomputing(layer, settings.recompute) if is_block else layer)
             for parameter in self.parameters():
                 parameter.ds_pipe_replicated = False
-            self.loss_fn = self._loss
-
-        def _loss(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-            if layout.tp == 1:
-                return cross_entropy(logits_BLV, labels_BL)
-            own = shard("head.proj.weight", torch.Size((model.vocab_size, 1)), model, self.tp.size, self.tp.rank)
-            return vocab_parallel_cross_entropy(logits_BLV, labels_BL, own.start, self.tp)
+            self.loss_fn = cross_entropy
+            if layout.tp > 1:
+                first_token = vocabulary_shard(model, self.tp.size, self.tp.rank).start
+                self.loss_fn = partial(vocab_parallel_cross_entropy, first_token=first_token, tp=self.tp)
 
     # DeepSpeed only counts the list; each rank builds its own layers above, on its device, and no others.
     topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
-    return StageModule(layers=[*layer_builders(model)], topology=topology, loss_fn=cross_entropy)
+    return StageModule(layers=[*layer_builders(model)], topology=topology)
 
 
 def _tensor_parallel(model: ModelConfig, layout: Layout, group: Any) -> TensorParallel:
     """This rank's part in tensor parallelism, with the groups of ranks that share key/value heads."""
     rank = dist.get_rank()
     sharing = {layout.tp: group}
-    if model.n_kv_heads < layout.tp:
-        copies = layout.tp // model.n_kv_heads
-        if copies < layout.tp:
-            for first in range(0, layout.world_size, copies):  # every rank makes every group, in one order
-                neighbours = dist.new_group(list(range(first, first + copies)))
-                if first <= rank < first + copies:
-                    sharing[copies] = neighbours
+    copies = kv_copies(model, layout.tp)
+    if 1 < copies < layout.tp:
+        for first in range(0, layout.world_size, copies):  # every rank makes every group, in one order
+            neighbours = dist.new_group(list(range(first, first + copies)))
+            if first <= rank < first + copies:
+                sharing[copies] = neighbours
     return TensorParallel(group, layout.tp_rank(rank), layout.tp, layout.sequence_parallel, sharing)
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model.config import ModelConfig
+from parallel.sharding import vocabulary_shard
 from parallel.tensor import TensorParallel
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def next_token_logits(
     for layer in engine.module.forward_funcs:
         x = layer(x)
     if engine.is_last_stage():
-        logits_BV = _all_columns(x[torch.arange(B, device=x.device), lengths_B - 1].float(), model.vocab_size, tp)
+        logits_BV = _all_columns(x[torch.arange(B, device=x.device), lengths_B - 1].float(), model, tp)
     else:
         p2p.send(x.contiguous(), engine.stage_id + 1)
         logits_BV = torch.empty(B, model.vocab_size, device=tokens_BL.device)
@@ -56,12 +57,13 @@ def next_token_logits(
     return logits_BV
 
 
-def _all_columns(logits_BV: torch.Tensor, vocab_size: int, tp: TensorParallel) -> torch.Tensor:
+def _all_columns(logits_BV: torch.Tensor, model: ModelConfig, tp: TensorParallel) -> torch.Tensor:
     """(B, V/tp) of each tensor-parallel rank to (B, V) on all."""
     if tp.size == 1:
         return logits_BV.contiguous()
-    columns = -(-vocab_size // tp.size)  # the last rank may have fewer
-    own = F.pad(logits_BV, (0, columns - logits_BV.shape[1])).contiguous()
+    shards = [vocabulary_shard(model, tp.size, rank) for rank in range(tp.size)]
+    widths = [shard.stop - shard.start for shard in shards]
+    own = F.pad(logits_BV, (0, max(widths) - logits_BV.shape[1])).contiguous()  # parts that travel are of one size
     parts = [torch.empty_like(own) for _ in range(tp.size)]
     dist.all_gather(parts, own, group=tp.group)
-    return torch.cat(parts, dim=1)[:, :vocab_size].contiguous()
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)

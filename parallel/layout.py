@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from model.config import ModelConfig, either
+from model.config import ModelConfig, either, nearest, nearest_multiples
 from parallel import sharding
 
 
@@ -107,11 +107,9 @@ def layout_for(parallel: ParallelConfig, num_processes: int) -> Layout:
     if dp is None:
         pipeline = pp * tp
         if num_processes % pipeline:
-            counts = [n for n in (num_processes // pipeline * pipeline, -(-num_processes // pipeline) * pipeline) if n]
-            works = " or ".join(str(n) for n in counts)
+            works = " or ".join(str(count) for count in nearest_multiples(num_processes, pipeline))
             fitting = [p for p in range(1, num_processes + 1) if num_processes % (p * tp) == 0]
-            nearest = sorted(sorted(fitting, key=lambda p: abs(p - pp))[:2])
-            or_stages = f", or {either('parallel.pp', nearest)}," if nearest else ""
+            or_stages = f", or {either('parallel.pp', nearest(fitting, pp))}," if fitting else ""
             raise ValueError(
                 f"{name}: {num_processes} processes cannot be laid out as pipelines of {pipeline}; "
                 f"{works} processes{or_stages} would work"

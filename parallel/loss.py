@@ -8,12 +8,12 @@ import torch.distributed as dist
 from model.loss import IGNORED
 from parallel.tensor import TensorParallel
 
+_ROWS = 256  # of logits that are fp32 at a time
+
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """The logits are never gathered, and no second copy of them is held: fp32 exists for a few rows at a time, and the
     gradient overwrites the logits."""
-
-    ROWS = 256
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, tp: TensorParallel) -> torch.Tensor:
@@ -22,10 +22,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         local = labels - first
         here = (local >= 0) & (local < logits.shape[1])
         local = local.masked_fill(~here, 0)
-        for part in _chunks(rows, _VocabParallelCrossEntropy.ROWS):
+        for part in _chunks(rows):
             largest[part] = logits[part].amax(-1).float()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp.group)
-        for part in _chunks(rows, _VocabParallelCrossEntropy.ROWS):
+        for part in _chunks(rows):
             shifted = logits[part].float() - largest[part, None]
             target[part] = shifted.gather(-1, local[part, None]).squeeze(-1) * here[part]
             total[part] = shifted.exp_().sum(-1)
@@ -42,15 +42,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         rows = logits.shape[0]
         scale = grads[0].float() / rows * (labels != IGNORED)
         with torch.no_grad():
-            for part in _chunks(rows, _VocabParallelCrossEntropy.ROWS):
+            for part in _chunks(rows):
                 grad = logits[part].float().sub_(largest[part, None]).exp_().div_(total[part, None])
                 grad.scatter_add_(-1, local[part, None], -here[part, None].float())
                 logits[part] = grad.mul_(scale[part, None]).to(logits.dtype)
         return logits, None, None, None
 
 
-def _chunks(rows: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(rows: int) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, rows, _ROWS)]
 
 
 def vocab_parallel_cross_entropy(

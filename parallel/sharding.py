@@ -10,7 +10,7 @@ from enum import Enum
 
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, either, nearest
 
 
 class Cut(Enum):
@@ -86,15 +86,24 @@ def shard(name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: in
     if cut is Cut.WHOLE:
         return Shard(0, 0, shape[0], tp)
     if cut is Cut.VOCABULARY:
-        rows = -(-shape[0] // tp)
-        return Shard(0, min(tp_rank * rows, shape[0]), min((tp_rank + 1) * rows, shape[0]), 1)
-    if cut is Cut.KV_HEADS and tp > model.n_kv_heads:
-        copies = tp // model.n_kv_heads
+        return vocabulary_shard(model, tp, tp_rank)
+    if cut is Cut.KV_HEADS and (copies := kv_copies(model, tp)) > 1:
         head = tp_rank // copies
         return Shard(0, head * model.d_head, (head + 1) * model.d_head, copies)
     dim = 1 if cut is Cut.ROWS else 0
     size = shape[dim] // tp
     return Shard(dim, tp_rank * size, (tp_rank + 1) * size, 1)
+
+
+def vocabulary_shard(model: ModelConfig, tp: int, tp_rank: int) -> Shard:
+    """The tokens whose embedding, head row and logit a rank holds."""
+    rows = -(-model.vocab_size // tp)
+    return Shard(0, min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size), 1)
+
+
+def kv_copies(model: ModelConfig, tp: int) -> int:
+    """How many neighbouring ranks hold the same key/value head: 1 unless there are fewer heads than ranks."""
+    return max(1, tp // model.n_kv_heads)
 
 
 def assemble(name: str, parts: list[torch.Tensor], shape: torch.Size, model: ModelConfig) -> torch.Tensor:
@@ -110,8 +119,7 @@ def problems(model: ModelConfig, tp: int) -> list[str]:
     if tp < 1:
         return [f"parallel.tp={tp}: must be at least 1"]
     works = [n for n in range(1, tp + 64) if not _obstacles(model, n)]
-    nearest = sorted(sorted(works, key=lambda n: abs(n - tp))[:2])
-    hint = " or ".join(f"parallel.tp={n}" for n in nearest)
+    hint = either("parallel.tp", nearest(works, tp))
     return [f"parallel.tp={tp}: {obstacle}; {hint} would work" for obstacle in _obstacles(model, tp)]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +47,7 @@ def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
         raise ValueError(f"{n} layers cannot be cut into {num_stages} stages; 1 to {n} stages work")
     # In whole units: sums are exact, so that every process and machine takes the same one of several even cuts.
     unit = max(costs) / 10**6 or 1.0
-    before = np.array([0, *accumulate(round(cost / unit) for cost in costs)], dtype=object)
+    before = [0, *accumulate(round(cost / unit) for cost in costs)]
 
     def best_cut(limit: int | None) -> tuple[int, list[int]] | None:
         """Least sum of squares with no stage above `limit`; with no limit, the least possible largest stage."""
@@ -64,7 +63,8 @@ def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
                     if rest is None or (limit is not None and cost > limit):
                         continue
                     total = max(cost, rest) if limit is None else cost * cost + rest
-                    if new[start] is None or total < new[start]:  # the first, shortest stage wins a tie
+                    least = new[start]
+                    if least is None or total < least:  # the first, shortest stage wins a tie
                         new[start], chosen[start] = total, stop
             value = new
             choice.append(chosen)

@@ -41,7 +41,6 @@ def preflight(
     config_name: str = "config",
     config_dir: str | None = None,
     machine: Machine | None = None,
-    progress: bool = True,
     writes: bool = True,
 ) -> Ready:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
@@ -51,7 +50,6 @@ def preflight(
         config_name: Hydra's ``--config-name``.
         config_dir: Hydra's ``--config-dir``.
         machine: to judge the layout by; None is the machine this runs on, as the launcher's environment describes it.
-        progress: show progress bars.
         writes: whether the run folder is this process's to write, and so to judge.
 
     Raises:
@@ -66,7 +64,7 @@ def preflight(
         problems += _check_run_dir(composition.run_dir)
     if problems or layout is None:
         raise BadInput(problems)
-    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, progress=progress)
+    data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
     return Ready(config, layout, data, composition.run_dir, warnings(config, layout, machine))
 
 

@@ -80,19 +80,9 @@ def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Pa
 
 def asks_hydra(arguments: Sequence[str]) -> bool:
     """Whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
-    questions = {
-        "--help",
-        "--hydra-help",
-        "--version",
-        "--cfg",
-        "--info",
-        "--shell-completion",
-        "-h",
-        "-c",
-        "-i",
-        "-sc",
-    }
-    return any(argument.partition("=")[0] in questions for argument in arguments)
+    long = {"--help", "--hydra-help", "--version", "--cfg", "--info", "--shell-completion"}
+    short = {"-h", "-c", "-i", "-sc"}
+    return any(argument.partition("=")[0] in long | short for argument in arguments)
 
 
 def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
