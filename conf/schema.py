@@ -2,13 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from conf.settings import DataConfig, OptimizerConfig, SampleConfig, ScheduleConfig, TrainConfig, WandbConfig
+from conf.settings import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WandbConfig,
+)
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
 
@@ -21,16 +31,21 @@ class Config:
     """Set by the model preset; names the run."""
     name: str = "custom"
     """Names the run folder (runs/NAME) and the W&B run."""
+    resume: str = "auto"
+    """auto goes on from the newest sound checkpoint of the run folder, never starts again; a checkpoint or run folder
+    elsewhere is where the run begins, and once it has saved, the same command goes on from its own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
+_IDENTITY = ("model", "data", "optimizer", "schedule", "train")
 # What a run may change without becoming another run: where things lie, how long a trial is, what is looked at.
 _NOT_IDENTITY = {
     "model": {"attention"},
@@ -39,19 +54,36 @@ _NOT_IDENTITY = {
 }
 
 
-def run_name(root: DictConfig) -> str:
-    """``67b-files-f6aa340``: preset, corpus, and a fingerprint of what shapes the loss curve.
+def plain(value: Any) -> Any:
+    """Nested settings, such as `dataclasses.asdict` makes, with enums as their names: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value.name if isinstance(value, Enum) else value
 
-    That is model, data, optimizer, schedule, seed, batch and length; the layout is no part of it.
+
+def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes the loss curve, by dotted key: model, data, optimizer, schedule, seed, batch and length.
+
+    Args:
+        sections: of a configuration, as plain dictionaries with enums by name. The layout is no part of it.
     """
-    identity: dict[str, Any] = {}
-    for section in ("model", "data", "optimizer", "schedule", "train"):
-        values = OmegaConf.to_container(root[section], resolve=True, enum_to_str=True)
-        assert isinstance(values, dict)
-        left_out = _NOT_IDENTITY.get(section, set())
-        identity[section] = {str(key): value for key, value in values.items() if key not in left_out}
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:7]
-    return f"{root.preset}-{identity['data']['source']}-{fingerprint}"
+    return {
+        f"{section}.{key}": value
+        for section in _IDENTITY
+        for key, value in sections[section].items()
+        if key not in _NOT_IDENTITY.get(section, set())
+    }
+
+
+def run_name(root: DictConfig) -> str:
+    """``67b-files-f6aa340``: preset, corpus, and a fingerprint of what shapes the loss curve."""
+    sections: dict[str, Any] = {
+        section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _IDENTITY
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity(sections), sort_keys=True).encode()).hexdigest()[:7]
+    return f"{root.preset}-{sections['data']['source']}-{fingerprint}"
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""The settings of `train/`: data, optimizer, schedule, length, tracking.
+"""The settings of `train/`: data, optimizer, schedule, length, checkpoints, tracking.
 
 `model/config.py` and `parallel/layout.py` own theirs; `conf/schema.py` composes them all.
 """
@@ -129,6 +129,22 @@ class TrainConfig:
     """Steps between validations; there is always one at the end. 0: only at the end."""
     val_sequences: int = 2048
     """At most so many held-out sequences, always the same."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved, and what is kept. It is also saved when training ends or is told to stop."""
+
+    enabled: bool = True
+    """false saves nothing, for trials; what is there is still resumed from."""
+    every_minutes: float | None = 5.0
+    """Minutes from one save to the next; null does not go by time."""
+    every_steps: int | None = None
+    """Steps from one save to the next; null does not go by steps."""
+    keep_last: int = 3
+    """The newest so many are kept."""
+    keep_every: int | None = None
+    """Those of steps that this divides are kept for good; null keeps none beyond the newest."""
 
 
 @dataclass

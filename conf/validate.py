@@ -37,7 +37,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
             found.append(str(error))
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
-    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config)
+    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
     return run_layout, problems
 
 
@@ -150,4 +150,22 @@ def _recipe(config: Config) -> list[str]:
     for key in ("final", "decay_share"):
         if not 0 <= getattr(schedule, key) <= 1:
             problems.append(f"schedule.{key}={getattr(schedule, key)}: must be between 0 and 1")
+    return problems
+
+
+def _checkpoint(config: Config) -> list[str]:
+    settings = config.checkpoint
+    problems = []
+    if settings.every_minutes is not None and not 0 < settings.every_minutes < math.inf:
+        problems.append(
+            f"checkpoint.every_minutes={settings.every_minutes}: must be above 0, or null not to save by time"
+        )
+    for key, instead in (
+        ("every_steps", ", or null not to save by steps"),
+        ("keep_every", ", or null"),
+        ("keep_last", ""),
+    ):
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            problems.append(f"checkpoint.{key}={value}: must be at least 1{instead}")
     return problems

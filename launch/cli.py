@@ -63,6 +63,9 @@ def train(options: argparse.Namespace) -> int:
         return 0
     hydra_options, overrides = pretrain.hydra_options(arguments)
     ready = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
+    if ready.complete:
+        print(ready.complete, file=sys.stderr)
+        return 0
     return launch(pretrain.for_hydra(hydra_options, overrides, ready.run_dir), ready.layout.world_size, ready.run_dir)
 
 

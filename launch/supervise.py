@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from parallel.engine import name_accelerator
 from train.pretrain import SUPERVISOR, free_port
 from train.tracking import SUMMARY
 
-ROOT = Path(__file__).resolve().parent.parent
-GRACE = 30.0
-"""Seconds that a stopped run has to end by itself before it is killed."""
+PRETRAIN = Path(__file__).resolve().parent.parent / "train" / "pretrain.py"
+GRACE = 10.0
+"""Seconds that what the launcher left running has to end by itself before it is killed."""
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -29,31 +32,32 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
     Args:
         arguments: of the script: Hydra overrides.
         num_processes: ranks to start.
-        run_dir: of the run; its summary.json, written last, tells whether the run is complete.
+        run_dir: of the run; its summary.json, written last, tells that the run ended as it should.
 
     Returns:
-        An exit code for the shell: 0 for a complete run; 128 + N where signal N ended it; else that of the rank that
-        failed.
+        An exit code for the shell: 0 for a run that is complete, or was told to stop and is saved; 128 + N where signal
+        N ended it at once; else that of the rank that failed.
     """
     command = [
         *[sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"],
         *["--num_gpus", str(num_processes), "--master_port", str(free_port())],
         # This machine only: a hostfile that lies around is for those who call the launcher themselves.
         *["--hostfile", os.devnull],
-        *[str(ROOT / "train" / "pretrain.py"), *arguments],
+        *[str(PRETRAIN), *arguments],
     ]
     completed_before = _completion(run_dir)
     environment = {**os.environ, SUPERVISOR: str(os.getpid())}
     name_accelerator(environment)
     group = subprocess.Popen(command, env=environment, start_new_session=True)
-    received = _wait_passing_signals_on(group)
+    ended_by = _wait_passing_signals_on(group)
+    completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
     _end_group(group.pid)
 
     code = group.returncode
-    if received is not None:
-        return 128 + received
-    if code == 0 and _completion(run_dir) == completed_before:
-        print("the launcher ended without an error, but the run is not complete", file=sys.stderr)
+    if ended_by is not None:
+        return 128 + ended_by
+    if code == 0 and completed in (None, completed_before):
+        print("the launcher ended without an error, but the run did not end as it should", file=sys.stderr)
         return 1
     # The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
     return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
@@ -67,35 +71,54 @@ def _completion(run_dir: Path) -> int | None:
 
 
 def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> int | None:
-    """Wait for the launcher; the first signal received meanwhile, if any. A second one kills what is left."""
+    """Wait for the launcher; the signal that ended the run at once, if one did.
+
+    The first signal reaches the ranks alone, and they save and end: told as well, the launcher would kill them after
+    30 s each. Where there are none yet, and for a second signal, everything is ended.
+    """
     received: list[int] = []
+    fatal: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        # Ctrl-C reaches the group as SIGTERM: Python would answer SIGINT with a traceback from every process.
-        gently = signal.SIGTERM if number == signal.SIGINT else number
-        _signal_group(group.pid, gently if len(received) == 1 else signal.SIGKILL)
+        ranks = _ranks(group.pid) if len(received) == 1 and number != signal.SIGQUIT else []
+        for rank in ranks:
+            with suppress(psutil.Error):
+                # Python would answer SIGINT with a traceback where it is not awaited yet.
+                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        if ranks:
+            with suppress(OSError):  # the terminal may be what is gone
+                print("stopping after this step; a second signal stops at once", file=sys.stderr)
+        else:
+            fatal.append(number)
+            _signal_group(group.pid, signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        deadline = None
         while group.poll() is None:
-            if received and deadline is None:
-                deadline = time.monotonic() + GRACE
-            if deadline is not None and time.monotonic() > deadline:
-                _signal_group(group.pid, signal.SIGKILL)
             time.sleep(0.1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return received[0] if received else None
+    return fatal[0] if fatal else None
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The processes below the launcher that run the script, which its own processes only name among their arguments."""
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):
+                if str(PRETRAIN) in process.cmdline()[1:3]:
+                    found.append(process)
+    return found
 
 
 def _end_group(group: int) -> None:
     """Stop what the launcher left running."""
     if not _signal_group(group, signal.SIGTERM):
         return
-    deadline = time.monotonic() + GRACE / 3
+    deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline and _signal_group(group, 0):
         time.sleep(0.1)
     _signal_group(group, signal.SIGKILL)

@@ -3,7 +3,7 @@
 Nothing here needs PyTorch, so that a configuration can be judged before anything heavy is imported.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -179,6 +179,6 @@ def nearest(candidates: Iterable[int], wanted: int) -> list[int]:
     return sorted(sorted(candidates, key=lambda candidate: abs(candidate - wanted))[:2])
 
 
-def either(key: str, values: list[int]) -> str:
+def either(key: str, values: Sequence[object]) -> str:
     """``key=4 or key=8``, for a sentence that says what would work."""
     return " or ".join(f"{key}={value}" for value in values)

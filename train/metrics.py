@@ -1,10 +1,9 @@
-"""What a step cost, in the units people compare: tokens per second, model FLOPs utilisation, memory."""
+"""What a step cost, in the units people compare: model FLOPs utilisation, memory."""
 
 import resource
 import sys
 
 import torch
-import torch.distributed as dist
 
 # Dense bf16 peak without sparsity, FLOP/s, from the makers' data sheets; looked up by what the driver calls the device.
 PEAK_BF16_FLOPS = {
@@ -38,8 +37,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_memory_by_stage(device: torch.device, stage: int, num_stages: int) -> list[float]:
-    """GiB of each stage's largest rank, on every rank. All ranks call it together."""
-    most = torch.zeros(num_stages, dtype=torch.float64, device=device)
-    most[stage] = peak_memory(device) / 2**30
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.tolist()
+    """GiB that this rank has held, at the place of its stage among zeros: the highest over ranks is each stage's."""
+    return [peak_memory(device) / 2**30 if index == stage else 0.0 for index in range(num_stages)]

@@ -1,19 +1,27 @@
 """Everything that can be found wrong before a process is started or a device touched, and what a run needs from it."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from conf.compose import compose_overrides
 from conf.errors import BadInput
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
 from parallel.layout import Layout
+from train.checkpoint import resume
+from train.checkpoint.folder import step_of
+from train.checkpoint.resume import Start
 from train.data import corpus
 from train.data.prepare import PreparedData, prepare
+from train.schedule import length_of
+from train.tracking import SUMMARY
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class Ready:
         layout: the rank grid.
         data: tokenised, memory-mapped.
         run_dir: where the run writes.
+        start: where it begins; only counts on the rank that writes.
+        complete: what to say if nothing is left to do, else None; counts there too.
         warnings: what may not be what was meant, one sentence each.
     """
 
@@ -32,6 +42,8 @@ class Ready:
     layout: Layout
     data: PreparedData
     run_dir: Path
+    start: Start
+    complete: str | None
     warnings: list[str]
 
 
@@ -60,12 +72,62 @@ def preflight(
     machine = machine or this_machine()
     layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
+    run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
-        problems += _check_run_dir(composition.run_dir)
+        problems += _check_run_dir(run_dir)
+        try:
+            if run_dir.is_dir():
+                with held(run_dir):
+                    pass
+            start = resume.find(config.resume, run_dir)
+            problems += resume.check(config, start)
+        except BadInput as error:
+            problems += error.problems
     if problems or layout is None:
         raise BadInput(problems)
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
-    return Ready(config, layout, data, composition.run_dir, warnings(config, layout, machine))
+    if problems := resume.check(config, start, data.tokenizer_path):
+        raise BadInput(problems)
+    complete = _complete(config, composition.run_dir, start)
+    return Ready(config, layout, data, composition.run_dir, start, complete, warnings(config, layout, machine))
+
+
+def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
+    """What to say of a run that has taken all its steps already."""
+    if not start.own or start.rewind:
+        return None
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
+        done = summary["steps"] if summary["complete"] else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    length = length_of(config)
+    if min(done, step_of(start.candidates[0]) or 0) < length.steps:
+        return None
+    further = "a higher train.max_steps goes on from there, " if length.steps < length.schedule_steps else ""
+    return f"{run_dir}: complete, {done:,} of {length.steps:,} steps; {further}resume=never trains it again"
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder while it is written, as far as its file system can; it is made where it is not there.
+
+    Raises:
+        BadInput: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        works = "a folder of its own (hydra.run.dir=…, or name=…), or waiting for the other to end, would work"
+        raise BadInput([f"{run_dir}: another process is training in this run folder; {works}"]) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def this_machine() -> Machine:

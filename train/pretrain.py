@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Python puts the folder of a script first on the path: its files would hide packages of the same name, and the
 # project's packages lie one above. Neither depends on whether the project is installed.
@@ -25,6 +26,10 @@ from hydra.core.override_parser.types import Quote, QuotedString  # noqa: E402
 
 from conf.errors import BadInput  # noqa: E402
 from conf.schema import register  # noqa: E402
+from train.stopping import StopSignals  # noqa: E402
+
+if TYPE_CHECKING:
+    from train.preflight import Ready
 
 SPEAK_AFTER = 30.0
 """Seconds after which a rank other than 0 says what is wrong: by then rank 0 has said it and the launcher has ended
@@ -45,25 +50,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _stand_alone_unless_launched()
     die_with(os.environ.get(SUPERVISOR))
     rank = int(os.environ["RANK"])
-    from train.preflight import preflight
-    from train.tracking import set_aside
+    from train.preflight import held, preflight
 
     options, overrides = hydra_options(arguments)
     try:
         ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0)
+        with StopSignals() as signals:
+            from train.trainer import train
+
+            if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
+                train(ready, signals)
+            elif ready.complete:
+                print(ready.complete, file=sys.stderr)
+                train(ready, signals)
+            else:
+                with held(ready.run_dir):
+                    make_room(ready)
+                    _hydra_main(for_hydra(options, overrides, ready.run_dir), lambda node: train(ready, signals))
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)
         print("\n".join(error.problems), file=sys.stderr)
         raise SystemExit(2) from None
-    from train.trainer import train
 
-    if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
-        train(ready)
+
+def make_room(ready: "Ready") -> None:
+    """Clear the run folder of what this run does not go on from; only half-written checkpoints are deleted."""
+    from train.checkpoint import folder
+    from train.tracking import set_aside
+
+    start = ready.start
+    folder.clean(ready.run_dir / folder.CHECKPOINTS)
+    if start.own and not start.rewind:
         return
-    if earlier := set_aside(ready.run_dir):
+    if earlier := set_aside(ready.run_dir, after=folder.step_of(start.candidates[0]) if start.own else None):
         print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
-    _hydra_main(for_hydra(options, overrides, ready.run_dir), lambda node: train(ready))
 
 
 def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:

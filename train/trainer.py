@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from conf.schema import Config
+from conf.schema import Config, plain
 from conf.settings import Precision
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
 from parallel.stages import split, stage_rows, stage_table
+from parallel.state import OptimizerState
+from train.agreement import control_group, from_rank_0, highest
+from train.checkpoint import resume
+from train.checkpoint.folder import CHECKPOINTS
+from train.checkpoint.saver import Outcome, Saver
 from train.data.batches import eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
@@ -25,7 +30,8 @@ from train.optimizer import adamw
 from train.preflight import Ready, this_machine
 from train.sample import sample_text
 from train.schedule import length_of, rate_share
-from train.tracking import Tracker
+from train.stopping import StopSignals
+from train.tracking import Tracker, code_version
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -33,8 +39,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(ready: Ready) -> None:
-    """Train, validate, sample; every rank calls it. Rank 0 writes the run folder and speaks."""
+def train(ready: Ready, signals: StopSignals) -> None:
+    """Train, save, validate, sample; every rank calls it. Rank 0 writes the run folder and speaks.
+
+    Args:
+        ready: from `train.preflight`.
+        signals: whether this rank has been told to stop; one that has stops all after the step under way.
+
+    Raises:
+        BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
+        SystemExit: 1: the run has ended and its last step could not be saved.
+    """
     config, layout, data = ready.config, ready.layout, ready.data
     settings, shape = config.train, config.model
     length = length_of(config)
@@ -43,6 +58,10 @@ def train(ready: Ready) -> None:
     device = start_process_group()
     rank = dist.get_rank()
     use_cpus_fairly(device)
+    group = control_group()
+    run_dir, start, complete = from_rank_0((ready.run_dir.absolute(), ready.start, ready.complete), group)
+    if complete:
+        return
     bf16 = settings.precision is Precision.bf16 or (settings.precision is Precision.auto and device.type == "cuda")
     costs = layer_costs(
         shape,
@@ -68,13 +87,24 @@ def train(ready: Ready) -> None:
         make_optimizer=partial(adamw, settings=config.optimizer),
     )
 
+    # What was learned before, from a checkpoint of any layout.
+    state = OptimizerState(engine, shape, layout, rank)
+    past = resume.load_newest_sound(config, start, state, group)
+    steps_before = past.step if past else 0
+
     # The data: which sequences a step sees depends on the seed and the step alone.
     replica = dict(micro_batch=settings.micro_batch, dp_rank=layout.replica(rank), dp_size=layout.dp)
     sequences = data.train(settings.seq_len)
-    order = SampleOrder(len(sequences), settings.seed)
-    batches = train_micro_batches(sequences, order, global_batch=settings.global_batch, **replica)
+    batches = train_micro_batches(
+        sequences,
+        SampleOrder(len(sequences), settings.seed),
+        global_batch=settings.global_batch,
+        start_sample=steps_before * settings.global_batch,
+        **replica,
+    )
     held_out = data.val(settings.seq_len)
 
+    # Where it is all written down.
     peak = peak_flops(device)
     flops_per_token = shape.flops_per_token(settings.seq_len)
     facts = {
@@ -85,28 +115,55 @@ def train(ready: Ready) -> None:
         "precision": "bf16" if bf16 else "fp32",
         "data": {"train_tokens": data.num_train_tokens, "val_tokens": data.num_val_tokens},
     }
-    tracker = Tracker(config, ready.run_dir, length.steps, facts) if rank == 0 else None
-    if tracker:
-        for warning in ready.warnings:
+    tracker = None
+    if rank == 0:
+        tracker = Tracker(config, run_dir, length.steps, facts, resumed=steps_before if start.own else None)
+        for warning in ready.warnings + (resume.warnings(config, past, data.fingerprint) if past else []):
             log.warning(warning)
         log.info("%s", header(config, facts, str(layout), length.steps, data.num_train_tokens, len(held_out)))
         log.info("%s", stage_table(stage_rows(shape, stages)))
+        if past:
+            log.info("%s", f"going on after step {past.step:,}")
+    saver = Saver(
+        state,
+        run_dir / CHECKPOINTS,
+        config.checkpoint,
+        facts={
+            "data": data.fingerprint,
+            "config": plain(asdict(config)),
+            "layout": facts["layout"],
+            "code": code_version(),
+            "origin": start.origin,
+        },
+        tokenizer=data.tokenizer_path,
+        group=control_group(),
+    )
 
     # The loop.
-    first_loss = last_loss = val_loss = None
+    step, stopped = steps_before, False
     trained_seconds, timed_steps = 0.0, 0
-    for step in range(1, length.steps + 1):
+    while step < length.steps and not stopped:
+        step += 1
         begin = time.perf_counter()
         rate = config.optimizer.lr * rate_share(step, length.schedule_steps, config.schedule)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in engine.optimizer.param_groups:
+            parameters["lr"] = rate
         loss = float(engine.train_batch(batches))
         grad_norm = float(engine.get_global_grad_norm())
         seconds = time.perf_counter() - begin
-
-        first_loss, last_loss = first_loss if first_loss is not None else loss, loss
-        if step > 1 or length.steps == 1:  # the first step pays for allocations and kernel choices
+        if step > steps_before + 1 or length.steps == 1:  # the first step pays for allocations and kernel choices
             trained_seconds, timed_steps = trained_seconds + seconds, timed_steps + 1
+
+        asked, due, busy, *memory_gib = highest(
+            [
+                signals.asked is not None,
+                rank == 0 and saver.due(step),
+                saver.busy,
+                *peak_memory_by_stage(device, layout.stage(rank), layout.pp),
+            ],
+            group,
+        )
+        stopped = bool(asked) and step < length.steps
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,
@@ -115,7 +172,7 @@ def train(ready: Ready) -> None:
             "tokens": step * length.tokens_per_step,
             "seconds": seconds,
             "tokens_per_second": length.tokens_per_step / seconds,
-            "memory_gib": peak_memory_by_stage(device, layout.stage(rank), layout.pp),
+            "memory_gib": memory_gib,
         }
         if peak:
             record["mfu"] = record["tokens_per_second"] * flops_per_token / (peak * layout.world_size)
@@ -125,27 +182,44 @@ def train(ready: Ready) -> None:
                 record["val_loss"] = val_loss
         if tracker:
             tracker.step(record)
+        saves = config.checkpoint.enabled and (stopped or step == length.steps or (due and not busy))
+        news = saver.wait() if saves else saver.news()
+        if tracker:
+            tracker.saved(news)
+            if saves:
+                tracker.sync()  # no checkpoint is ahead of its metrics
+            elif due:
+                tracker.say(f"step {step} is not saved: the save before is still being written", logging.WARNING)
+        if saves:
+            saver.save(step, tokens=step * length.tokens_per_step)
 
-    # The end: a few lines from the model, and a summary.
+    # The end: a few lines from the model while the last save is written, and a summary.
     texts: list[str] = []
-    if config.sample.tokens and config.sample.prompts:
+    if not stopped and config.sample.tokens and config.sample.prompts:
         texts = sample_text(engine, shape, data.tokenizer(), data.eos_id, config.sample, settings.seed)
+    last_save = saver.wait()
+    lost = last_save is not None and last_save.error is not None
     if tracker:
+        tracker.saved(last_save)
         if texts:
             tracker.samples(config.sample.prompts, texts)
         summary = {
-            "steps": length.steps,
-            "tokens": length.steps * length.tokens_per_step,
-            "loss_first": first_loss,
-            "loss_last": last_loss,
-            "val_loss": val_loss,
-            "tokens_per_second": timed_steps * length.tokens_per_step / trained_seconds,
+            "complete": not stopped,
+            "steps": step,
+            "tokens": step * length.tokens_per_step,
+            "loss_first": tracker.first and tracker.first["loss"],
+            "loss_last": tracker.last and tracker.last["loss"],
+            "val_loss": tracker.val_loss,
+            "tokens_per_second": timed_steps * length.tokens_per_step / trained_seconds if timed_steps else None,
         }
-        tracker.finish(summary)
-        log.info("%s", closing(summary, texts, ready.run_dir))
+        tracker.finish(summary, ended=not lost)
+        log.info("%s", closing(summary, length.steps, texts, run_dir, last_save))
     dist.barrier()
+    signals.ignore()
     with quiet():
         dist.destroy_process_group()
+    if lost:
+        raise SystemExit(1)
 
 
 def validation_loss(
@@ -180,22 +254,37 @@ def header(config: Config, facts: dict[str, Any], layout: str, steps: int, train
     )
 
 
-def closing(summary: dict[str, Any], texts: list[str], run_dir: Path) -> str:
-    """The last words: samples, losses, speed, where things are."""
+def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: Path, last_save: Outcome | None) -> str:
+    """The last words: samples, losses, speed, where things are, how to go on."""
     lines = [f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1)]
-    val = f"{summary['val_loss']:.4f}" if summary["val_loss"] is not None else "none (no held-out documents)"
-    lines += [
-        "--- done ---" if texts else "done",
-        f"loss             {summary['loss_first']:.4f} -> {summary['loss_last']:.4f} in {summary['steps']:,} steps",
-        f"validation loss  {val}",
-        f"speed            {summary['tokens_per_second']:,.0f} tokens/s",
-        f"run folder       {run_dir}",
-    ]
+    if not summary["complete"]:
+        lines.append(f"--- stopped after step {summary['steps']:,} of {num_steps:,} ---")
+    else:
+        lines.append("--- done ---" if texts else "done")
+    if summary["loss_first"] is not None:
+        first, last = summary["loss_first"], summary["loss_last"]
+        lines.append(f"loss             {first:.4f} -> {last:.4f} in {summary['steps']:,} steps")
+    if summary["complete"] or summary["val_loss"] is not None:
+        val = f"{summary['val_loss']:.4f}" if summary["val_loss"] is not None else "none (no held-out documents)"
+        lines.append(f"validation loss  {val}")
+    if summary["tokens_per_second"] is not None:
+        lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s")
+    lines.append(f"run folder       {run_dir}")
+    if last_save:
+        lines.append(f"checkpoint       {last_save.error or last_save.path}")
+    if not summary["complete"]:
+        how = "the same command, on this or another layout, goes on"
+        if last_save is None:
+            how += " from the last save, and checkpoint.enabled=false made none"
+        elif last_save.error:
+            how += " from the save before"
+        lines.append(f"to go on         {how}")
     logged = summary["wandb"]
     if logged["mode"] == "offline":
         folder = shlex.quote(logged["dir"])
         lines.append(f"W&B (no account) wandb leet {folder}")
-        lines.append(f"W&B (upload)     wandb sync {folder}")
+        parts = str(Path(logged["dir"]).parent / f"offline-run-*-{logged['id']}")  # one for each time it was started
+        lines.append(f"W&B (upload)     wandb sync {folder if logged['parts'] == 1 else parts}")
     elif "url" in logged:
         lines.append(f"W&B              {logged['url']}")
     return "\n".join(lines)

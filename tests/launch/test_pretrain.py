@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.wandb_file import history_and_config
+from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
 from train.pretrain import free_port
 
@@ -20,6 +20,9 @@ def run(*command, **environment):
     return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
+
+
+WATCHED = ["train.val_every=4", "sample.tokens=8", "train.max_steps=6"]
 
 
 def launcher(num, *arguments, **environment):
@@ -38,7 +41,7 @@ def pipelined(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     # A name that changes by the microsecond: there must be one folder all the same.
     named = f"hydra.run.dir={folder}/${{now:%f}}"
-    result = launcher(2, *overrides, "parallel.pp=2", "train.max_steps=6", named)
+    result = launcher(2, *overrides, *WATCHED, "parallel.pp=2", named)
     assert result.returncode == 0, result.stderr[-4000:]
     (folder,) = folder.iterdir()
     return folder, result
@@ -92,7 +95,7 @@ def test_the_wandb_run_holds_the_curve_the_configuration_and_the_samples(pipelin
 def test_one_process_has_the_same_curve_and_an_earlier_run_is_kept(pipelined, overrides, tmp_path):
     folder, _ = pipelined
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    single = run(sys.executable, PRETRAIN, *overrides, "train.max_steps=6", f"hydra.run.dir={tmp_path}")
+    single = run(sys.executable, PRETRAIN, *overrides, *WATCHED, f"hydra.run.dir={tmp_path}")
     assert single.returncode == 0, single.stderr[-4000:]
     for one, two in zip(metrics(tmp_path), metrics(folder), strict=True):
         assert one.keys() == two.keys()

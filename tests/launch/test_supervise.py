@@ -1,84 +1,153 @@
-"""No orphan, a true exit code: real runs ended in every way."""
+"""No orphan, a true exit code, a checkpoint where one can be made: real runs ended in every way."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
 
 from launch import supervise
 from tests.ranks import ROOT
+from train.pretrain import free_port
+
+PRETRAIN = ROOT / "train" / "pretrain.py"
+TRAIN = [sys.executable, "-m", "launch.cli", "train"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
 
 
-def start(overrides, folder):
+class Run:
     """A run without end, once it has taken two steps: the command's process, and all below it."""
-    arguments = [*overrides, "parallel.pp=2", "train.total_tokens=1e12", f"hydra.run.dir={folder}", "sample.tokens=0"]
-    command = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "train", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < 2:
-        assert command.poll() is None, command.stderr.read()[-3000:]
-        assert time.monotonic() < deadline, "no step was taken"
-        time.sleep(0.2)
-    return command, psutil.Process(command.pid).children(recursive=True)
+
+    def __init__(self, command, overrides, folder):
+        more = ["parallel.pp=2", "train.total_tokens=1e12", f"hydra.run.dir={folder}", "sample.tokens=0"]
+        self.folder, self.arguments, self.processes = folder, [*overrides, *more], []
+        self.said = folder.parent / f"{folder.name}.txt"
+        before = self.records()
+        self.command = subprocess.Popen(
+            [*command, *self.arguments],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=open(self.said, "w"),  # noqa: SIM115 - the process writes to it
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 120
+        while self.records() < before + 2:
+            assert self.command.poll() is None, self.said.read_text()[-3000:]
+            assert time.monotonic() < deadline, "no step was taken"
+            time.sleep(0.2)
+        self.processes = psutil.Process(self.command.pid).children(recursive=True)
+        self.ranks = sorted(
+            (p for p in self.processes if str(PRETRAIN) in p.cmdline()[1:3]), key=lambda p: int(p.environ()["RANK"])
+        )
+        assert len(self.ranks) == 2
+
+    def end(self):
+        """Whatever the test has found."""
+        for process in (*self.processes, self.command):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.command.wait()
+
+    def records(self):
+        metrics = self.folder / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    @property
+    def launcher(self):
+        """DeepSpeed's own, the parent of the ranks."""
+        return self.ranks[0].parent()
+
+    def assert_all_gone(self):
+        _, alive = psutil.wait_procs(self.processes, timeout=20)
+        alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        for process in alive:
+            process.kill()
+        assert not alive, f"orphans: {alive}"
+
+    def saved_step(self):
+        """The step that the run stopped after, its newest checkpoint and its last record."""
+        steps = [json.loads(line)["step"] for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1))
+        manifest = json.loads((self.folder / "checkpoints" / "latest" / "manifest.json").read_text())
+        assert manifest["step"] == steps[-1]
+        return steps[-1]
 
 
-def ranks_of(processes):
-    return [p for p in processes if any("pretrain.py" in part for part in p.cmdline()) and "RANK" in p.environ()]
+@pytest.fixture
+def begin():
+    """Starts runs, and leaves none behind."""
+    begun = []
+
+    def start(*arguments):
+        begun.append(Run.__new__(Run))
+        begun[-1].__init__(*arguments)
+        return begun[-1]
+
+    yield start
+    for run in begun:
+        run.end()
 
 
-def assert_all_gone(processes):
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    for process in alive:
-        process.kill()
-    assert not alive, f"orphans: {alive}"
+def twice(run):
+    """The second one while the first is being obeyed: one rank is stopped, so that the others wait for it."""
+    run.ranks[1].suspend()
+    run.command.send_signal(signal.SIGTERM)
+    time.sleep(supervise.GRACE / 20)
+    run.command.send_signal(signal.SIGINT)
 
 
-def rank_1(command, processes):
-    ranks = [p for p in ranks_of(processes) if p.environ()["RANK"] == "1"]
-    ranks[0].kill()
-
-
-def launchers_child(command, processes):
-    ranks_of(processes)[0].parent().kill()
-
-
-ENDINGS = {
-    "SIGTERM": (lambda command, processes: command.terminate(), 128 + signal.SIGTERM),
-    "SIGINT": (lambda command, processes: command.send_signal(signal.SIGINT), 128 + signal.SIGINT),
-    "a rank killed": (rank_1, 128 + signal.SIGKILL),
-    "the launcher killed": (launchers_child, None),
-    "the command killed": (lambda command, processes: command.kill(), -signal.SIGKILL),
+KILLED = {
+    "a rank killed": (lambda run: run.ranks[1].kill(), 128 + signal.SIGKILL),
+    "the launcher killed": (lambda run: run.launcher.kill(), None),
+    "the command killed": (lambda run: run.command.kill(), -signal.SIGKILL),
+    "told to stop twice": (twice, 128 + signal.SIGINT),
 }
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_however_a_run_ends_nothing_is_left_and_the_exit_code_is_true(ending, overrides, tmp_path):
-    end, code = ENDINGS[ending]
-    command, processes = start(overrides, tmp_path)
-    assert len(ranks_of(processes)) == 2
-    end(command, processes)
-    command.stderr.close()
-    assert command.wait(timeout=60) == code if code is not None else command.wait(timeout=60) not in (0, None)
-    assert_all_gone(processes)
-    assert not (tmp_path / "summary.json").exists()
+@pytest.mark.parametrize("ending", KILLED)
+def test_however_a_run_is_killed_nothing_is_left_and_the_exit_code_is_true(ending, begin, overrides, tmp_path):
+    end, code = KILLED[ending]
+    run = begin(TRAIN, overrides, tmp_path / "run")
+    end(run)
+    found = run.command.wait(timeout=60)
+    assert found == code if code is not None else found not in (0, None)
+    run.assert_all_gone()
+
+
+@pytest.mark.launch
+def test_told_to_stop_a_run_saves_and_ends_with_zero(begin, overrides, tmp_path):
+    run = begin(TRAIN, overrides, tmp_path / "run")
+    run.command.send_signal(signal.SIGINT)
+    assert run.command.wait(timeout=60) == 0, run.said.read_text()[-3000:]
+    run.assert_all_gone()
+    step = run.saved_step()
+    for said in (f"stopped after step {step}", "to go on", "a second signal stops at once"):
+        assert run.said.read_text().count(said) == 1, said
+    assert json.loads((run.folder / "summary.json").read_text())["complete"] is False
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_group_of_deepspeeds_launcher_saves_too(number, begin, overrides, tmp_path):
+    """Ctrl-C under the plain command: the launcher hears it as well, and ends each rank again, and W&B's process."""
+    run = begin([*DEEPSPEED, "--master_port", str(free_port()), str(PRETRAIN)], overrides, tmp_path / "run")
+    os.killpg(run.command.pid, number)
+    run.command.wait(timeout=60)
+    run.assert_all_gone()
+    run.saved_step()
+    assert "ConnectionResetError" not in run.said.read_text()  # of a W&B that is not there any more
 
 
 @pytest.mark.parametrize("stubborn", ["", "trap '' TERM; "], ids=["", "deaf to SIGTERM"])
 def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
     """Where ranks cannot watch the command by themselves, this alone ends them."""
-    monkeypatch.setattr(supervise, "GRACE", 3.0)
+    monkeypatch.setattr(supervise, "GRACE", 1.0)
     launcher = subprocess.Popen(
         ["sh", "-c", f"{stubborn}(while true; do sleep 0.1; done) & echo $!"],
         start_new_session=True,
@@ -88,7 +157,8 @@ def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
     launcher.wait()
     assert left.is_running()
     supervise._end_group(launcher.pid)
-    assert_all_gone([left])
+    _, alive = psutil.wait_procs([left], timeout=10)
+    assert not alive
 
 
 @pytest.mark.launch
@@ -96,16 +166,16 @@ def test_a_complete_run_ends_with_zero_and_bad_input_with_two(overrides, tmp_pat
     def command(*more):
         arguments = [*overrides, f"hydra.run.dir={tmp_path}", "train.max_steps=2", "sample.tokens=0", *more]
         return subprocess.run(
-            [sys.executable, "-m", "launch.cli", "train", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "COLUMNS": "80"},
-            capture_output=True,
-            text=True,
+            [*TRAIN, *arguments], cwd=ROOT, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True
         )
 
     complete = command("parallel.pp=2")
     assert complete.returncode == 0, complete.stderr[-3000:]
     assert (tmp_path / "summary.json").exists()
     assert "WARNING" not in complete.stderr and "DeepSpeed" not in complete.stderr + complete.stdout
+    again = command("parallel.pp=1")
+    assert again.returncode == 0 and "complete, 2 of 2 steps" in again.stderr
     bad = command("parallel.pp=5")
     assert bad.returncode == 2 and "parallel.pp=5" in bad.stderr
+    other = command("model.d_ff=96")
+    assert other.returncode == 2 and "model.d_ff=96: the checkpoint" in other.stderr

@@ -1,0 +1,152 @@
+"""What training has learned, as a rank holds it: fp32 master weights and Adam's moments, by full parameter names.
+
+Tensor parallelism gives a rank a part of each parameter, and ZeRO-1 a range of that part's elements: neither is the
+same in another layout. Said as boxes of the whole parameter, both are.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+from parallel.engine import named_parameters
+from parallel.layout import Layout
+from parallel.sharding import shard
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+
+Flats = list[dict[str, torch.Tensor]]
+"""Per parameter group, this rank's range of the flattened group: the master weights and each moment, fp32, one size."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangular part of a whole tensor, and where its values lie.
+
+    Attributes:
+        offsets: of its first element in the whole, per dimension.
+        values: a view of the shape of the box.
+    """
+
+    offsets: tuple[int, ...]
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank owns of a tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        boxes: disjoint; up to three.
+    """
+
+    shape: torch.Size
+    boxes: list[Box]
+
+
+class OptimizerState:
+    """The fp32 state of a stage's engine. No method communicates, except `publish`.
+
+    Args:
+        engine: of this rank, as `parallel.engine.build_engine` made it.
+        model: the whole model's shape.
+        layout: the rank grid.
+        rank: this one.
+    """
+
+    def __init__(self, engine: "PipelineEngine", model: ModelConfig, layout: Layout, rank: int):
+        self._zero = engine.optimizer
+        self._adam = engine.optimizer.optimizer
+        self._model, self._tp, self._tp_rank = model, layout.tp, layout.tp_rank(rank)
+        self._parameters = dict(named_parameters(engine, model))
+        self._shapes = full_shapes(model)
+
+    @property
+    def adam_step(self) -> int:
+        """Updates made so far: Adam's own count, which a step skipped for its gradients does not raise."""
+        states = [self._adam.state[group["params"][0]] for group in self._adam.param_groups]
+        return int(states[0]["step"]) if states[0] else 0
+
+    def flats(self) -> Flats:
+        """The state itself, not a copy; an optimizer step or `start_at` has been taken."""
+        found = []
+        for group in self._adam.param_groups:
+            (flat,) = group["params"]  # ZeRO keeps one flat tensor per group
+            state = self._adam.state[flat]
+            found.append({MASTER: flat.detach(), **{key: state[key] for key in MOMENTS}})
+        return found
+
+    def start_at(self, adam_step: int) -> None:
+        """Make the moments, which Adam would make at its first step, so that they can be loaded."""
+        for group in self._adam.param_groups:
+            (flat,) = group["params"]
+            count = torch.tensor(float(adam_step), device=flat.device)
+            self._adam.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+
+    def publish(self) -> None:
+        """Give every replica the weights that the master weights now say, in the precision that stages compute in."""
+        self._zero.update_lp_params()
+
+    def pieces(self, flats: Flats, *, once: bool) -> dict[str, Piece]:
+        """What this rank owns of every tensor of its stage, as views of `flats`.
+
+        Args:
+            flats: `self.flats()` or copies of them.
+            once: leave out what another tensor-parallel rank holds as well and answers for, so that over all ranks
+                each element is there once.
+
+        Returns:
+            By name: a master weight has its parameter's full name, a moment ``exp_avg/`` and that.
+        """
+        found = {}
+        for name, parameter in self._parameters.items():
+            shape = self._shapes[name]
+            part = shard(name, shape, self._model, self._tp, self._tp_rank)
+            own = getattr(parameter, "_hp_mapping", None)  # what ZeRO gave this rank of the parameter; None for nothing
+            if own is None or (once and not part.counts(self._tp_rank)):
+                continue
+            origin = [0] * len(shape)
+            origin[part.dim] = part.start
+            address, place = own.lp_fragment_address, own.hp_fragment_address
+            for key, flat in flats[own.param_group_index].items():
+                values = flat.narrow(0, place.start, place.numel)
+                cut = boxes(address.start, values, part.of(torch.empty(shape, device="meta")).shape, origin)
+                found[name if key == MASTER else f"{key}/{name}"] = Piece(shape, list(cut))
+        return found
+
+
+def boxes(start: int, values: torch.Tensor, shape: Sequence[int], origin: Sequence[int]) -> Iterator[Box]:
+    """Consecutive elements of a vector or matrix in row-major order, as the end of a row, whole rows, a row's start.
+
+    Args:
+        start: the first of them, counted from the start of the matrix.
+        values: 1-D.
+        shape: of the vector or matrix.
+        origin: where that lies in the whole tensor.
+    """
+    if len(shape) == 1:
+        yield Box((origin[0] + start,), values)
+        return
+    _, width = shape
+    at, stop = start, start + len(values)
+    while at < stop:
+        row, column = divmod(at, width)
+        whole_rows = 0 if column else (stop - at) // width
+        size = (whole_rows, width) if whole_rows else (1, min(stop - at, width - column))
+        length = math.prod(size)
+        yield Box((origin[0] + row, origin[1] + column), values.narrow(0, at - start, length).view(size))
+        at += length
+
+
+def full_shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
+    """The shape of every parameter of the whole model by its full name."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Transformer(model).named_parameters()}

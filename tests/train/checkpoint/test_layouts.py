@@ -1,0 +1,86 @@
+"""A checkpoint of one layout goes on in every other; on its own, to the last bit."""
+
+import pytest
+import torch
+
+from tests.train.checkpoint import runs
+
+# Seven layers, which no layout divides evenly; two key/value heads, which four ranks hold twice; a vocabulary of 403.
+SHAPE = ["model.n_layers=7", "model.vocab_size=403", "checkpoint.every_steps=4"]
+WIDE = ["parallel.pp=2", "parallel.tp=2", "parallel.dp=2"]
+OTHERS = {
+    "one process": (1, []),
+    "pp4": (4, ["parallel.pp=4"]),
+    "tp4": (4, ["parallel.tp=4"]),
+    "pp3": (3, ["parallel.pp=3", "parallel.recompute=full"]),
+}
+
+
+@pytest.fixture(scope="module")
+def base(overrides):
+    return [*overrides, *SHAPE]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    """Eight processes, twelve steps, saved after four and eight."""
+    folder = tmp_path_factory.mktemp("wide")
+    runs.finish(folder, 8, *base, *WIDE)
+    return folder
+
+
+def go_on(folder, num, base, layout, checkpoint):
+    runs.finish(folder, num, *base, *layout, f"resume={checkpoint}")
+
+
+def assert_same_curve(folder, other, steps, tolerance=1e-4):
+    one, two = runs.curve(folder), runs.curve(other)
+    assert set(steps) <= set(one)
+    for step in steps:
+        assert one[step] == pytest.approx(two[step], rel=tolerance), step
+
+
+def assert_same_tensors(checkpoint, other):
+    one, two = runs.whole(checkpoint), runs.whole(other)
+    assert one.keys() == two.keys() and len(one) == 3 * (1 + 7 * 9 + 2)
+    for name, tensor in one.items():
+        assert (tensor - two[name]).norm() <= 1e-3 * two[name].norm(), name
+
+
+@pytest.mark.launch
+def test_the_same_layout_goes_on_to_the_last_bit(uninterrupted, base, tmp_path):
+    go_on(tmp_path, 8, base, WIDE, runs.saved(uninterrupted, 4))
+    assert_same_curve(tmp_path, uninterrupted, range(5, 13), tolerance=0)
+    assert runs.digests(runs.saved(tmp_path, 12)) == runs.digests(runs.saved(uninterrupted, 12))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_layout_goes_on_within_rounding(name, uninterrupted, base, tmp_path):
+    num, layout = OTHERS[name]
+    go_on(tmp_path, num, base, layout, runs.saved(uninterrupted, 4))
+    assert_same_curve(tmp_path, uninterrupted, range(5, 13))
+    assert_same_tensors(runs.saved(tmp_path, 12), runs.saved(uninterrupted, 12))
+
+
+@pytest.mark.launch
+def test_and_back_again(uninterrupted, base, tmp_path):
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
+    go_on(narrow, 3, base, ["parallel.pp=3"], runs.saved(uninterrupted, 4))
+    go_on(wide, 8, base, WIDE, runs.saved(narrow, 8))
+    assert_same_curve(wide, uninterrupted, range(9, 13))
+    assert_same_tensors(runs.saved(wide, 12), runs.saved(uninterrupted, 12))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("num, layout", [(4, ["parallel.pp=2", "parallel.dp=2"]), (2, ["parallel.tp=2"])])
+def test_in_bf16_the_master_weights_go_on_to_the_last_bit(num, layout, base, tmp_path):
+    through, stopped = tmp_path / "through", tmp_path / "stopped"
+    half = ["train.precision=bf16", *layout]
+    runs.finish(through, num, *base, *half)
+    runs.finish(stopped, num, *base, *half, "train.max_steps=5")
+    runs.finish(stopped, num, *base, *half)
+    assert runs.curve(stopped) == runs.curve(through)
+    assert runs.digests(runs.saved(stopped, 12)) == runs.digests(runs.saved(through, 12))
+    weights = runs.whole(runs.saved(through, 12))["head.proj.weight"]
+    assert not torch.equal(weights, weights.bfloat16().float())

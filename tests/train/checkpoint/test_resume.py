@@ -1,0 +1,158 @@
+"""Which checkpoint, and whether it fits: decided before a process is started."""
+
+from dataclasses import asdict
+
+import pytest
+
+from conf.errors import BadInput
+from conf.schema import plain
+from tests.shapes import preset
+from train.checkpoint import manifest
+from train.checkpoint.folder import name_of
+from train.checkpoint.manifest import Damaged, Manifest
+from train.checkpoint.resume import Start, check, find, warnings
+
+
+def checkpoint(run_dir, step, config, origin=None):
+    path = run_dir / "checkpoints" / name_of(step)
+    path.mkdir(parents=True)
+    (path / "tokenizer.json").write_text("{}")
+    files = {"tokenizer.json": {"bytes": 2, "sha256": manifest.checksum(path / "tokenizer.json")}}
+    manifest.write(
+        path,
+        Manifest(
+            step=step,
+            adam_step=step,
+            tokens=step * 2048,
+            data="corpus",
+            config=plain(asdict(config)),
+            layout={},
+            code="",
+            written="",
+            origin=origin,
+            tensors={},
+            files=files,
+        ),
+    )
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    for step in (4, 8):
+        checkpoint(tmp_path / "run", step, preset("tiny"))
+    return tmp_path / "run"
+
+
+def steps(start):
+    return [int(path.name[5:]) for path in start.candidates]
+
+
+def test_auto_takes_the_run_folders_own_newest_first(run_dir, tmp_path):
+    start = find("auto", run_dir)
+    assert steps(start) == [8, 4] and start.own and not start.rewind
+    assert find("auto", tmp_path / "new") == Start()
+    assert find("never", run_dir) == Start()
+
+
+def test_a_path_may_be_a_run_a_folder_of_checkpoints_one_of_them_or_latest(run_dir, tmp_path):
+    (run_dir / "checkpoints" / "latest").symlink_to(name_of(8))
+    new = tmp_path / "new"
+    for path in (run_dir, run_dir / "checkpoints"):
+        assert steps(find(str(path), new)) == [8, 4]
+    assert steps(find(str(run_dir / "checkpoints" / "latest"), new)) == [8]
+    start = find(str(run_dir / "checkpoints" / name_of(4)), new)
+    assert steps(start) == [4] and not start.own and start.origin.endswith(name_of(4))
+
+
+def test_the_same_command_with_a_path_goes_on_from_what_came_of_it(run_dir, tmp_path):
+    named = str(run_dir / "checkpoints" / name_of(4))
+    new = tmp_path / "new"
+    checkpoint(new, 6, preset("tiny"), origin=named)
+    start = find(named, new)
+    assert steps(start) == [6] and start.own and start.origin == named
+    assert steps(find("auto", new)) == [6] and find("auto", new).origin == named
+    assert steps(find(str(run_dir / "checkpoints" / name_of(8)), new)) == [8]
+
+
+def test_an_earlier_one_of_its_own_is_a_step_back(run_dir):
+    named = run_dir / "checkpoints" / name_of(4)
+    start = find(str(named), run_dir)
+    assert steps(start) == [4] and start.own and start.rewind
+    assert not find(str(run_dir / "checkpoints" / name_of(8)), run_dir).rewind
+    checkpoint(run_dir, 12, preset("tiny"), origin=str(named))
+    assert steps(find(str(named), run_dir)) == [12, 8, 4]
+
+
+@pytest.mark.parametrize("path", ["nowhere", "run/checkpoints/step-00000005", "empty"])
+def test_where_there_is_none_it_says_what_would_work(path, run_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput) as error:
+        find(str(tmp_path / path), tmp_path / "new")
+    (problem,) = error.value.problems
+    assert problem.startswith(f"resume={tmp_path / path}: no checkpoint is there; ")
+    assert ("step-00000008" in problem) == ("step" in path) and "resume=never" in problem
+
+
+def test_another_model_is_refused_with_every_key_that_differs(run_dir):
+    other = preset("tiny", "model.n_layers=9", "model.vocab_size=5000", "model.d_model=64", "train.global_batch=16")
+    problems = check(other, find("auto", run_dir))
+    assert [problem.partition("=")[0] for problem in problems] == [
+        "model.n_layers",
+        "model.d_model",
+        "model.vocab_size",
+        "train.global_batch",
+    ]
+    assert "model.n_layers=9: the checkpoint" in problems[0] and "has 8; model.n_layers=8 would work" in problems[0]
+    same = preset("tiny", "model.attention=reference", "model.init_std=0.1", "parallel.pp=4", "optimizer.lr=1")
+    assert check(same, find("auto", run_dir)) == []
+
+
+def test_another_tokenizer_is_refused(run_dir, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    (problem,) = check(preset("tiny"), find("auto", run_dir), tmp_path / "tokenizer.json")
+    own = run_dir / "checkpoints" / name_of(8) / "tokenizer.json"
+    assert problem.startswith("data.tokenizer=null: ") and f"data.tokenizer={own} would work" in problem
+    assert check(preset("tiny"), find("auto", run_dir), own) == []
+
+
+def test_what_changes_the_curve_is_a_warning(run_dir):
+    found = manifest.read(run_dir / "checkpoints" / name_of(8))
+    assert warnings(preset("tiny", "parallel.pp=2", "train.val_every=7"), found, "corpus") == []
+    (line,) = warnings(preset("tiny", "optimizer.lr=1e-4"), found, "corpus")
+    assert line == "optimizer.lr=0.0001: the run had 0.003 up to step 8"
+    (line,) = warnings(preset("tiny"), found, "another corpus")
+    assert "order of samples" in line
+
+
+def test_a_manifest_that_cannot_be_read_is_passed_over_until_none_is_left(run_dir):
+    newest, older = find("auto", run_dir).candidates
+    (newest / "manifest.json").write_text("{}")
+    assert len(check(preset("tiny", "model.n_layers=9"), find("auto", run_dir))) == 1
+    (older / "manifest.json").unlink()
+    (problem,) = check(preset("tiny"), find("auto", run_dir))
+    assert "no sound checkpoint" in problem and "step-00000008" in problem and "resume=never would start" in problem
+
+
+def test_every_bit_of_a_manifest_counts(run_dir):
+    path = run_dir / "checkpoints" / name_of(8) / "manifest.json"
+    content = path.read_bytes()
+    read = manifest.read(path.parent)
+    for place in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        try:
+            assert manifest.read(path.parent) == read, place  # between the words
+        except Damaged:
+            continue
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd"])
+def test_a_manifest_may_not_lead_outside_its_folder(name, run_dir):
+    path = run_dir / "checkpoints" / name_of(8)
+    found = manifest.read(path)
+    found.files[name] = {"bytes": 1, "sha256": ""}
+    manifest.write(path, found)
+    with pytest.raises(Damaged, match="outside"):
+        manifest.read(path)

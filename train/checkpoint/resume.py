@@ -1,0 +1,192 @@
+"""Going on from a checkpoint: which one, whether it fits, and how each rank gets its part of it."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from conf.errors import BadInput
+from conf.schema import Config, identity, plain
+from model.config import either
+from parallel.state import OptimizerState
+from train.checkpoint import manifest
+from train.checkpoint.folder import CHECKPOINTS, LATEST, mark_damaged, newest_first, step_of
+from train.checkpoint.manifest import Damaged, Manifest
+from train.checkpoint.storage import LoadPieces, Reader
+
+log = logging.getLogger(__name__)
+
+AUTO, NEVER = "auto", "never"
+_MAY_DIFFER = ("model.attention", "model.init_std")
+"""Of the model: how it is computed, and how it began."""
+_MUST_AGREE = ("train.global_batch", "train.seq_len")
+"""Besides the model: what a step is, which its number, the schedule and the place in the data count in."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        candidates: checkpoints to begin from, the best first; none for a run from the beginning.
+        own: whether they are the run folder's, whose metrics and W&B run then go on.
+        rewind: whether the run folder holds later ones that the run is told to go back behind.
+        origin: the checkpoint elsewhere that the run was told to begin from.
+    """
+
+    candidates: tuple[Path, ...] = ()
+    own: bool = False
+    rewind: bool = False
+    origin: str | None = None
+
+
+def find(resume: str, run_dir: Path) -> Start:
+    """Where `resume` says to begin; nothing is checked but that it is there.
+
+    Raises:
+        BadInput: the path holds no checkpoint.
+    """
+    own = newest_first(run_dir / CHECKPOINTS)
+    if resume == NEVER:
+        return Start()
+    if resume == AUTO:
+        return Start(tuple(own), own=bool(own), origin=_origin(own))
+    named = Path(resume).expanduser().absolute()
+    if named.name == LATEST:
+        named = named.resolve()
+    if own and _origin(own) == str(named):  # the same command again: it began there, and has come further
+        return Start(tuple(own), own=True, origin=str(named))
+    if step_of(named) is not None and named.is_dir():
+        found = [named]
+    else:
+        found = newest_first(named / CHECKPOINTS) or newest_first(named)
+    if not found:
+        near = newest_first(named.parent) if step_of(named) is not None else []
+        hint = " or ".join(f"resume={path}" for path in near[:2]) or "a folder step-… or a run folder that has some"
+        raise BadInput([f"resume={resume}: no checkpoint is there; {hint} would work, or resume=never"])
+    inside = found[0].resolve().parent == (run_dir / CHECKPOINTS).resolve()
+    return Start(tuple(found), own=inside, rewind=inside and found[0].name != own[0].name, origin=str(named))
+
+
+def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[str]:
+    """Why the run cannot go on from the newest checkpoint that can be read, a sentence each.
+
+    Args:
+        config: of the run.
+        start: from `find`.
+        tokenizer: tokenizer.json of the run's data, if it is prepared already.
+    """
+    reasons = []
+    for path in start.candidates:
+        try:
+            found = manifest.read(path)
+        except Damaged as error:
+            reasons.append(f"{path.name}: {error}")
+            continue
+        return _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
+    return [_none_is_sound(config, start, reasons)] if reasons else []
+
+
+def warnings(config: Config, found: Manifest, data: str) -> list[str]:
+    """What a run may change and may not have meant to; one sentence each."""
+    now, then = identity(plain(asdict(config))), identity(found.config)
+    changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
+    lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
+    if data != found.data and not any(key.startswith("data.") for key in changed):
+        lines.append("the files of the corpus have changed: the order of samples is another from here on")
+    return lines
+
+
+def load_newest_sound(config: Config, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:
+    """Fill the optimizer's state and the stages' weights from the first candidate that is sound; its manifest.
+
+    Every rank checks its share of the files. A damaged checkpoint of the run's own folder is renamed, with a warning,
+    so that it is not tried again. All ranks call it together.
+
+    Args:
+        config: of the run.
+        start: the same on every rank.
+        state: of an engine that has taken no step.
+        group: a gloo group of all ranks.
+
+    Raises:
+        BadInput: on every rank: none is sound, or it is another model's.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    reasons = []
+    for path in start.candidates:
+        damage, found = None, None
+        try:
+            found = manifest.read(path)
+            manifest.check_files(path, found, sorted(found.files)[rank::size])
+        except Damaged as error:
+            damage = str(error)
+        answers: list[Any] = [None] * size
+        dist.all_gather_object(answers, damage, group)
+        damage = next((answer for answer in answers if answer), None)
+        if damage is None and found is not None:
+            if problems := _differences(config, path, found):
+                raise BadInput(problems)
+            _load(state, path, found, group)
+            return found
+        reasons.append(f"{path.name}: {damage}")
+        if rank == 0 and start.own:
+            log.warning("%s is damaged (%s): set aside as %s", path, damage, mark_damaged(path).name)
+    if reasons:
+        raise BadInput([_none_is_sound(config, start, reasons)])
+    return None
+
+
+def _load(state: OptimizerState, path: Path, found: Manifest, group: dist.ProcessGroup) -> None:
+    state.start_at(found.adam_step)
+    on_device = state.flats()
+    on_host = [{key: flat.cpu() for key, flat in flats.items()} for flats in on_device]  # on the CPU, no copy
+    pieces: dict[str, Any] = dict(state.pieces(on_host, once=False))
+    dcp.load(pieces, storage_reader=Reader(path, found), planner=LoadPieces(), process_group=group)
+    for flats, read in zip(on_device, on_host, strict=True):
+        for key, flat in flats.items():
+            flat.copy_(read[key])
+    state.publish()
+
+
+def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
+    now = plain(asdict(config))
+    then = found.config
+    keys = [f"model.{key}" for key in now["model"]] + list(_MUST_AGREE)
+    problems = []
+    for key in keys:
+        section, _, name = key.partition(".")
+        here, there = now[section][name], then[section].get(name)
+        if here != there and key not in _MAY_DIFFER:
+            problems.append(f"{key}={here}: the checkpoint {path} has {there}; {key}={there} would work{_OR_ELSE}")
+    return problems
+
+
+def _other_tokenizer(config: Config, path: Path, found: Manifest, tokenizer: Path | None) -> list[str]:
+    if tokenizer is None or manifest.checksum(tokenizer) == found.files[tokenizer.name]["sha256"]:
+        return []
+    works = f"data.tokenizer={path / tokenizer.name}"
+    return [f"data.tokenizer={config.data.tokenizer or 'null'}: not the checkpoint's; {works} would work{_OR_ELSE}"]
+
+
+_OR_ELSE = ", or resume=never to start again"
+
+
+def _none_is_sound(config: Config, start: Start, reasons: list[str]) -> str:
+    where = start.candidates[0].parent if len(start.candidates) > 1 else start.candidates[0]
+    others = [] if start.own else [path for path in newest_first(where.parent) if path not in start.candidates]
+    works = either("resume", others[:2]) if others else "resume=never"
+    return f"resume={config.resume}: no sound checkpoint in {where} ({'; '.join(reasons)}); {works} would start"
+
+
+def _origin(own: list[Path]) -> str | None:
+    """What the run was told to begin from when it made the newest of its checkpoints that can be read."""
+    for path in own:
+        try:
+            return manifest.read(path).origin
+        except Damaged:
+            continue
+    return None

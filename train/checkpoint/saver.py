@@ -1,0 +1,178 @@
+"""Saving while training goes on: a copy to host memory, then a thread that writes it."""
+
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from conf.settings import CheckpointConfig
+from parallel.state import Flats, OptimizerState
+from train.checkpoint import folder, manifest
+from train.checkpoint.manifest import Manifest
+from train.checkpoint.storage import SavePieces, Writer, sync_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended.
+
+    Attributes:
+        step: that was saved.
+        path: the checkpoint.
+        blocked: seconds that training stood still.
+        seconds: from the start until it was on disk.
+        num_bytes: on disk, over all ranks; known on rank 0.
+        error: why it failed, in a line; None where it is on disk.
+    """
+
+    step: int
+    path: Path
+    blocked: float
+    seconds: float
+    num_bytes: int
+    error: str | None
+
+
+class Saver:
+    """Writes checkpoints, one at a time. All ranks make one and call `save` together.
+
+    Host memory: a copy of what this rank's ZeRO-1 part holds, 12 bytes per parameter over dp, allocated at the first
+    save and used again for every later one.
+
+    Args:
+        state: what is saved.
+        checkpoints: the run's folder of checkpoints, the same on every rank, on a file system that all share.
+        settings: when to save and what to keep.
+        facts: what else the manifest says: data, config, layout, code and origin.
+        tokenizer: tokenizer.json, which goes into every checkpoint.
+        group: a gloo group of all ranks that nothing else uses while a save is under way.
+    """
+
+    def __init__(
+        self,
+        state: OptimizerState,
+        checkpoints: Path,
+        settings: CheckpointConfig,
+        facts: dict[str, Any],
+        tokenizer: Path,
+        group: dist.ProcessGroup,
+    ):
+        self._state, self._folder, self._settings, self._facts = state, checkpoints, settings, facts
+        self._tokenizer, self._group = tokenizer, group
+        self._rank = dist.get_rank()
+        self._copies: Flats = []
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self._last_begin = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the settings ask for a save after this step; by time, once the one before is done."""
+        by_steps, minutes = self._settings.every_steps, self._settings.every_minutes
+        if not self._settings.enabled:
+            return False
+        late = minutes is not None and time.monotonic() - self._last_begin >= 60 * minutes
+        return bool(by_steps and step % by_steps == 0) or (late and not self.busy)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, on this rank."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, *, tokens: int) -> None:
+        """Copy the state after `step`, and write it in the background. The save before has been waited for.
+
+        Args:
+            step: optimizer steps taken.
+            tokens: trained on so far.
+        """
+        assert self._thread is None
+        begin = self._last_begin = time.monotonic()
+        self._copy(self._state.flats())
+        path = self._folder / folder.name_of(step)
+        written = datetime.now().astimezone().isoformat(timespec="seconds")
+        facts = {"step": step, "adam_step": self._state.adam_step, "tokens": tokens, "written": written, **self._facts}
+        blocked = time.monotonic() - begin
+        # Not waited for when the process ends: a second signal, or a failure elsewhere, must be able to end it.
+        self._thread = threading.Thread(target=self._write, args=(path, facts, begin, blocked), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Outcome | None:
+        """The outcome of the save under way, once it has ended; None where it is known already or there is none."""
+        if self._thread is not None:
+            self._thread.join()
+        return self.news()
+
+    def news(self) -> Outcome | None:
+        """The outcome of a save that has ended since this was last asked."""
+        if self.busy:
+            return None
+        self._thread, (outcome, self._outcome) = None, (self._outcome, None)
+        return outcome
+
+    def _copy(self, flats: Flats) -> None:
+        if not self._copies:
+            self._copies = [
+                {key: torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda) for key, flat in group.items()}
+                for group in flats
+            ]
+        for copies, group in zip(self._copies, flats, strict=True):
+            for key, flat in group.items():
+                copies[key].copy_(flat, non_blocking=True)
+        if flats[0][next(iter(flats[0]))].is_cuda:
+            torch.cuda.synchronize()
+
+    def _write(self, path: Path, facts: dict[str, Any], begin: float, blocked: float) -> None:
+        unfinished, size, error = folder.temporary(path), 0, None
+
+        def commit(tensors: dict[str, Any], files: dict[str, Any]) -> None:
+            nonlocal size
+            size = self._commit(path, Manifest(tensors=tensors, files=files, **facts))
+
+        try:
+            writer = Writer(unfinished, self._rank, commit)
+            pieces: dict[str, Any] = dict(self._state.pieces(self._copies, once=True))
+            dcp.save(pieces, storage_writer=writer, planner=SavePieces(), process_group=self._group)
+        except BaseException as failure:  # training goes on, whatever it is; what DCP raises is no Exception
+            error = _in_a_line(failure)
+            if self._rank == 0:
+                folder.remove(unfinished)
+        self._outcome = Outcome(facts["step"], path, blocked, time.monotonic() - begin, size, error)
+
+    def _commit(self, path: Path, described: Manifest) -> int:
+        """On one rank, when all have written: from the temporary name to the checkpoint; its size in bytes."""
+        unfinished = folder.temporary(path)
+        with open(self._tokenizer, "rb") as source, open(unfinished / self._tokenizer.name, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        entry = {"bytes": self._tokenizer.stat().st_size, "sha256": manifest.checksum(self._tokenizer)}
+        described.files[self._tokenizer.name] = entry
+        manifest.write(unfinished, described)
+        sync_folder(unfinished)
+        unfinished.rename(path)
+        sync_folder(path.parent)
+        try:
+            folder.point_at(path)
+            folder.prune(path.parent, self._settings.keep_last, self._settings.keep_every)
+        except OSError as error:  # the checkpoint is there all the same
+            log.warning("%s is saved, but tidying up beside it failed: %s", path, error)
+        return described.num_bytes
+
+
+def _in_a_line(failure: BaseException) -> str:
+    """Of DCP's failures by rank, with a traceback each, the first one's reason."""
+    if isinstance(failure, dcp.CheckpointException):
+        rank, (cause, _) = next(iter(failure.failures.items()))
+        return f"{type(cause).__name__} on rank {rank}: {cause}"
+    return f"{type(failure).__name__}: {failure}"
