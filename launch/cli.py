@@ -1,9 +1,11 @@
 """The `deepnarrow` command: everything besides the cluster's `deepspeed train/pretrain.py`."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from conf.errors import BadInput
 
@@ -27,9 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        verb.add_argument("overrides", nargs="*", help=OVERRIDES)
+        if name == "inspect":
+            verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
+        else:
+            verb.add_argument("overrides", nargs="*", help=OVERRIDES)
         verb.set_defaults(run=run)
-        if name == "describe":
+        if name == "bench":
+            verb.add_argument("subject", choices=["checkpoint"], help="what to measure")
+        if name in ("describe", "inspect", "bench"):
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
     known, unknown = parser.parse_known_args(arguments)
@@ -99,6 +106,24 @@ def describe(options: argparse.Namespace) -> int:
     return 0
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Run a benchmark."""
+    from launch.bench import checkpoint
+
+    found = checkpoint.measure(options.overrides)
+    print(json.dumps(found, indent=2) if options.json else checkpoint.as_text(found))
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Say what is in checkpoints; 1 if one is damaged."""
+    from launch.checkpoints import as_text, found_at, inspect
+
+    findings = [inspect(path) for given in options.overrides for path in found_at(Path(given))]
+    print(json.dumps(findings, indent=2) if options.json else "\n".join(as_text(found) for found in findings))
+    return 0 if all(found["sound"] for found in findings) else 1
+
+
 VERBS = {
     "train": (
         train,
@@ -107,8 +132,10 @@ VERBS = {
         "  deepnarrow train model=tiny parallel.pp=2\n"
         "  deepnarrow train model=7b parallel.pp=4 data=files data.path='/corpus/*.jsonl.zst' wandb.mode=online\n\n"
         "The whole configuration is checked and the data prepared before any process is started. Then as many\n"
-        "ranks as the layout asks for run under DeepSpeed's launcher; signals reach them, none is left behind, and\n"
-        "the exit code is theirs. --cfg job prints the composed configuration.\n\n"
+        "ranks as the layout asks for run under DeepSpeed's launcher; none is left behind, and the exit code is\n"
+        "theirs. --cfg job prints the composed configuration.\n\n"
+        "The same command started again goes on from the newest sound checkpoint, on whatever layout it now has.\n"
+        "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and end it with 0; a second one ends it at once.\n\n"
         "On several machines, use the launcher itself: deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES",
     ),
     "prepare": (
@@ -124,6 +151,20 @@ VERBS = {
         "Takes a preset or any Hydra overrides.\n\n"
         "  deepnarrow describe 67b parallel.pp=12\n"
         "  deepnarrow describe 7b model.n_kv_heads=8 --json",
+    ),
+    "bench": (
+        bench,
+        "measure what things cost on this machine",
+        "Takes overrides of the model.\n\n"
+        "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
+        "                                   waited for by turns; bytes per parameter on disk",
+    ),
+    "inspect": (
+        inspect,
+        "print what is in checkpoints and whether they are sound",
+        "Takes run folders or checkpoints; reads every file.\n\n"
+        "  deepnarrow inspect runs/67b-files-f6aa340\n"
+        "  deepnarrow inspect runs/67b-files-f6aa340/checkpoints/latest --json",
     ),
 }
 

@@ -88,3 +88,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BLD = block(x_BLD)
         return self.head(x_BLD)
+
+
+def full_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter of the whole model by its full name, in the order of its layers."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}

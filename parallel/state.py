@@ -5,14 +5,14 @@ same in another layout. Said as boxes of the whole parameter, both are.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from model.config import ModelConfig
-from model.transformer import Transformer
+from model.transformer import full_shapes
 from parallel.engine import named_parameters
 from parallel.layout import Layout
 from parallel.sharding import shard
@@ -144,9 +144,3 @@ def boxes(start: int, values: torch.Tensor, shape: Sequence[int], origin: Sequen
         length = math.prod(size)
         yield Box((origin[0] + row, origin[1] + column), values.narrow(0, at - start, length).view(size))
         at += length
-
-
-def full_shapes(model: ModelConfig) -> Mapping[str, torch.Size]:
-    """The shape of every parameter of the whole model by its full name."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Transformer(model).named_parameters()}

@@ -74,9 +74,10 @@ def preflight(
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
-        problems += _check_run_dir(run_dir)
+        unusable = _check_run_dir(run_dir)
+        problems += unusable
         try:
-            if run_dir.is_dir():
+            if run_dir.is_dir() and not unusable:
                 with held(run_dir):
                     pass
             start = resume.find(config.resume, run_dir)
@@ -122,7 +123,7 @@ def held(run_dir: Path) -> Iterator[None]:
     except Timeout:
         works = "a folder of its own (hydra.run.dir=…, or name=…), or waiting for the other to end, would work"
         raise BadInput([f"{run_dir}: another process is training in this run folder; {works}"]) from None
-    except NotImplementedError:  # a file system without locks
+    except (NotImplementedError, OSError):  # a file system without locks
         pass
     try:
         yield

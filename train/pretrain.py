@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _hydra_main(arguments, lambda node: None)
         return
 
-    _stand_alone_unless_launched()
+    stand_alone_unless_launched()
     die_with(os.environ.get(SUPERVISOR))
     rank = int(os.environ["RANK"])
     from train.preflight import held, preflight
@@ -127,7 +127,7 @@ def _hydra_main(arguments: Sequence[str], run: "hydra.types.TaskFunction") -> No
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run)()
 
 
-def _stand_alone_unless_launched() -> None:
+def stand_alone_unless_launched() -> None:
     """Without a launcher this is a run of one process."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")

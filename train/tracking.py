@@ -66,7 +66,8 @@ class Tracker:
             config={**plain(asdict(config)), **facts, "code": code_version()},
         )
         self._wandb: Any = run
-        self._wandb_folder, self._wandb_id, self._wandb_url = Path(run.dir).parent, run.id, run.url
+        self._wandb_folder, self._wandb_id = Path(run.dir).parent, run.id
+        self._wandb_url = run.url if self.mode == "online" else None
         for record in _cut(run_dir / METRICS, resumed) if resumed is not None else ():
             self._remember(record)
             self._log(record)  # what W&B missed of it, killed with the run
@@ -161,7 +162,7 @@ class Tracker:
         self._tell_wandb(lambda run: (run.summary.update(summary), run.finish()))
         parts = len(list(self._wandb_folder.parent.glob(f"*run-*-{self._wandb_id}")))
         where = {"mode": self.mode, "dir": str(self._wandb_folder), "id": self._wandb_id, "parts": parts}
-        summary["wandb"] = {**where, "url": self._wandb_url} if self.mode == "online" else where
+        summary["wandb"] = {**where, "url": self._wandb_url} if self._wandb_url else where
         self._metrics.close()
         if not ended:
             return

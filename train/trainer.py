@@ -61,6 +61,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
     group = control_group()
     run_dir, start, complete = from_rank_0((ready.run_dir.absolute(), ready.start, ready.complete), group)
     if complete:
+        with quiet():
+            dist.destroy_process_group()
         return
     bf16 = settings.precision is Precision.bf16 or (settings.precision is Precision.auto and device.type == "cuda")
     costs = layer_costs(

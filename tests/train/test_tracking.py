@@ -6,6 +6,7 @@ import wandb
 
 from conf.settings import WandbConfig, WandbMode
 from tests.shapes import preset
+from train.checkpoint.saver import Outcome
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
 from train.tracking import METRICS, SUMMARY, Tracker, set_aside, wandb_mode
 
@@ -45,6 +46,7 @@ def test_a_run_without_a_server_or_key_is_logged_offline(monkeypatch, tmp_path, 
         assert settings.init_timeout <= 30
         if mode == "online":
             raise wandb.errors.CommError("no such host\nand more")
+        return Online(0)
 
     asked = []
     monkeypatch.setenv("WANDB_MODE", "no such mode")
@@ -53,6 +55,101 @@ def test_a_run_without_a_server_or_key_is_logged_offline(monkeypatch, tmp_path, 
     tracker = Tracker(config, tmp_path, steps=1, facts={})
     assert tracker.mode == "offline" and asked == [("online", "online"), ("offline", "offline")]
     assert "no such host" in caplog.text and "and more" not in caplog.text
+
+
+class Online:
+    """A run on W&B's server."""
+
+    id, url, dir = "abc", "somewhere", "wandb/run-abc/files"
+
+    def __init__(self, starting_step):
+        self.starting_step, self.steps, self.fails = starting_step, [], False
+
+    def log(self, values, step, commit):
+        if self.fails:
+            raise ConnectionResetError("gone")
+        assert values["step"] == step and commit
+        self.steps.append(step)
+
+
+def record(step):
+    return {"step": step, "loss": 1.0, "lr": 0.1, "tokens_per_second": 1.0}
+
+
+def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_path):
+    lines = [json.dumps(record(step)) + "\n" for step in range(1, 10)]
+    (tmp_path / METRICS).write_text("".join(lines) + '{"step": 10, "lo')
+    (tmp_path / SUMMARY).write_text("{}")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-id").write_text("abc\n")
+    run, asked = Online(starting_step=6), []  # it was killed before W&B had step 6
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given) or run)
+    tracker = Tracker(preset("tiny"), tmp_path, steps=20, facts={}, resumed=8)
+    assert asked[0]["id"] == "abc" and asked[0]["resume"] == "allow"
+    assert not (tmp_path / SUMMARY).exists()
+    tracker.step(record(9))
+    assert run.steps == [6, 7, 8, 9]
+    assert [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == list(range(1, 10))
+    # W&B was ahead of the checkpoint
+    ahead = Online(starting_step=12)
+    monkeypatch.setattr(wandb, "init", lambda **given: ahead)
+    tracker = Tracker(preset("tiny"), tmp_path, steps=20, facts={}, resumed=9)
+    for step in (10, 11, 12):
+        tracker.step(record(step))
+    assert ahead.steps == [12]
+
+
+def test_a_run_that_began_offline_stays_offline(monkeypatch, tmp_path, caplog):
+    part = tmp_path / "wandb" / "offline-run-20260101_000000-abc"
+    part.mkdir(parents=True)
+    (tmp_path / "wandb" / "run-id").write_text("abc\n")
+    (part / "run-abc.wandb").write_bytes(b"")
+    modes = []
+    monkeypatch.setattr(wandb, "init", lambda **given: modes.append(given["mode"]) or Online(0))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert Tracker(preset("tiny"), tmp_path, steps=1, facts={}).mode == "offline" and modes == ["offline"]
+
+
+def test_the_end_of_wandbs_process_is_not_the_runs(monkeypatch, tmp_path, caplog):
+    run = Online(0)
+    monkeypatch.setattr(wandb, "init", lambda **given: run)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
+    run.fails = True
+    with caplog.at_level("INFO"):
+        for step in (1, 2):
+            tracker.step(record(step))
+    tracker.finish({"complete": True})
+    assert caplog.text.count("W&B has ended (gone)") == 1
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 2 and (tmp_path / SUMMARY).exists()
+
+
+def test_a_save_is_told_of_and_its_cost_stands_with_the_next_step(monkeypatch, tmp_path, caplog):
+    tracker = Tracker(preset("tiny", "wandb.mode=disabled"), tmp_path, steps=3, facts={})
+    with caplog.at_level("INFO"):
+        tracker.saved(Outcome(1, tmp_path, 0.25, 1.5, 2**30, None))
+        tracker.step(record(2))
+        tracker.saved(Outcome(2, tmp_path, 0.25, 1.5, 0, "OSError on rank 1: no space"))
+        tracker.step(record(3))
+    second, third = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert second["save_blocked_seconds"] == 0.25 and second["save_seconds"] == 1.5 and second["save_gib"] == 1.0
+    assert "save_seconds" not in third
+    assert "step 2 could not be saved (OSError on rank 1: no space)" in caplog.text
+
+
+def test_going_back_keeps_what_was_before_and_moves_what_came_after(tmp_path):
+    (tmp_path / METRICS).write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 9)))
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / f"step-0000000{step}").mkdir(parents=True)
+    (tmp_path / "wandb").mkdir()
+    moved = set_aside(tmp_path, after=4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step-00000008"]
+    assert (moved / METRICS).read_text() == (tmp_path / METRICS).read_text() and (moved / "wandb").is_dir()
+    again = set_aside(tmp_path)
+    assert again.name == "2" and (again / "checkpoints" / "step-00000004").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
 
 
 def test_what_an_earlier_run_wrote_is_moved_and_the_rest_stays(tmp_path):

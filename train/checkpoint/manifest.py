@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.errors import BadInput
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 """Raise it when the meaning of a checkpoint's files changes."""
@@ -79,14 +81,18 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint, itself checked; its files are not.
 
     Raises:
-        Damaged: it is missing, unreadable or changed, or of another format.
+        Damaged: it is missing, unreadable or changed.
+        BadInput: it is of another format.
     """
     try:
         body = json.loads((folder / MANIFEST).read_text("utf-8"))
         if body.pop("sha256") != _digest(body):
             raise Damaged(f"{MANIFEST} was changed")
         if body["format"] != FORMAT:
-            raise Damaged(f"{MANIFEST} has format {body['format']}, and this version reads {FORMAT}")
+            reads = f"this version of deepnarrow reads format {FORMAT}"
+            raise BadInput(
+                [f"{folder}: written in format {body['format']}, and {reads}; the version that wrote it would"]
+            )
         manifest = Manifest(**body)
     except OSError as error:
         raise Damaged(f"{MANIFEST}: {error.strerror}") from None

@@ -158,10 +158,13 @@ class Saver:
             os.fsync(copy.fileno())
         entry = {"bytes": self._tokenizer.stat().st_size, "sha256": manifest.checksum(self._tokenizer)}
         described.files[self._tokenizer.name] = entry
+        if absent := [name for name in described.files if not (unfinished / name).exists()]:
+            raise FileNotFoundError(f"{absent[0]} is not in {unfinished}: all machines must share the run folder")
         manifest.write(unfinished, described)
         sync_folder(unfinished)
         unfinished.rename(path)
         sync_folder(path.parent)
+        sync_folder(path.parent.parent)
         try:
             folder.point_at(path)
             folder.prune(path.parent, self._settings.keep_last, self._settings.keep_every)

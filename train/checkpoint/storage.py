@@ -4,12 +4,11 @@ DCP plans which rank writes what, refuses a plan with gaps or overlaps, carries 
 which parts of which pieces a rank of another layout has to read. Its own files are pickles; these are not.
 """
 
-import hashlib
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from model.weights import Entry, write_safetensors
 from parallel.state import Box, Piece
 from train.checkpoint.manifest import Manifest
 
@@ -122,34 +122,23 @@ class Writer(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's file, its checksum computed on the way."""
+        """Write this rank's file."""
         written: Future[list[WriteResult]] = Future()
         written.set_result(self._write(plan, planner) if plan.items else [])
         return written
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        tensors = {_key(item.index): cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items}
-        header: dict[str, Any] = {}
-        at = 0
-        for key, tensor in tensors.items():
-            end = at + tensor.numel() * DTYPE.itemsize
-            header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
-            at = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        parts: list[Any] = [len(text).to_bytes(8, "little"), text]
-        parts += [tensor.view(-1).numpy() for tensor in tensors.values()]
-        digest = hashlib.sha256()
-        with open(self._folder / self._name, "wb") as file:
-            for part in parts:
-                file.write(part)
-                digest.update(part)
-            file.flush()
-            os.fsync(file.fileno())
-            entry = {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        tensors = [cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items]
+        entry = write_safetensors(
+            self._folder / self._name,
+            [
+                Entry(_key(item.index), DTYPE, tensor.shape, partial(torch.Tensor.detach, tensor))
+                for item, tensor in zip(plan.items, tensors, strict=True)
+            ],
+        )
         return [
-            WriteResult(item.index, tensors[_key(item.index)].nbytes, (self._name, entry, list(tensor.shape)))
-            for item, tensor in zip(plan.items, tensors.values(), strict=True)
+            WriteResult(item.index, tensor.nbytes, (self._name, entry, list(tensor.shape)))
+            for item, tensor in zip(plan.items, tensors, strict=True)
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

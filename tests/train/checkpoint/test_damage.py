@@ -1,6 +1,7 @@
 """Checkpoints that are not what they say, disks that take no more."""
 
 import shutil
+import time
 
 import pytest
 
@@ -68,13 +69,16 @@ def test_one_that_was_asked_for_by_name_stays_where_it_is(undisturbed, overrides
     assert f"resume={named}: no sound checkpoint" in (tmp_path / "run" / "rank0.log").read_text()
 
 
+def hindered(folder, how, *overrides):
+    return runs.start(folder, 2, *overrides, "parallel.pp=2", module="tests.train.checkpoint.hindered", before=how)
+
+
 @pytest.mark.launch
 def test_a_full_disk_costs_no_step_and_no_checkpoint(overrides, undisturbed, tmp_path):
     runs.finish(tmp_path, 2, *overrides, "parallel.pp=2", "train.max_steps=4")
     assert (tmp_path / "checkpoints" / "latest").resolve() == runs.saved(tmp_path, 4)
     # One rank of the two can write no file beyond 100 kB.
-    limited = dict(module="tests.train.checkpoint.limited", before=["1", "100000"])
-    ranks = runs.start(tmp_path, 2, *overrides, "parallel.pp=2", "wandb.mode=offline", **limited)
+    ranks = hindered(tmp_path, ["1", "limit", "100000"], *overrides, "wandb.mode=offline")
     assert 1 in ranks.wait(60)
     said = (tmp_path / "rank0.log").read_text()
     assert said.count("could not be saved (OSError on rank 1: [Errno 27] File too large)") == (STEPS - 4) // 2
@@ -100,3 +104,28 @@ def test_a_folder_that_takes_nothing_costs_no_step(overrides, undisturbed, tmp_p
     said = (tmp_path / "rank0.log").read_text()
     assert said.count("could not be saved") == STEPS // 2
     assert runs.curve(tmp_path) == runs.curve(undisturbed)
+
+
+@pytest.mark.launch
+def test_a_slow_disk_has_one_save_at_a_time_and_training_goes_on(overrides, undisturbed, tmp_path):
+    ranks = hindered(tmp_path, ["1", "delay", "0.4"], *overrides, "checkpoint.every_steps=1")
+    most = 0
+    while None in ranks.codes:
+        most = max(most, len(list((tmp_path / "checkpoints").glob("step-*.tmp"))))
+        time.sleep(0.01)
+    assert ranks.wait(60) == [0, 0] and most == 1
+    said = (tmp_path / "rank0.log").read_text()
+    skipped = said.count("is not saved: the save before is still being written")
+    saved = len(list((tmp_path / "checkpoints").glob("step-*")))
+    assert skipped >= 3 and saved >= 2 and skipped + saved == STEPS
+    assert runs.curve(tmp_path) == runs.curve(undisturbed)
+    assert runs.digests(runs.saved(tmp_path, STEPS)) == runs.digests(runs.saved(undisturbed, STEPS))
+
+
+@pytest.mark.launch
+def test_a_folder_that_is_not_shared_is_no_checkpoint(overrides, tmp_path):
+    (tmp_path / "other machine").mkdir()
+    ranks = hindered(tmp_path, ["1", "elsewhere", str(tmp_path / "other machine")], *overrides)
+    assert 1 in ranks.wait(60)
+    assert "all machines must share the run folder" in (tmp_path / "rank0.log").read_text()
+    assert not list((tmp_path / "checkpoints").glob("step-*"))

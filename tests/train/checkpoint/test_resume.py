@@ -156,3 +156,9 @@ def test_a_manifest_may_not_lead_outside_its_folder(name, run_dir):
     manifest.write(path, found)
     with pytest.raises(Damaged, match="outside"):
         manifest.read(path)
+
+
+def test_another_format_is_refused_and_not_called_damaged(run_dir, monkeypatch):
+    monkeypatch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
+    with pytest.raises(BadInput, match="written in format 1"):
+        check(preset("tiny"), Start((run_dir / "checkpoints" / name_of(8),), own=True))

@@ -1,0 +1,71 @@
+"""What is in a checkpoint, and whether it is sound."""
+
+from pathlib import Path
+from typing import Any
+
+from conf.errors import BadInput
+from train.checkpoint import manifest
+from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
+from train.checkpoint.manifest import Damaged
+
+
+def found_at(path: Path) -> list[Path]:
+    """A checkpoint itself, or those of a run folder or folder of checkpoints, newest first.
+
+    Raises:
+        BadInput: there is none.
+    """
+    if path.is_dir() and ((path / manifest.MANIFEST).exists() or step_of(path.resolve()) is not None):
+        return [path]
+    found = newest_first(path / CHECKPOINTS) or newest_first(path)
+    if not found:
+        raise BadInput([f"{path}: no checkpoint is there; a run folder or one of its checkpoints/step-… would work"])
+    return found
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What one checkpoint says, once every file of it has been read and compared with its checksum."""
+    facts: dict[str, Any] = {"path": str(path), "sound": False}
+    try:
+        found = manifest.read(path)
+        config, layout = found.config, found.layout
+        facts |= {
+            "step": found.step,
+            "tokens": found.tokens,
+            "preset": config["preset"],
+            "parameters": found.num_parameters,
+            "model": config["model"],
+            "layout": {axis: layout[axis] for axis in ("dp", "pp", "tp", "sequence_parallel")},
+            "written": found.written,
+            "code": found.code,
+            "origin": found.origin,
+            "files": len(found.files),
+            "bytes": found.num_bytes,
+        }
+        manifest.check_files(path, found)
+        facts["sound"] = True
+    except Damaged as damage:
+        facts["damage"] = str(damage)
+    return facts
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """`inspect`'s findings for people."""
+    lines = [facts["path"]]
+    if "step" in facts:
+        model, layout = facts["model"], facts["layout"]
+        cut = f"dp{layout['dp']} x pp{layout['pp']} x tp{layout['tp']}"
+        cut += " with sequence parallelism" if layout["sequence_parallel"] else ""
+        size = facts["bytes"]
+        lines += [
+            f"  step     {facts['step']:,}, {facts['tokens']:,} tokens",
+            f"  model    {facts['preset']}: {facts['parameters']:,} parameters, "
+            f"{model['n_layers']} layers x {model['d_model']}",
+            f"           {model['n_heads']} heads on {model['n_kv_heads']}, vocabulary {model['vocab_size']:,}",
+            f"  written  {facts['written']} by {cut}, code {facts['code']}",
+            f"  size     {size:,} bytes in {facts['files']} files, {size / facts['parameters']:.2f} per parameter",
+        ]
+        if facts["origin"]:
+            lines.append(f"  origin   {facts['origin']}")
+    sound = "yes, every file has the size and checksum of the manifest" if facts["sound"] else f"NO: {facts['damage']}"
+    return "\n".join([*lines, f"  sound    {sound}"])

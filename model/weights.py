@@ -1,0 +1,165 @@
+"""Weights on disk, by full parameter names, read one tensor at a time: a model larger than memory passes through.
+
+All of it lies in safetensors files, which hold numbers and no code, whoever wrote them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from model.config import ModelConfig
+from model.transformer import layer_builders
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Weights(Protocol):
+    """The parameters of a model, wherever they come from.
+
+    Attributes:
+        config: the shape.
+    """
+
+    config: ModelConfig
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter by its full name, on the CPU, in the dtype that it has there."""
+        ...
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Parameters in the safetensors files of a folder.
+
+    Attributes:
+        config: the shape.
+        folder: of the files.
+        tensors: per full name its ``shape`` and its ``pieces``: ``offset`` and ``shape`` in the whole, ``file``, and
+            ``key`` in that file.
+    """
+
+    config: ModelConfig
+    folder: Path
+    tensors: Mapping[str, Mapping[str, Any]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter, put together from its pieces."""
+        entry = self.tensors[name]
+        whole: torch.Tensor | None = None
+        for piece in entry["pieces"]:
+            with safe_open(self.folder / piece["file"], framework="pt") as file:
+                part = file.get_tensor(piece["key"])
+            if part.shape == torch.Size(entry["shape"]):
+                return part
+            whole = part.new_empty(entry["shape"]) if whole is None else whole
+            place = whole
+            for dim, (at, size) in enumerate(zip(piece["offset"], piece["shape"], strict=True)):
+                place = place.narrow(dim, at, size)
+            place.copy_(part)
+        assert whole is not None
+        return whole
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written.
+
+    Attributes:
+        key: its name in the file.
+        dtype, shape: known before it is there, since they stand before all data.
+        value: makes it when its turn comes; is converted to the dtype.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+    value: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Write a safetensors file, one tensor in memory at a time, durable when this returns.
+
+    Returns:
+        ``bytes`` and ``sha256`` of the file, the latter computed on the way.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for entry in entries:
+        end = at + entry.num_bytes
+        header[entry.key] = {"dtype": _DTYPES[entry.dtype], "shape": [*entry.shape], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+
+    def parts() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for entry in entries:
+            tensor = entry.value().to(entry.dtype).contiguous()
+            assert tensor.shape == torch.Size(entry.shape), entry.key
+            yield tensor.view(-1).view(torch.uint8).numpy()
+
+    with open(path, "wb") as file:
+        for part in parts():
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+    """Consecutive entries in files of at most `max_bytes` of data, or of one tensor that is larger."""
+    cut: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not cut or entry.num_bytes > room:
+            cut.append([])
+            room = max_bytes
+        cut[-1].append(entry)
+        room -= entry.num_bytes
+    return cut
+
+
+@torch.no_grad()
+def streamed_logits(weights: Weights, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """Logits of the whole model with one layer in memory at a time.
+
+    Args:
+        weights: of any size.
+        tokens_BL: int64 (B, L), on the CPU.
+
+    Returns:
+        fp32 (B, L, V).
+    """
+    x = tokens_BL
+    for name, layer in loaded_layers(weights):
+        del name
+        x = layer(x)
+    return x
+
+
+def loaded_layers(weights: Weights) -> Iterator[tuple[str, nn.Module]]:
+    """Each layer of the model by name, in order, on the CPU in fp32, with its weights; made when its turn comes."""
+    for name, build in layer_builders(weights.config).items():
+        with torch.device("meta"):
+            layer = build()
+        layer.to_empty(device="cpu")
+        with torch.no_grad():
+            for inner, parameter in layer.named_parameters():
+                parameter.copy_(weights.read(f"{name}.{inner}"))
+        yield name, layer
