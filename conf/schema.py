@@ -17,6 +17,7 @@ from conf.settings import (
     SampleConfig,
     ScheduleConfig,
     TrainConfig,
+    UptrainConfig,
     WandbConfig,
 )
 from model.config import ModelConfig
@@ -34,11 +35,15 @@ class Config:
     resume: str = "auto"
     """auto goes on from the newest sound checkpoint of the run folder, never starts again; a checkpoint or run folder
     elsewhere is where the run begins, and once it has saved, the same command goes on from its own."""
+    init_from: str | None = None
+    """The first weights, and with them the model's shape: a run, a checkpoint, a Hugging Face directory, or what
+    `deepnarrow import` or `regroup` wrote. Optimizer, step and data begin anew; null draws the weights."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    uptrain: UptrainConfig = field(default_factory=UptrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -64,17 +69,19 @@ def plain(value: Any) -> Any:
 
 
 def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes the loss curve, by dotted key: model, data, optimizer, schedule, seed, batch and length.
+    """What shapes the loss curve, by dotted key: model, data, optimizer, schedule, seed, batch, length, first weights.
 
     Args:
         sections: of a configuration, as plain dictionaries with enums by name. The layout is no part of it.
     """
-    return {
+    found = {
         f"{section}.{key}": value
         for section in _IDENTITY
         for key, value in sections[section].items()
         if key not in _NOT_IDENTITY.get(section, set())
     }
+    begins = sections.get("init_from")
+    return found if begins is None else {**found, "init_from": begins}
 
 
 def run_name(root: DictConfig) -> str:
@@ -82,6 +89,7 @@ def run_name(root: DictConfig) -> str:
     sections: dict[str, Any] = {
         section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _IDENTITY
     }
+    sections["init_from"] = root.init_from
     fingerprint = hashlib.sha256(json.dumps(identity(sections), sort_keys=True).encode()).hexdigest()[:7]
     return f"{root.preset}-{sections['data']['source']}-{fingerprint}"
 

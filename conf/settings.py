@@ -121,6 +121,8 @@ class TrainConfig:
     """Sequences per forward pass of one rank. Accumulation follows: global_batch / (micro_batch x dp)."""
     total_tokens: float = 2e12
     """Length of the run, over which the schedule is spread, rounded up to whole steps; may be written 2e12."""
+    skip_samples: int = 0
+    """Sequences of the order to pass over: an uptraining goes on in the data where the original run stood."""
     max_steps: int | None = None
     """For trials: stop after so many steps, with the schedule of the full run."""
     precision: Precision = Precision.auto
@@ -145,6 +147,27 @@ class CheckpointConfig:
     """The newest so many are kept."""
     keep_every: int | None = None
     """Those of steps that this divides are kept for good; null keeps none beyond the newest."""
+
+
+class Rate(Enum):
+    """The learning rate of an uptraining."""
+
+    end = "end"
+    """The rate that the original run ended with, held to the end."""
+    again = "again"
+    """The original schedule from warm-up to decay, spread over the uptraining."""
+
+
+@dataclass
+class UptrainConfig:
+    """Training on for a short while from `init_from`, with the recipe of the run that made those weights."""
+
+    alpha: float | None = None
+    """Tokens to train on, as a share of those that the weights were trained on (arXiv 2305.13245 settles on 0.05).
+    Null: init_from gives the shape and the first weights, and the rest of the recipe is the command's."""
+    rate: Rate = Rate.end
+    """end or again. Either way the warm-up is as short as the run, alpha times the original's, since Adam's moments
+    begin at zero."""
 
 
 @dataclass

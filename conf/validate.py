@@ -115,6 +115,8 @@ def _lengths(config: Config) -> list[str]:
         problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1 and finite, such as 2e12")
     if train.max_steps is not None and train.max_steps < 1:
         problems.append(f"train.max_steps={train.max_steps}: must be at least 1, or null for the whole run")
+    if train.skip_samples < 0:
+        problems.append(f"train.skip_samples={train.skip_samples}: must be at least 0")
     if train.val_every < 0:
         problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
     if config.sample.tokens < 0:

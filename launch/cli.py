@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name == "inspect":
             verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
+        elif name in ("export", "import", "regroup"):
+            _conversion_arguments(verb, name)
         else:
             verb.add_argument("overrides", nargs="*", help=OVERRIDES)
         verb.set_defaults(run=run)
@@ -41,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
     known, unknown = parser.parse_known_args(arguments)
     # argparse takes the overrides on one side of an option only: describe 67b --json parallel.pp=12.
-    known.overrides += [word for word in unknown if not word.startswith("-")]
-    unknown = [word for word in unknown if word.startswith("-")]
+    if "overrides" in known:
+        known.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown and known.verb != "train":
-        parser.error(f"unknown option {' '.join(unknown)}")
+        parser.error(f"unknown argument {' '.join(unknown)}")
     if known.verb == "train":
         given = list(sys.argv[1:] if arguments is None else arguments)
         known.overrides = given[given.index("train") + 1 :]
@@ -73,7 +76,9 @@ def train(options: argparse.Namespace) -> int:
     if ready.complete:
         print(ready.complete, file=sys.stderr)
         return 0
-    return launch(pretrain.for_hydra(hydra_options, overrides, ready.run_dir), ready.layout.world_size, ready.run_dir)
+    return launch(
+        pretrain.for_hydra(hydra_options, ready.overrides, ready.run_dir), ready.layout.world_size, ready.run_dir
+    )
 
 
 def prepare(options: argparse.Namespace) -> int:
@@ -104,6 +109,41 @@ def describe(options: argparse.Namespace) -> int:
         raise BadInput(problems)
     print(as_json(config) if options.json else as_text(config))
     return 0
+
+
+def export_weights(options: argparse.Namespace) -> int:
+    """Write a Hugging Face directory."""
+    from launch import convert
+
+    return convert.export(options)
+
+
+def import_weights(options: argparse.Namespace) -> int:
+    """Take in a Hugging Face directory."""
+    from launch import convert
+
+    return convert.import_(options)
+
+
+def regroup(options: argparse.Namespace) -> int:
+    """Make fewer key/value heads of many."""
+    from launch import convert
+
+    return convert.regroup(options)
+
+
+def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
+    ours = "a run folder, a checkpoint, or a Hugging Face directory"
+    verb.add_argument("source", help="a Hugging Face directory" if name == "import" else ours)
+    verb.add_argument("out", help="a folder that is not there yet")
+    verb.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file to write, in GB (5)")
+    if name == "export":
+        dtypes = ["float32", "bfloat16", "float16"]
+        verb.add_argument("--dtype", choices=dtypes, default="float32", help="of the written weights (float32)")
+    if name == "regroup":
+        verb.add_argument("--kv-heads", type=int, required=True, help="key/value heads of the result; 1 is multi-query")
+        verb.add_argument("--method", choices=["mean", "first", "random"], default="mean", help="(mean)")
+        verb.add_argument("--seed", type=int, default=1, help="for --method random (1)")
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -151,6 +191,23 @@ VERBS = {
         "Takes a preset or any Hydra overrides.\n\n"
         "  deepnarrow describe 67b parallel.pp=12\n"
         "  deepnarrow describe 7b model.n_kv_heads=8 --json",
+    ),
+    "export": (
+        export_weights,
+        "write a Hugging Face directory of a run's weights",
+        "transformers and vLLM load it as Llama. Ends by comparing its logits with the source's.\n\n"
+        "  deepnarrow export runs/7b-files-5e0c2f1 7b-hf --dtype bfloat16",
+    ),
+    "import": (
+        import_weights,
+        "take in a Llama-shaped Hugging Face directory",
+        "Writes weights without an optimizer's state, for init_from.\n\n  deepnarrow import deepseek-llm-7b-base 7b",
+    ),
+    "regroup": (
+        regroup,
+        "make fewer key/value heads of many: MHA to GQA or MQA",
+        "Takes a run, a checkpoint or a Hugging Face directory, and writes its weights in the format of the source.\n\n"
+        "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8",
     ),
     "bench": (
         bench,

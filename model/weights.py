@@ -22,13 +22,12 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Weights(Protocol):
-    """The parameters of a model, wherever they come from.
+    """The parameters of a model, wherever they come from."""
 
-    Attributes:
-        config: the shape.
-    """
-
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig:
+        """The shape."""
+        ...
 
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter by its full name, on the CPU, in the dtype that it has there."""

@@ -95,13 +95,13 @@ class OptimizerState:
         """Give every replica the weights that the master weights now say, in the precision that stages compute in."""
         self._zero.update_lp_params()
 
-    def pieces(self, flats: Flats, *, once: bool) -> dict[str, Piece]:
+    def pieces(self, flats: Flats) -> dict[str, Piece]:
         """What this rank owns of every tensor of its stage, as views of `flats`.
+
+        Tensor-parallel ranks that hold the same part of a parameter own the same boxes.
 
         Args:
             flats: `self.flats()` or copies of them.
-            once: leave out what another tensor-parallel rank holds as well and answers for, so that over all ranks
-                each element is there once.
 
         Returns:
             By name: a master weight has its parameter's full name, a moment ``exp_avg/`` and that.
@@ -111,7 +111,7 @@ class OptimizerState:
             shape = self._shapes[name]
             part = shard(name, shape, self._model, self._tp, self._tp_rank)
             own = getattr(parameter, "_hp_mapping", None)  # what ZeRO gave this rank of the parameter; None for nothing
-            if own is None or (once and not part.counts(self._tp_rank)):
+            if own is None:
                 continue
             origin = [0] * len(shape)
             origin[part.dim] = part.start

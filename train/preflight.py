@@ -15,6 +15,7 @@ from conf.errors import BadInput
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
 from parallel.layout import Layout
+from train import uptrain
 from train.checkpoint import resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -22,6 +23,8 @@ from train.data import corpus
 from train.data.prepare import PreparedData, prepare
 from train.schedule import length_of
 from train.tracking import SUMMARY
+from train.uptrain import implied
+from train.weights import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Ready:
         layout: the rank grid.
         data: tokenised, memory-mapped.
         run_dir: where the run writes.
-        start: where it begins; only counts on the rank that writes.
+        overrides: the command's, after those that its `init_from` implies.
+        source: the weights it begins with, None for new ones.
+        start: the checkpoint it goes on from; only counts on the rank that writes.
         complete: what to say if nothing is left to do, else None; counts there too.
         warnings: what may not be what was meant, one sentence each.
     """
@@ -42,6 +47,8 @@ class Ready:
     layout: Layout
     data: PreparedData
     run_dir: Path
+    overrides: list[str]
+    source: Source | None
     start: Start
     complete: str | None
     warnings: list[str]
@@ -68,10 +75,16 @@ def preflight(
         BadInput: with every problem found.
     """
     composition = compose_overrides(overrides, config_name, config_dir)
+    source = None
+    if composition.config.init_from is not None:
+        source = open_source(Path(composition.config.init_from), checked=writes)
+        overrides = [*implied(composition.config, source, overrides), *overrides]
+        composition = compose_overrides(overrides, config_name, config_dir)
     config = composition.config
     machine = machine or this_machine()
     layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems, *corpus.check(config.data)]
+    problems += uptrain.problems(config, source)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
         unusable = _check_run_dir(run_dir)
@@ -87,10 +100,20 @@ def preflight(
     if problems or layout is None:
         raise BadInput(problems)
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
-    if problems := resume.check(config, start, data.tokenizer_path):
+    if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
         raise BadInput(problems)
     complete = _complete(config, composition.run_dir, start)
-    return Ready(config, layout, data, composition.run_dir, start, complete, warnings(config, layout, machine))
+    return Ready(
+        config,
+        layout,
+        data,
+        run_dir=composition.run_dir,
+        overrides=list(overrides),
+        source=source,
+        start=start,
+        complete=complete,
+        warnings=warnings(config, layout, machine),
+    )
 
 
 def _complete(config: Config, run_dir: Path, start: Start) -> str | None:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 with held(ready.run_dir):
                     make_room(ready)
-                    _hydra_main(for_hydra(options, overrides, ready.run_dir), lambda node: train(ready, signals))
+                    _hydra_main(for_hydra(options, ready.overrides, ready.run_dir), lambda node: train(ready, signals))
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)

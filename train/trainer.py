@@ -93,6 +93,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
     state = OptimizerState(engine, shape, layout, rank)
     past = resume.load_newest_sound(config, start, state, group)
     steps_before = past.step if past else 0
+    if ready.source and not past:
+        resume.load_weights(state, ready.source.weights, group)
 
     # The data: which sequences a step sees depends on the seed and the step alone.
     replica = dict(micro_batch=settings.micro_batch, dp_rank=layout.replica(rank), dp_size=layout.dp)
@@ -101,7 +103,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
         sequences,
         SampleOrder(len(sequences), settings.seed),
         global_batch=settings.global_batch,
-        start_sample=steps_before * settings.global_batch,
+        start_sample=settings.skip_samples + steps_before * settings.global_batch,
         **replica,
     )
     held_out = data.val(settings.seq_len)
@@ -126,6 +128,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
         log.info("%s", stage_table(stage_rows(shape, stages)))
         if past:
             log.info("%s", f"going on after step {past.step:,}")
+        elif ready.source:
+            log.info("%s", f"beginning with the weights of {ready.source.path}")
     saver = Saver(
         state,
         run_dir / CHECKPOINTS,

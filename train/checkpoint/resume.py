@@ -1,6 +1,7 @@
 """Going on from a checkpoint: which one, whether it fits, and how each rank gets its part of it."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from conf.errors import BadInput
 from conf.schema import Config, identity, plain
 from model.config import either
+from model.weights import StoredWeights
 from parallel.state import OptimizerState
 from train.checkpoint import manifest
 from train.checkpoint.folder import CHECKPOINTS, LATEST, mark_damaged, newest_first, step_of
@@ -86,6 +88,8 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
         except Damaged as error:
             reasons.append(f"{path.name}: {error}")
             continue
+        if not any("/" in name for name in found.tensors):
+            return [f"resume={config.resume}: {path} holds weights alone; init_from={path} would begin with them"]
         return _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
     return [_none_is_sound(config, start, reasons)] if reasons else []
 
@@ -130,7 +134,7 @@ def load_newest_sound(config: Config, start: Start, state: OptimizerState, group
         if damage is None and found is not None:
             if problems := _differences(config, path, found):
                 raise BadInput(problems)
-            _load(state, path, found, group)
+            _load(state, path, found.tensors, found.adam_step, group)
             return found
         reasons.append(f"{path.name}: {damage}")
         if rank == 0 and start.own:
@@ -140,12 +144,27 @@ def load_newest_sound(config: Config, start: Start, state: OptimizerState, group
     return None
 
 
-def _load(state: OptimizerState, path: Path, found: Manifest, group: dist.ProcessGroup) -> None:
-    state.start_at(found.adam_step)
+def load_weights(state: OptimizerState, weights: StoredWeights, group: dist.ProcessGroup) -> None:
+    """Begin with these weights: every rank reads its part of them. All ranks call it together.
+
+    Args:
+        state: of an engine of the same shape that has taken no step; its moments are zero.
+        weights: in any dtype.
+        group: a gloo group of all ranks.
+    """
+    _load(state, weights.folder, weights.tensors, 0, group)
+
+
+def _load(
+    state: OptimizerState, folder: Path, tensors: Mapping[str, Any], adam_step: int, group: dist.ProcessGroup
+) -> None:
+    state.start_at(adam_step)
     on_device = state.flats()
     on_host = [{key: flat.cpu() for key, flat in flats.items()} for flats in on_device]  # on the CPU, no copy
-    pieces: dict[str, Any] = dict(state.pieces(on_host, once=False))
-    dcp.load(pieces, storage_reader=Reader(path, found), planner=LoadPieces(), process_group=group)
+    pieces: dict[str, Any] = {
+        name: piece for name, piece in state.pieces(on_host).items() if name in tensors or adam_step
+    }
+    dcp.load(pieces, storage_reader=Reader(folder, tensors), planner=LoadPieces(), process_group=group)
     for flats, read in zip(on_device, on_host, strict=True):
         for key, flat in flats.items():
             flat.copy_(read[key])

@@ -19,6 +19,7 @@ from parallel.state import Flats, OptimizerState
 from train.checkpoint import folder, manifest
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.storage import SavePieces, Writer, sync_folder
+from train.data.tokenizer import config_file
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Saver:
 
         try:
             writer = Writer(unfinished, self._rank, commit)
-            pieces: dict[str, Any] = dict(self._state.pieces(self._copies, once=True))
+            pieces: dict[str, Any] = dict(self._state.pieces(self._copies))
             dcp.save(pieces, storage_writer=writer, planner=SavePieces(), process_group=self._group)
         except BaseException as failure:  # training goes on, whatever it is; what DCP raises is no Exception
             error = _in_a_line(failure)
@@ -152,12 +153,15 @@ class Saver:
     def _commit(self, path: Path, described: Manifest) -> int:
         """On one rank, when all have written: from the temporary name to the checkpoint; its size in bytes."""
         unfinished = folder.temporary(path)
-        with open(self._tokenizer, "rb") as source, open(unfinished / self._tokenizer.name, "wb") as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-        entry = {"bytes": self._tokenizer.stat().st_size, "sha256": manifest.checksum(self._tokenizer)}
-        described.files[self._tokenizer.name] = entry
+        for path_there in (self._tokenizer, config_file(self._tokenizer)):
+            if not path_there.exists():  # the second says which token ends a document, where the names do not
+                continue
+            with open(path_there, "rb") as source, open(unfinished / path_there.name, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+            entry = {"bytes": path_there.stat().st_size, "sha256": manifest.checksum(path_there)}
+            described.files[path_there.name] = entry
         if absent := [name for name in described.files if not (unfinished / name).exists()]:
             raise FileNotFoundError(f"{absent[0]} is not in {unfinished}: all machines must share the run folder")
         manifest.write(unfinished, described)

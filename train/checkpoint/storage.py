@@ -1,12 +1,13 @@
 """How PyTorch's distributed checkpoint (DCP) lays tensors on disk here: one safetensors file per rank.
 
-DCP plans which rank writes what, refuses a plan with gaps or overlaps, carries one rank's failure to all, and computes
-which parts of which pieces a rank of another layout has to read. Its own files are pickles; these are not.
+DCP plans which rank writes what, once where several hold it, refuses a plan with gaps or overlaps, carries one rank's
+failure to all, and computes which parts of which pieces a rank of another layout has to read. Its own files are
+pickles; these are not.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ from torch.futures import Future
 
 from model.weights import Entry, write_safetensors
 from parallel.state import Box, Piece
-from train.checkpoint.manifest import Manifest
 
 DTYPE = torch.float32
 
@@ -165,20 +165,20 @@ class Reader(StorageReader):
     """Reads slices out of a checkpoint's files; only the slices that were planned are read.
 
     Args:
-        folder: the checkpoint.
-        manifest: its manifest; the files were checked against it.
+        folder: of the files.
+        tensors: what lies where, as in a manifest; any dtype, which a copy into fp32 converts.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
-        self._folder, self._manifest = folder, manifest
+    def __init__(self, folder: Path, tensors: Mapping[str, Mapping[str, Any]]):
+        self._folder, self._tensors = folder, tensors
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Nothing is kept between loads."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The manifest in DCP's terms."""
+        """The tensors in DCP's terms."""
         tensors, places = {}, {}
-        for name, entry in self._manifest.tensors.items():
+        for name, entry in self._tensors.items():
             chunks = []
             for piece in entry["pieces"]:
                 chunks.append(ChunkStorageMetadata(torch.Size(piece["offset"]), torch.Size(piece["shape"])))

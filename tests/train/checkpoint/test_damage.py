@@ -40,9 +40,11 @@ def copy(undisturbed, tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(file, damage, copy, undisturbed, overrides):
     newest = runs.saved(copy, STEPS)
     DAMAGES[damage](newest / file)
+    (copy / "checkpoints" / "step-00000003.tmp").mkdir()  # of a process that died; this run saves no step 3
     said = runs.finish(copy, 2, *overrides, "parallel.pp=2")
     assert said.count(f"{newest} is damaged ({file}") == 1 and said.count("going on after step 10") == 1
     assert newest.with_name(newest.name + ".damaged").is_dir()
+    assert not list((copy / "checkpoints").glob("*.tmp"))
     assert runs.digests(newest) == runs.digests(runs.saved(undisturbed, STEPS))
     assert runs.curve(copy) == runs.curve(undisturbed)
 

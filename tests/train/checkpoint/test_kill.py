@@ -71,7 +71,8 @@ TOLD = [
 @pytest.mark.launch
 @pytest.mark.parametrize(("number", "told"), TOLD)
 def test_told_to_stop_all_save_and_end_with_zero(number, told, overrides, undisturbed, tmp_path):
-    ranks = runs.start(tmp_path, 2, *overrides, "parallel.pp=2", "checkpoint.every_steps=null")
+    command = [*overrides, "parallel.pp=2", "checkpoint.every_steps=null", "wandb.mode=offline"]
+    ranks = runs.start(tmp_path, 2, *command)
     metrics = tmp_path / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2, ranks)
     ranks.signal(number, *told)
@@ -79,8 +80,9 @@ def test_told_to_stop_all_save_and_end_with_zero(number, told, overrides, undist
     stopped = len(runs.metrics(tmp_path))
     assert 2 <= stopped < STEPS and runs.saved(tmp_path, stopped).is_dir()
     assert f"stopped after step {stopped} of {STEPS}" in (tmp_path / "rank0.log").read_text()
-    runs.finish(tmp_path, 2, *overrides, "parallel.pp=2", "checkpoint.every_steps=null")
+    runs.finish(tmp_path, 2, *command)
     assert_undisturbed(tmp_path, undisturbed)
+    assert logged_steps(tmp_path / "wandb") == list(range(1, STEPS + 1))
 
 
 @pytest.mark.launch

@@ -1,0 +1,114 @@
+"""A run that begins with trained weights: their shape, and for an uptraining the recipe that made them.
+
+What they imply is said as overrides that stand before the command's own: whatever the command says wins, and Hydra's
+files in the run folder tell what was trained.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from conf.errors import BadInput
+from conf.schema import Config, identity, plain
+from conf.settings import Decay, Rate, ScheduleConfig
+from train.checkpoint import manifest
+from train.data.prepare import PreparedData
+from train.schedule import rate_share
+from train.weights import Source
+
+_NOT_SHAPE = ("attention",)
+_SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "head_dim")
+_RECIPE = ("data", "optimizer", "schedule", "train")
+
+
+def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[str]:
+    """The overrides that `init_from` and `uptrain` stand for, without those that the command sets itself.
+
+    Args:
+        config: of the command alone.
+        source: the weights at `init_from`.
+        overrides: of the command.
+
+    Raises:
+        BadInput: an uptraining of weights whose recipe is not known.
+    """
+    shape = {
+        f"model.{key}": value for key, value in plain(asdict(source.weights.config)).items() if key not in _NOT_SHAPE
+    }
+    if config.uptrain.alpha is not None:
+        values = shape | _recipe(config, source)
+    else:
+        values = shape | ({"data.tokenizer": str(source.tokenizer)} if source.tokenizer else {})
+    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    return [f"{key}={_hydra(value)}" for key, value in values.items() if key not in given]
+
+
+def problems(config: Config, source: Source | None) -> list[str]:
+    """Why a run cannot begin with these weights, a sentence each; a share of nothing among them."""
+    alpha, found = config.uptrain.alpha, []
+    if alpha is not None and not 0 < alpha < math.inf:
+        found.append(f"uptrain.alpha={alpha}: must be above 0, such as 0.05, or null for no uptraining")
+    if source is None:
+        if alpha is not None:
+            found.append(f"uptrain.alpha={alpha}: there are no weights to train on; init_from=PATH would give some")
+        return found
+    now, there = plain(asdict(config.model)), plain(asdict(source.weights.config))
+    hint = "; deepnarrow regroup makes weights that have"
+    found += [
+        f"model.{key}={now[key]}: the weights of init_from={config.init_from} have {there[key]}"
+        + (f"{hint} {now[key]}" if key == "n_kv_heads" else f"; model.{key}={there[key]} would work")
+        for key in _SHAPE
+        if now[key] != there[key]
+    ]
+    return found
+
+
+def other_tokenizer(source: Source | None, data: PreparedData) -> list[str]:
+    """That the corpus is in other tokens than the weights know, in a sentence."""
+    if source is None or source.tokenizer is None:
+        return []
+    if manifest.checksum(source.tokenizer) == manifest.checksum(data.tokenizer_path):
+        return []
+    return [f"data.tokenizer: not that of the weights; data.tokenizer={source.tokenizer} would work"]
+
+
+def _recipe(config: Config, source: Source) -> dict[str, Any]:
+    alpha = config.uptrain.alpha
+    assert alpha is not None
+    then = source.run.config if source.run else {}
+    if missing := [section for section in _RECIPE if section not in then]:
+        raise BadInput(
+            [
+                f"uptrain.alpha={alpha}: init_from={config.init_from} does not say what recipe made it (no "
+                f"{missing[0]}); uptrain.alpha=null with train.total_tokens and the rest of a recipe would work"
+            ]
+        )
+    assert source.run is not None
+    values = {key: value for key, value in identity(then).items() if key.partition(".")[0] in _RECIPE}
+    values |= {f"train.{key}": then["train"][key] for key in ("micro_batch", "val_every", "val_sequences")}
+    done = source.run.tokens
+    values["train.total_tokens"] = alpha * done
+    values["train.skip_samples"] = then["train"]["skip_samples"] + done // then["train"]["seq_len"]
+    values["schedule.warmup_steps"] = math.ceil(alpha * then["schedule"]["warmup_steps"])
+    if config.uptrain.rate is Rate.end:
+        tokens_per_step = then["train"]["global_batch"] * then["train"]["seq_len"]
+        schedule = ScheduleConfig(**{**then["schedule"], "decay": Decay[then["schedule"]["decay"]]})
+        all_steps = math.ceil(then["train"]["total_tokens"] / tokens_per_step)
+        share = rate_share(max(1, done // tokens_per_step), all_steps, schedule)
+        values["optimizer.lr"] = then["optimizer"]["lr"] * share
+        values |= {"schedule.decay": "wsd", "schedule.decay_share": 0.0}  # warm up, then hold
+    return values
+
+
+def _hydra(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(_hydra(inner) for inner in value)}]"
+    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else repr(value)
