@@ -1,12 +1,14 @@
 """What a model costs and how it is cut, before anything runs."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from conf.schema import Config
+from model.config import ModelConfig
 from parallel.stages import split, stage_rows, stage_table
 
 
@@ -14,7 +16,8 @@ def facts(config: Config) -> dict[str, Any]:
     """The numbers of `deepnarrow describe --json`.
 
     Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
-    seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share.
+    seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share;
+    attention_choices, the same model with other key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
     return {
@@ -27,6 +30,27 @@ def facts(config: Config) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
         "stages": stage_rows(model, split(model.layer_flops(seq_len), config.parallel.pp)),
+        "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
+    }
+
+
+def _choices(model: ModelConfig) -> list[int]:
+    """Key/value heads to set side by side: multi-head, GQA-8 where 8 heads can be, the model's own, multi-query."""
+    heads = {model.n_heads, model.n_kv_heads, 1} | ({8} if model.n_heads % 8 == 0 else set())
+    return sorted(heads, reverse=True)
+
+
+def _choice(config: Config, n_kv_heads: int) -> dict[str, Any]:
+    """What the model would cost with so many key/value heads; KV cache in bf16 bytes."""
+    other = replace(config, model=replace(config.model, n_kv_heads=n_kv_heads))
+    model, seq_len = other.model, config.train.seq_len
+    return {
+        "attention": attention_kind(other),
+        "n_kv_heads": n_kv_heads,
+        "parameters": model.num_params,
+        "flops_per_token": model.flops_per_token(seq_len),
+        "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
+        "kv_cache_bytes_per_sequence": model.kv_cache_bytes_per_token() * seq_len,
     }
 
 
@@ -62,4 +86,19 @@ def as_text(config: Config) -> str:
         costs.add_row("true FLOPs, forward and backward", f"{found['flops_per_token']:,}")
         costs.add_row("KV cache, bf16 bytes", f"{found['kv_cache_bytes_per_token']:,}")
         console.print(costs)
+        title = f"with other key/value heads; a sequence is {found['seq_len']} tokens"
+        columns = ("attention", "parameters", "FLOPs per token", "KV cache per token", "per sequence", "of MHA's")
+        choices = Table(*columns, title=title, title_justify="left")
+        whole = found["attention_choices"][0]["kv_cache_bytes_per_token"]
+        for choice in found["attention_choices"]:
+            per_token, own = choice["kv_cache_bytes_per_token"], choice["n_kv_heads"] == model.n_kv_heads
+            choices.add_row(
+                choice["attention"] + (" (this)" if own else ""),
+                f"{choice['parameters']:,}",
+                f"{choice['flops_per_token']:.4g}",
+                f"{per_token / 1024:,.0f} KiB",
+                f"{choice['kv_cache_bytes_per_sequence'] / 2**20:,.0f} MiB",
+                f"{per_token / whole:.1%}",
+            )
+        console.print(choices)
     return capture.get() + stage_table(found["stages"])

@@ -37,6 +37,19 @@ def test_describe_67b_for_scripts(capsys):
     assert found["flops_per_token"] == 6 * matrices + 6 * 95 * 64 * 128 * 4096
 
 
+def test_describe_sets_attention_side_by_side(capsys):
+    assert cli.main(["describe", "67b", "--json"]) == 0
+    choices = json.loads(capsys.readouterr().out)["attention_choices"]
+    assert [choice["attention"] for choice in choices] == ["MHA", "GQA-8", "MQA"]
+    for choice, heads in zip(choices, (64, 8, 1), strict=True):
+        assert choice["kv_cache_bytes_per_token"] == 2 * 95 * heads * 128 * 2
+        assert choice["kv_cache_bytes_per_sequence"] == choice["kv_cache_bytes_per_token"] * 4096
+        assert choice["parameters"] == 67_425_001_472 + 2 * 95 * (heads - 8) * 128 * 8192
+    assert cli.main(["describe", "tiny", "model.n_heads=6", "model.d_model=132", "model.n_kv_heads=3", "--json"]) == 0
+    choices = json.loads(capsys.readouterr().out)["attention_choices"]
+    assert [choice["n_kv_heads"] for choice in choices] == [6, 3, 1]
+
+
 def test_describe_for_people_takes_presets_and_overrides(capsys):
     assert cli.main(["describe", "7b", "model.n_kv_heads=8", "parallel.pp=2"]) == 0
     said = capsys.readouterr().out
