@@ -146,8 +146,7 @@ def streamed_logits(weights: Weights, tokens_BL: torch.Tensor) -> torch.Tensor:
         fp32 (B, L, V).
     """
     x = tokens_BL
-    for name, layer in loaded_layers(weights):
-        del name
+    for _, layer in loaded_layers(weights):
         x = layer(x)
     return x
 

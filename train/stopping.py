@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,6 +61,7 @@ class StopSignals:
             if self.asked is None:
                 self.asked, self._since = number, time.monotonic()
             elif time.monotonic() - self._since > SAME:
-                print(f"a second signal ({signal.Signals(number).name}): stopped at once", file=sys.stderr)
+                with suppress(OSError):
+                    print(f"a second signal ({signal.Signals(number).name}): stopped at once", file=sys.stderr)
                 os._exit(128 + number)
         self._told.close()

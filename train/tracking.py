@@ -112,7 +112,10 @@ class Tracker:
             self._wandb = None
             with suppress(Exception):  # or it would try, and fail, to take leave of it when Python ends
                 wandb.teardown()
-            self.say(f"W&B has ended ({error}); {METRICS} has what it misses, and gives it to W&B on resuming")
+            self.say(
+                f"W&B has ended ({error}); {METRICS} has what it misses, and gives it to W&B on resuming",
+                logging.WARNING,
+            )
 
     def _remember(self, record: dict[str, Any]) -> None:
         self.first, self.last = self.first or record, record
@@ -285,7 +288,8 @@ def set_aside(run_dir: Path, after: int | None = None) -> Path | None:
     else:
         moved = [f"{CHECKPOINTS}/{path.name}" for path in newer]
         (target / CHECKPOINTS).mkdir()
-        shutil.copyfile(run_dir / METRICS, target / METRICS)
+        with suppress(FileNotFoundError):
+            shutil.copyfile(run_dir / METRICS, target / METRICS)
     for name in (*moved, SUMMARY, ".hydra", "pretrain.log", "wandb"):
         if (run_dir / name).exists():
             (run_dir / name).rename(target / name)

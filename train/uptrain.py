@@ -35,14 +35,14 @@ def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[st
     Raises:
         BadInput: an uptraining of weights whose recipe is not known.
     """
-    shape = {
-        f"model.{key}": value for key, value in plain(asdict(source.weights.config)).items() if key not in _NOT_SHAPE
-    }
-    if config.uptrain.alpha is not None:
-        values = shape | _recipe(config, source)
-    else:
-        values = shape | ({"data.tokenizer": str(source.tokenizer)} if source.tokenizer else {})
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    described = plain(asdict(source.weights.config))
+    values = {f"model.{key}": value for key, value in described.items() if key not in _NOT_SHAPE}
+    if config.uptrain.alpha is not None:
+        # A group that the command chooses (schedule=cosine) is a recipe of its own.
+        values |= {key: value for key, value in _recipe(config, source).items() if key.partition(".")[0] not in given}
+    if source.tokenizer and (config.uptrain.alpha is None or "data" in given):
+        values["data.tokenizer"] = str(source.tokenizer)
     return [f"{key}={_hydra(value)}" for key, value in values.items() if key not in given]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,10 +19,10 @@ from model.huggingface import open_huggingface, write_huggingface
 from model.transformer import full_shapes
 from model.weights import Entry, StoredWeights, Weights, shards, streamed_logits, write_safetensors
 from train.checkpoint import manifest
-from train.checkpoint.folder import CHECKPOINTS, newest_first, temporary
+from train.checkpoint.folder import CHECKPOINTS, newest_first
 from train.checkpoint.manifest import Damaged, Manifest
-from train.checkpoint.storage import sync_folder
 from train.data import tokenizer as tokenizers_
+from train.files import sync
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -177,15 +178,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise BadInput([f"{path}: is there already, and is not overwritten; another path, or an empty one, would work"])
-    unfinished = temporary(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        unfinished.chmod(0o755)
     except OSError as error:
         raise BadInput([f"{path}: {error.strerror}; a folder that can be written would work"]) from None
     try:
         yield unfinished
-        sync_folder(unfinished)
+        sync(unfinished)
         if path.exists():
             path.rmdir()
         unfinished.rename(path)

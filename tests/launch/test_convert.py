@@ -64,7 +64,9 @@ def test_transformers_takes_the_export_with_its_tokenizer(run_dir, exported):
 
 @pytest.mark.launch
 def test_export_tells_how_near_the_logits_are(run_dir, tmp_path, capsys):
+    (tmp_path / "half.tmp").mkdir()
     assert main(["export", str(run_dir), str(tmp_path / "half"), "--dtype", "bfloat16"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "half.tmp"]
     said = capsys.readouterr().out
     assert "in bfloat16; on 64 tokens of text its logits are those of the source to " in said
     assert main(["export", str(run_dir), str(tmp_path / "half")]) == 2

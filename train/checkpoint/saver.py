@@ -1,8 +1,7 @@
 """Saving while training goes on: a copy to host memory, then a thread that writes it."""
 
+import hashlib
 import logging
-import os
-import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from conf.settings import CheckpointConfig
 from parallel.state import Flats, OptimizerState
 from train.checkpoint import folder, manifest
 from train.checkpoint.manifest import Manifest
-from train.checkpoint.storage import SavePieces, Writer, sync_folder
+from train.checkpoint.storage import SavePieces, Writer
 from train.data.tokenizer import config_file
+from train.files import sync
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ class Saver:
         group: dist.ProcessGroup,
     ):
         self._state, self._folder, self._settings, self._facts = state, checkpoints, settings, facts
-        self._tokenizer, self._group = tokenizer, group
+        # Read once: a save must not depend on files that others may clear away. The second, where there is one, says
+        # which token ends a document.
+        files = [file for file in (tokenizer, config_file(tokenizer)) if file.exists()]
+        self._tokenizer, self._group = {file.name: file.read_bytes() for file in files}, group
         self._rank = dist.get_rank()
         self._copies: Flats = []
         self._thread: threading.Thread | None = None
@@ -153,22 +156,17 @@ class Saver:
     def _commit(self, path: Path, described: Manifest) -> int:
         """On one rank, when all have written: from the temporary name to the checkpoint; its size in bytes."""
         unfinished = folder.temporary(path)
-        for path_there in (self._tokenizer, config_file(self._tokenizer)):
-            if not path_there.exists():  # the second says which token ends a document, where the names do not
-                continue
-            with open(path_there, "rb") as source, open(unfinished / path_there.name, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-            entry = {"bytes": path_there.stat().st_size, "sha256": manifest.checksum(path_there)}
-            described.files[path_there.name] = entry
+        for name, content in self._tokenizer.items():
+            (unfinished / name).write_bytes(content)
+            sync(unfinished / name)
+            described.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         if absent := [name for name in described.files if not (unfinished / name).exists()]:
             raise FileNotFoundError(f"{absent[0]} is not in {unfinished}: all machines must share the run folder")
         manifest.write(unfinished, described)
-        sync_folder(unfinished)
+        sync(unfinished)
         unfinished.rename(path)
-        sync_folder(path.parent)
-        sync_folder(path.parent.parent)
+        sync(path.parent)
+        sync(path.parent.parent)
         try:
             folder.point_at(path)
             folder.prune(path.parent, self._settings.keep_last, self._settings.keep_every)

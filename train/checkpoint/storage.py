@@ -8,7 +8,6 @@ pickles; these are not.
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -218,16 +217,6 @@ class Reader(StorageReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any folder."""
         return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the file system lets one ask."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _chunk(box: Box) -> ChunkStorageMetadata:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from train.files import sync
+
 META = "meta.json"
 
 
@@ -57,9 +59,9 @@ def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
             meta["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
             (temporary / META).write_text(json.dumps(meta, indent=1), "utf-8")
             for file in (*temporary.iterdir(), temporary):
-                _sync(file)
+                sync(file)
             os.rename(temporary, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -101,11 +103,3 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
         except (Timeout, OSError):
             continue
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
