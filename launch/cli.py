@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from conf.errors import BadInput
@@ -31,13 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if name == "inspect":
             verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
+        elif name == "generate":
+            verb.add_argument("source", help="a run folder, a checkpoint, or a Hugging Face directory")
+            verb.add_argument("--prompt", action="append", required=True, help="text to go on from; may be repeated")
+            verb.add_argument("--max-tokens", type=int, default=128, help="at most so many more (128)")
+            verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+            verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
+            verb.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (1.0)")
+            verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
         elif name in ("export", "import", "regroup"):
             _conversion_arguments(verb, name)
         else:
             verb.add_argument("overrides", nargs="*", help=OVERRIDES)
         verb.set_defaults(run=run)
         if name == "bench":
-            verb.add_argument("subject", choices=["checkpoint"], help="what to measure")
+            verb.add_argument("subject", choices=["checkpoint", "decode"], help="what to measure")
         if name in ("describe", "inspect", "bench"):
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
@@ -125,6 +134,13 @@ def import_weights(options: argparse.Namespace) -> int:
     return convert.import_(options)
 
 
+def generate(options: argparse.Namespace) -> int:
+    """Complete prompts."""
+    from launch.generate import run
+
+    return run(options)
+
+
 def regroup(options: argparse.Namespace) -> int:
     """Make fewer key/value heads of many."""
     from launch import convert
@@ -148,10 +164,9 @@ def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
 
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark."""
-    from launch.bench import checkpoint
-
-    found = checkpoint.measure(options.overrides)
-    print(json.dumps(found, indent=2) if options.json else checkpoint.as_text(found))
+    benchmark = import_module(f"launch.bench.{options.subject}")
+    found = benchmark.measure(options.overrides)
+    print(json.dumps(found, indent=2) if options.json else benchmark.as_text(found))
     return 0
 
 
@@ -209,12 +224,19 @@ VERBS = {
         "Takes a run, a checkpoint or a Hugging Face directory, and writes its weights in the format of the source.\n\n"
         "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8",
     ),
+    "generate": (
+        generate,
+        "complete prompts",
+        "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"
+        "  deepnarrow generate runs/tiny-stdlib-574187f --prompt 'def ' --temperature 0.7 --top-p 0.9",
+    ),
     "bench": (
         bench,
         "measure what things cost on this machine",
         "Takes overrides of the model.\n\n"
         "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
-        "                                   waited for by turns; bytes per parameter on disk",
+        "                                   waited for by turns; bytes per parameter on disk\n"
+        "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate",
     ),
     "inspect": (
         inspect,

@@ -13,8 +13,9 @@ B batch, L sequence, D width, H query heads, G key/value heads, K head width.
 import torch
 from torch import nn
 
+from model.cache import KVCache
 from model.config import ModelConfig
-from model.kernels import causal_attention
+from model.kernels import cached_attention, causal_attention
 from model.layers import FanOut, apply_rotary, rotary_tables
 
 
@@ -30,11 +31,24 @@ class GroupedQueryAttention(nn.Module):
         self.qkv = FanOut(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) to (B, L, D)."""
+    def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, L, D) to (B, L, D).
+
+        With a cache the sequences go on from what it holds, and are added to it: whole ones where it is empty, and one
+        token of each afterwards.
+        """
         # The number of heads is read off the projections: a tensor-parallel cut leaves each rank some of them.
         q_BLHK, k_BLGK, v_BLGK = (x.unflatten(-1, (-1, self.d_head)) for x in self.qkv(x_BLD))
-        cos, sin = rotary_tables(q_BLHK.shape[1], self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
+        past = cache if cache is not None and not cache.empty else None
+        length = past.size if past else q_BLHK.shape[1]
+        cos, sin = rotary_tables(length, self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
+        if past:  # each sequence's next position
+            cos, sin = cos[past.lengths_B].unsqueeze(1), sin[past.lengths_B].unsqueeze(1)
         q_BLHK, k_BLGK = apply_rotary(q_BLHK, cos, sin), apply_rotary(k_BLGK, cos, sin)
-        out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend)
+        if cache is not None:
+            cache.add(k_BLGK, v_BLGK)
+        if past:
+            out_BLHK = cached_attention(q_BLHK, *past.held())
+        else:
+            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend)
         return self.o_proj(out_BLHK.flatten(2))

@@ -69,6 +69,28 @@ def sdpa(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> to
     return out_BHLK.transpose(1, 2)
 
 
+def cached_attention(
+    q_B1HK: torch.Tensor, k_BGMK: torch.Tensor, v_BGMK: torch.Tensor, lengths_B: torch.Tensor
+) -> torch.Tensor:
+    """Attention of one token of each sequence to all that its key/value heads hold.
+
+    The query heads of a group stand where a sequence would: each key and value is read once for all of them.
+
+    Args:
+        q_B1HK: the queries; k_BGMK, v_BGMK: keys and values, the token's own among them.
+        lengths_B: int64, how many positions of each sequence count.
+
+    Returns:
+        (B, 1, H, K).
+    """
+    B, _, H, K = q_B1HK.shape
+    G, M = k_BGMK.shape[1:3]
+    q_BGRK = q_B1HK.view(B, G, H // G, K)
+    seen_BM = torch.arange(M, device=lengths_B.device) < lengths_B.unsqueeze(1)
+    mask_BGRM = seen_BM.view(B, 1, 1, M).expand(B, G, H // G, M)
+    return F.scaled_dot_product_attention(q_BGRK, k_BGMK, v_BGMK, attn_mask=mask_BGRM).reshape(B, 1, H, K)
+
+
 def reference(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> torch.Tensor:
     """The definition, written out slowly; the other backends are tested against it."""
     B, L, H, K = q_BLHK.shape

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from model.attention import GroupedQueryAttention
+from model.cache import KVCache
 from model.config import ModelConfig
 from model.layers import RMSNorm, SwiGLU
 
@@ -35,9 +36,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) to (B, L, D)."""
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD))
+    def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """(B, L, D) to (B, L, D); a cache holds the keys and values of tokens before (`model/cache.py`)."""
+        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), cache)
         return h_BLD + self.ffn(self.ffn_norm(h_BLD))
 
 

@@ -1,0 +1,132 @@
+"""Seconds a token costs at inference: our cache against `transformers`' generate, with the same weights, by turns."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.compose import compose_overrides
+from conf.errors import BadInput
+from conf.validate import Machine, validate
+from model.config import ModelConfig
+from model.generate import Decoder
+from model.huggingface import write_huggingface
+from model.init import initial_value
+from model.transformer import full_shapes
+from model.weights import loaded_layers
+
+DEFAULTS = [
+    *["model.n_layers=8", "model.d_model=512", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=1536"],
+    *["model.vocab_size=8192", "model.max_seq_len=4096"],
+]
+
+
+class _Drawn:
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    def read(self, name: str) -> torch.Tensor:
+        return initial_value(name, full_shapes(self.config)[name], 1, 0.02)
+
+
+def measure(
+    overrides: Sequence[str], batch: int = 8, context: int = 2048, tokens: int = 8, rounds: int = 3
+) -> dict[str, Any]:
+    """Decode after a prompt of `context` tokens, greedily, by turns; medians of seconds per step.
+
+    Args:
+        overrides: of the model, after `DEFAULTS`.
+        batch: sequences.
+        context: tokens of each prompt.
+        tokens: timed steps of one round.
+        rounds: of one run of each.
+    """
+    composition = compose_overrides([*DEFAULTS, *overrides])
+    config = composition.config.model
+    if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0))[1]]:
+        raise BadInput(problems)
+    if context + tokens + 1 > config.max_seq_len:
+        raise BadInput([f"model.max_seq_len={config.max_seq_len}: the benchmark needs {context + tokens + 1}"])
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise BadInput(["transformers is not installed, and is compared with; pip install transformers"]) from None
+
+    weights = _Drawn(config)
+    with tempfile.TemporaryDirectory() as folder:
+        write_huggingface(weights, Path(folder), torch.float32, 10**10, 0, 0)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    layers = [layer for _, layer in loaded_layers(weights)]
+    prompts_BL = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(1))
+    seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    made = {}
+    for _ in range(rounds):
+        times, made["ours"] = _ours(layers, config, prompts_BL, tokens)
+        seconds["ours"] += times
+        times, made["transformers"] = _theirs(theirs, prompts_BL, tokens)
+        seconds["transformers"] += times
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    return {
+        "parameters": config.num_params,
+        "kv_heads": f"{config.n_heads} on {config.n_kv_heads}",
+        "batch": batch,
+        "context": context,
+        "device": f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "seconds_per_step": median,
+        "ratio": median["transformers"] / median["ours"],
+        "same_tokens": bool(torch.equal(made["ours"], made["transformers"])),
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    seconds = found["seconds_per_step"]
+    return "\n".join(
+        [
+            f"{found['parameters']:,} parameters, heads {found['kv_heads']}, batch {found['batch']}, context "
+            f"{found['context']}, fp32 on {found['device']}",
+            f"a token of each sequence, ours          {seconds['ours'] * 1000:.1f} ms",
+            f"a token of each sequence, transformers  {seconds['transformers'] * 1000:.1f} ms",
+            f"times as fast                           {found['ratio']:.2f}",
+            f"the same tokens                         {'yes' if found['same_tokens'] else 'NO'}",
+        ]
+    )
+
+
+def _ours(
+    layers: Sequence[torch.nn.Module], config: ModelConfig, prompts_BL: torch.Tensor, tokens: int
+) -> tuple[list[float], torch.Tensor]:
+    decoder = Decoder(layers, config, prompts_BL.tolist(), prompts_BL.shape[1] + tokens + 1)
+    tokens_B, times, made = decoder.prefill().argmax(-1), [], []
+    for _ in range(tokens):
+        made.append(tokens_B)
+        begin = time.perf_counter()
+        tokens_B = decoder.step(tokens_B).argmax(-1)
+        times.append(time.perf_counter() - begin)
+    return times, torch.stack(made, dim=1)
+
+
+@torch.no_grad()
+def _theirs(model: Any, prompts_BL: torch.Tensor, tokens: int) -> tuple[list[float], torch.Tensor]:
+    """The steps of `generate`, timed by the clock between the tokens that it hands out."""
+    stamps: list[float] = []
+
+    class Clock:
+        def put(self, value: torch.Tensor) -> None:
+            stamps.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    made = model.generate(
+        prompts_BL, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=-1, pad_token_id=0, streamer=Clock()
+    )
+    # The prompt is handed out as well, and the first token comes of it.
+    times = [later - earlier for earlier, later in pairwise(stamps[1:])]
+    return times, made[:, prompts_BL.shape[1] : prompts_BL.shape[1] + tokens]

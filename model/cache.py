@@ -1,0 +1,49 @@
+"""The keys and values of tokens seen before, so that a next token costs one token.
+
+B sequences, G key/value heads, M room for positions, K head width.
+"""
+
+import torch
+
+
+class KVCache:
+    """What one block keeps of each sequence: n_kv_heads keys and values a token, not n_heads; allocated once.
+
+    Args:
+        lengths_B: int64, how many tokens of each sequence are held; shared by the caches of all blocks, and counted up
+            by whoever runs them, once all blocks have added a token.
+        room: M, the most tokens of a sequence.
+        n_kv_heads: G, of this block as it lies here.
+        d_head: K.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, lengths_B: torch.Tensor, room: int, n_kv_heads: int, d_head: int, dtype: torch.dtype):
+        shape = (len(lengths_B), n_kv_heads, room, d_head)
+        self.lengths_B, self.size = lengths_B, room
+        self._k_BGMK = torch.zeros(shape, dtype=dtype, device=lengths_B.device)
+        self._v_BGMK = torch.zeros_like(self._k_BGMK)
+        self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        self.empty = True
+        """Whether nothing has been added."""
+        self._longest = 0
+
+    def add(self, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> None:
+        """Whole sequences into an empty cache, padding behind the shorter ones; then one token of each at a time.
+
+        What a shorter sequence has behind its length is overwritten as it grows, and never looked at before.
+        """
+        if self.empty:
+            self._longest = k_BLGK.shape[1]
+            self._k_BGMK[:, :, : self._longest] = k_BLGK.transpose(1, 2)
+            self._v_BGMK[:, :, : self._longest] = v_BLGK.transpose(1, 2)
+            self.empty = False
+        else:
+            self._longest += 1
+            self._k_BGMK[self._rows_B, :, self.lengths_B] = k_BLGK[:, 0]
+            self._v_BGMK[self._rows_B, :, self.lengths_B] = v_BLGK[:, 0]
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values, views (B, G, m, K) up to the longest sequence; lengths (B,) with the token just added."""
+        m = min(self._longest, self.size)
+        return self._k_BGMK[:, :, :m], self._v_BGMK[:, :, :m], self.lengths_B + 1

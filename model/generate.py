@@ -1,0 +1,149 @@
+"""Text from a model, token by token, with the keys and values of what came before kept.
+
+B sequences, L tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.transformer import Block, Head
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from its logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from so many of the likeliest; None from all.
+        top_p: draw from the fewest tokens that together are at least so likely; 1.0 from all.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 1
+
+    def problems(self) -> list[str]:
+        """What cannot be, a sentence each."""
+        found = []
+        if not 0 <= self.temperature < float("inf"):
+            found.append(f"--temperature={self.temperature}: must be 0 (the likeliest token) or above, and finite")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"--top-k={self.top_k}: must be at least 1")
+        if not 0 < self.top_p <= 1:
+            found.append(f"--top-p={self.top_p}: must be above 0 and at most 1")
+        return found
+
+
+class Decoder:
+    """The layers of a model and the cache of a batch of sequences.
+
+    Args:
+        layers: embedding, blocks and head in order, on one device; they are run once per step, and may be made anew
+            each time.
+        config: of the model.
+        prompts: token ids of each sequence, at least one.
+        room: tokens that a sequence may grow to; at most the context.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], config: ModelConfig, prompts: Sequence[Sequence[int]], room: int):
+        weight = next(layers[0].parameters())
+        self._layers = layers
+        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+        self._caches = [
+            KVCache(self.lengths_B, room, config.n_kv_heads, config.d_head, weight.dtype)
+            for layer in layers
+            if isinstance(layer, Block)
+        ]
+        self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)
+        for row, prompt in zip(self._prompts_BL, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+
+    def prefill(self) -> torch.Tensor:
+        """Logits of the token after each prompt, fp32 (B, V)."""
+        return self._run(self._prompts_BL, self.lengths_B - 1)
+
+    def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
+        """Logits of the token after these, which come after all before, fp32 (B, V)."""
+        logits_BV = self._run(tokens_B.to(self.lengths_B.device).unsqueeze(1), torch.zeros_like(self.lengths_B))
+        self.lengths_B += 1
+        return logits_BV
+
+    @torch.no_grad()
+    def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+        x, caches = tokens_BL, iter(self._caches)
+        for layer in self._layers:
+            if isinstance(layer, Head):  # the only position whose logits are wanted
+                x = x[torch.arange(len(x), device=x.device), last_B]
+            x = layer(x, next(caches)) if isinstance(layer, Block) else layer(x)
+        return x.float()
+
+
+def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> Iterator[list[int | None]]:
+    """The next token of each sequence, step by step, until all have ended or `num_tokens` are made.
+
+    Args:
+        decoder: at its prompts.
+        num_tokens: at most so many; the prompts and they fit the decoder's room.
+        eos_id: ends a sequence, and is not given; None ends none.
+        sampling: how tokens are drawn.
+
+    Yields:
+        A token for each sequence, None for one that has ended.
+    """
+    draw = drawing(sampling)
+    logits_BV = decoder.prefill()
+    ended = [False] * len(logits_BV)
+    for made in range(num_tokens):
+        tokens_B = draw(logits_BV.cpu())
+        ended = [was or token == eos_id for was, token in zip(ended, tokens_B.tolist(), strict=True)]
+        if all(ended):
+            return
+        yield [None if is_over else token for is_over, token in zip(ended, tokens_B.tolist(), strict=True)]
+        if made + 1 < num_tokens:
+            logits_BV = decoder.step(tokens_B)
+
+
+def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Draws tokens, int64 (B,), from logits (B, V) on the CPU: the same draws on every device and rank."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def draw(logits_BV: torch.Tensor) -> torch.Tensor:
+        if sampling.temperature == 0:
+            return logits_BV.argmax(-1)
+        sorted_BV, order_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True)
+        weights_BV = sorted_BV.softmax(-1)
+        if sampling.top_k is not None:
+            weights_BV[:, sampling.top_k :] = 0
+        # A token stays as long as those before it do not reach top_p; the first always does.
+        before_BV = weights_BV.cumsum(-1) - weights_BV
+        weights_BV[before_BV >= sampling.top_p * weights_BV.sum(-1, keepdim=True)] = 0
+        return order_BV.gather(1, torch.multinomial(weights_BV, 1, generator=generator)).squeeze(1)
+
+    return draw
+
+
+def complete(
+    layers: Sequence[nn.Module],
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    eos_id: int | None,
+    sampling: Sampling,
+) -> list[list[int]]:
+    """What follows each prompt: `generate` to its end."""
+    room = max(map(len, prompts)) + num_tokens
+    steps: Iterable[list[int | None]] = generate(Decoder(layers, config, prompts, room), num_tokens, eos_id, sampling)
+    made: list[list[int]] = [[] for _ in prompts]
+    for step in steps:
+        for row, token in zip(made, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return made

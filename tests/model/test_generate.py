@@ -1,0 +1,146 @@
+"""Tokens from a cache are those of the full forward pass."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.cache import KVCache
+from model.generate import Decoder, Sampling, complete, drawing, generate
+from model.init import initialise
+from model.kernels import cached_attention, reference
+from model.transformer import Transformer, layer_builders
+from tests.model.test_huggingface import SHAPES, Drawn, written
+from tests.shapes import small
+
+GREEDY = Sampling(temperature=0)
+LENGTHS = [3, 11, 7, 1]
+
+
+def prompts(config):
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def loaded(config):
+    model = Transformer(config)
+    initialise(model, "", 4, 0.2)
+    return model, [model.embedding, *model.blocks, model.head]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_of_prompts_of_different_lengths_are_those_without_a_cache(shape):
+    config = SHAPES[shape]
+    model, layers = loaded(config)
+    made = complete(layers, config, prompts(config), 20, None, GREEDY)
+    for prompt, tokens in zip(prompts(config), made, strict=True):
+        so_far = list(prompt)
+        for _ in range(20):
+            with torch.no_grad():
+                so_far.append(int(model(torch.tensor([so_far]))[0, -1].argmax()))
+        assert tokens == so_far[len(prompt) :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_without_a_cache(shape):
+    config = SHAPES[shape]
+    model, layers = loaded(config)
+    decoder = Decoder(layers, config, prompts(config), 40)
+    rows = prompts(config)
+    logits_BV = decoder.prefill()
+    for token in (5, 9, 200, 17):
+        for row, logits_V in zip(rows, logits_BV, strict=True):
+            with torch.no_grad():
+                torch.testing.assert_close(logits_V, model(torch.tensor([row]))[0, -1], rtol=1e-5, atol=1e-5)
+            row.append(token)
+        logits_BV = decoder.step(torch.full((len(rows),), token))
+    assert decoder.lengths_B.tolist() == [length + 4 for length in LENGTHS]
+
+
+@pytest.mark.parametrize("shape", ["MHA", "GQA", "MQA"])
+def test_greedy_tokens_are_those_of_transformers(shape, tmp_path):
+    weights = Drawn(SHAPES[shape])
+    theirs = AutoModelForCausalLM.from_pretrained(written(weights, tmp_path / "out"), dtype=torch.float32)
+    layers = []
+    for name, build in layer_builders(weights.config).items():
+        layer = build()
+        layer.load_state_dict({inner: weights.read(f"{name}.{inner}") for inner, _ in layer.named_parameters()})
+        layers.append(layer)
+    tokens_BL = torch.tensor([prompts(weights.config)[1]] * 2)
+    generated = theirs.generate(tokens_BL, max_new_tokens=16, do_sample=False, eos_token_id=-1)
+    ours = complete(layers, weights.config, tokens_BL.tolist(), 16, None, GREEDY)
+    assert ours == generated[:, tokens_BL.shape[1] :].tolist()
+
+
+def test_a_sequence_ends_at_its_eos_and_the_others_go_on():
+    config = small()
+    _, layers = loaded(config)
+    free = complete(layers, config, prompts(config), 12, None, GREEDY)
+    eos = free[0][4]
+    stopped = complete(layers, config, prompts(config), 12, eos, GREEDY)
+    for tokens, whole in zip(stopped, free, strict=True):
+        assert tokens == (whole[: whole.index(eos)] if eos in whole else whole)
+    only = [prompts(config)[0]]
+    steps = list(generate(Decoder(layers, config, only, 20), 12, free[0][0], GREEDY))
+    assert steps == []
+
+
+def test_the_cache_holds_key_value_heads_and_no_more():
+    lengths_B = torch.tensor([2, 3])
+    cache = KVCache(lengths_B, 10, 2, 4, torch.bfloat16)
+    held = cache._k_BGMK.nbytes + cache._v_BGMK.nbytes
+    assert held == 2 * 10 * small(2, head_dim=4, n_layers=1).kv_cache_bytes_per_token()
+
+
+def test_cached_attention_is_the_last_row_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 9, heads, 8, generator=generator) for heads in (6, 2, 2))
+    lengths_B = torch.tensor([9, 4, 1])
+    last = q[torch.arange(3), lengths_B - 1].unsqueeze(1)
+    out = cached_attention(last, k.transpose(1, 2), v.transpose(1, 2), lengths_B)
+    for row, length in enumerate(lengths_B):
+        whole = reference(q[row : row + 1, :length], k[row : row + 1, :length], v[row : row + 1, :length])
+        torch.testing.assert_close(out[row, 0], whole[0, -1], rtol=1e-5, atol=1e-6)
+
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=1.0), [0, 1, 2, 3]),
+        (Sampling(temperature=1.0, top_k=2), [0, 1]),
+        (Sampling(temperature=1.0, top_p=0.6), [0]),  # the likeliest alone has 0.64
+        (Sampling(temperature=1.0, top_p=0.7), [0, 1]),
+        (Sampling(temperature=0.5), [0, 1, 2, 3]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.9), [0, 1]),  # of three, two have 0.91
+        (Sampling(temperature=0), [0]),
+    ],
+)
+def test_draws_have_the_probabilities_of_what_is_allowed(sampling, allowed):
+    drawn = drawing(sampling)(LOGITS)
+    expected = torch.zeros(4)
+    expected[allowed] = (LOGITS[0, allowed] / (sampling.temperature or 1.0)).softmax(-1)
+    found = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(found, expected, atol=0.03, rtol=0)
+    assert set(drawn.tolist()) <= set(allowed)
+
+
+def test_a_seed_decides_the_draws():
+    one, same, other = (drawing(Sampling(temperature=1.0, seed=seed))(LOGITS) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        (Sampling(temperature=-1), "--temperature=-1: must be 0"),
+        (Sampling(temperature=float("nan")), "--temperature=nan"),
+        (Sampling(top_k=0), "--top-k=0: must be at least 1"),
+        (Sampling(top_p=0), "--top-p=0: must be above 0"),
+        (Sampling(top_p=1.5), "--top-p=1.5"),
+    ],
+)
+def test_impossible_sampling_is_said(sampling, said):
+    (problem,) = sampling.problems()
+    assert problem.startswith(said)
