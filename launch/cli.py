@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if name == "bench":
+            verb.add_argument("subject", choices=["checkpoint", "decode"], help="what to measure")
         if name == "inspect":
             verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
         elif name == "generate":
@@ -45,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             verb.add_argument("overrides", nargs="*", help=OVERRIDES)
         verb.set_defaults(run=run)
-        if name == "bench":
-            verb.add_argument("subject", choices=["checkpoint", "decode"], help="what to measure")
         if name in ("describe", "inspect", "bench"):
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.

@@ -55,12 +55,14 @@ def measure(
         raise BadInput([f"model.max_seq_len={config.max_seq_len}: the benchmark needs {context + tokens + 1}"])
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as progress
     except ImportError:
         raise BadInput(["transformers is not installed, and is compared with; pip install transformers"]) from None
 
     weights = _Drawn(config)
     with tempfile.TemporaryDirectory() as folder:
         write_huggingface(weights, Path(folder), torch.float32, 10**10, 0, 0)
+        progress.disable_progress_bar()
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = [layer for _, layer in loaded_layers(weights)]
     prompts_BL = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(1))
@@ -124,9 +126,9 @@ def _theirs(model: Any, prompts_BL: torch.Tensor, tokens: int) -> tuple[list[flo
         def end(self) -> None:
             pass
 
-    made = model.generate(
-        prompts_BL, max_new_tokens=tokens + 1, do_sample=False, eos_token_id=-1, pad_token_id=0, streamer=Clock()
-    )
+    whole = torch.ones_like(prompts_BL)  # else it would take a token of the prompt for padding
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "streamer": Clock()}
+    made = model.generate(prompts_BL, attention_mask=whole, max_new_tokens=tokens + 1, **options)
     # The prompt is handed out as well, and the first token comes of it.
     times = [later - earlier for earlier, later in pairwise(stamps[1:])]
     return times, made[:, prompts_BL.shape[1] : prompts_BL.shape[1] + tokens]
