@@ -11,7 +11,8 @@ from pathlib import Path
 
 def main():
     import deepspeed  # noqa: F401
-    import functorch.compile  # noqa: F401 - DeepSpeed's, when an engine is made
+    import functorch.compile  # noqa: F401 - this and the next are DeepSpeed's, when an engine is made
+    import torch._dynamo.testing  # noqa: F401
     from deepspeed.runtime.pipe import engine, module, topology  # noqa: F401
 
     import train.pretrain

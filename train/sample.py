@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from conf.settings import SampleConfig
 from model.config import ModelConfig
+from model.generate import Sampling, drawing
 from parallel.forward import next_token_logits
 
 if TYPE_CHECKING:
@@ -27,14 +28,13 @@ def sample_text(
         row[: len(prompt)] = torch.tensor(prompt)
     lengths = [len(prompt) for prompt in prompts]
     done = [False] * len(prompts)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draw on every rank and device
+    draw = drawing(Sampling(temperature=settings.temperature, seed=seed))  # the same on every rank
     for _ in range(settings.tokens):
         room = max(lengths)
         logits_BV = next_token_logits(
             engine, model, tokens_BL[:, :room], torch.tensor(lengths, device=engine.device)
         ).cpu()
-        drawn = _draw(logits_BV, settings.temperature, generator)
-        for i, token in enumerate(drawn):
+        for i, token in enumerate(draw(logits_BV).tolist()):
             done[i] = done[i] or token == eos_id or lengths[i] == longest
             if not done[i]:
                 tokens_BL[i, lengths[i]] = token
@@ -42,10 +42,3 @@ def sample_text(
         if all(done):
             break
     return [tokenizer.decode(row[1:n].tolist()) for row, n in zip(tokens_BL.cpu(), lengths, strict=True)]
-
-
-def _draw(logits_BV: torch.Tensor, temperature: float, generator: torch.Generator) -> list[int]:
-    if temperature == 0:
-        return logits_BV.argmax(-1).tolist()
-    weights_BV = (logits_BV / temperature).softmax(-1)
-    return torch.multinomial(weights_BV, 1, generator=generator).squeeze(1).tolist()

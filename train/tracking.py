@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -249,6 +250,7 @@ def wandb_mode(settings: WandbConfig) -> Any:
     return "online" if has_key else "offline"
 
 
+@cache
 def code_version() -> str:
     """The commit this code is at, with ``+changes`` where the working tree differs; else the installed version."""
     root = Path(__file__).parent.parent

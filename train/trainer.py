@@ -138,7 +138,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
             "data": data.fingerprint,
             "config": plain(asdict(config)),
             "layout": facts["layout"],
-            "code": code_version(),
+            "code": code_version() if rank == 0 else "",
             "origin": start.origin,
         },
         tokenizer=data.tokenizer_path,

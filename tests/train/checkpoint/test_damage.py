@@ -37,6 +37,16 @@ def copy(undisturbed, tmp_path):
 @pytest.mark.launch
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
+def test_every_damage_to_every_file_is_found(file, damage, copy):
+    newest = runs.saved(copy, STEPS)
+    manifest.check_files(newest, manifest.read(newest))
+    DAMAGES[damage](newest / file)
+    with pytest.raises(manifest.Damaged, match=file):
+        manifest.check_files(newest, manifest.read(newest))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("file", "damage"), zip(FILES, [*DAMAGES, "cut short"], strict=True))
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_goes_on(file, damage, copy, undisturbed, overrides):
     newest = runs.saved(copy, STEPS)
     DAMAGES[damage](newest / file)

@@ -75,7 +75,7 @@ def test_and_back_again(uninterrupted, base, tmp_path):
 @pytest.mark.launch
 def test_in_bf16_the_master_weights_go_on_to_the_last_bit(base, tmp_path):
     through, stopped = tmp_path / "through", tmp_path / "stopped"
-    half = [*base, "train.precision=bf16", "parallel.tp=2", "parallel.dp=2"]
+    half = [*base, "model.n_layers=2", "train.precision=bf16", "parallel.tp=2", "parallel.dp=2"]
     runs.finish(through, 4, *half, "train.max_steps=6")
     runs.finish(stopped, 4, *half, "train.max_steps=4")
     runs.finish(stopped, 4, *half, "train.max_steps=6")

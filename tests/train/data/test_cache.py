@@ -91,7 +91,7 @@ def test_processes_at_once_build_once(jsonl, files_config, tmp_path):
     [
         "build.TokenWriter.write",
         "build.TokenWriter.close",
-        "cache._sync",
+        "cache.sync",
         "cache.os.rename",
         "train.data.tokenizer.train_tokenizer",
     ],
@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_built_again(jsonl, files_config, damage):
 
 def test_files_are_on_disk_before_the_rename(jsonl, files_config, monkeypatch):
     synced, renamed = [], []
-    monkeypatch.setattr(cache, "_sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(cache, "sync", lambda path: synced.append(path.name))
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (renamed.append(list(synced)), rename(a, b)))
     prepared = ready(files_config(jsonl))
