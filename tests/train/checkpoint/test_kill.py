@@ -11,7 +11,7 @@ from tests.launch.wandb_parts import logged_steps
 from tests.train.checkpoint import runs
 from tests.train.checkpoint.runs import STEPS
 
-TRIALS, LOGGED = 24, 4
+TRIALS, LOGGED = 21, 4
 
 
 def wait_for(happens, ranks, timeout=60):
