@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import BadInput
+from parallel.layout import Layout
 from train.checkpoint import manifest
-from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
+from train.checkpoint.folder import below, step_of
 from train.checkpoint.manifest import Damaged
 
 
@@ -17,7 +18,7 @@ def found_at(path: Path) -> list[Path]:
     """
     if path.is_dir() and ((path / manifest.MANIFEST).exists() or step_of(path.resolve()) is not None):
         return [path]
-    found = newest_first(path / CHECKPOINTS) or newest_first(path)
+    found = below(path)
     if not found:
         raise BadInput([f"{path}: no checkpoint is there; a run folder or one of its checkpoints/step-… would work"])
     return found
@@ -53,16 +54,13 @@ def as_text(facts: dict[str, Any]) -> str:
     """`inspect`'s findings for people."""
     lines = [facts["path"]]
     if "step" in facts:
-        model, layout = facts["model"], facts["layout"]
-        cut = f"dp{layout['dp']} x pp{layout['pp']} x tp{layout['tp']}"
-        cut += " with sequence parallelism" if layout["sequence_parallel"] else ""
-        size = facts["bytes"]
+        model, layout, size = facts["model"], Layout(**facts["layout"]), facts["bytes"]
         lines += [
             f"  step     {facts['step']:,}, {facts['tokens']:,} tokens",
             f"  model    {facts['preset']}: {facts['parameters']:,} parameters, "
             f"{model['n_layers']} layers x {model['d_model']}",
             f"           {model['n_heads']} heads on {model['n_kv_heads']}, vocabulary {model['vocab_size']:,}",
-            f"  written  {facts['written']} by {cut}, code {facts['code']}",
+            f"  written  {facts['written']} by {layout}, code {facts['code']}",
             f"  size     {size:,} bytes in {facts['files']} files, {size / facts['parameters']:.2f} per parameter",
         ]
         if facts["origin"]:

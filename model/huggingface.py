@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig
 from model.transformer import full_shapes
-from model.weights import Entry, StoredWeights, Weights, shards, write_safetensors
+from model.weights import StoredWeights, Weights, entries, shards, write_safetensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {
@@ -165,17 +165,14 @@ def write_huggingface(
         max_shard_bytes: of one file.
         bos_id, eos_id: the tokens that begin and end a document.
     """
-    entries = [
-        Entry(name_there(name), dtype, shape, lambda name=name: weights.read(name))  # type: ignore[misc]
-        for name, shape in full_shapes(weights.config).items()
-    ]
-    files = shards(entries, max_shard_bytes)
+    tensors = entries(weights, dtype, name_there)
+    files = shards(tensors, max_shard_bytes)
     index: dict[str, str] = {}
     for number, shard in enumerate(files, 1):
         name = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         write_safetensors(folder / name, shard)
         index |= {entry.key: name for entry in shard}
-    total = sum(entry.num_bytes for entry in entries)
+    total = sum(entry.num_bytes for entry in tensors)
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
     _write_json(folder / "config.json", config_there(weights.config, dtype, bos_id, eos_id))

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from model.config import ModelConfig
-from model.transformer import layer_builders
+from model.transformer import full_shapes, layer_builders
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -88,7 +89,21 @@ class Entry:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
+def entries(weights: Weights, dtype: torch.dtype, key: Callable[[str], str] = str) -> list[Entry]:
+    """Every parameter of a model in the order of its layers, read when its turn comes.
+
+    Args:
+        weights: of any size.
+        dtype: to write.
+        key: from a parameter's full name to its name in the file.
+    """
+    return [
+        Entry(key(name), dtype, shape, partial(weights.read, name))
+        for name, shape in full_shapes(weights.config).items()
+    ]
+
+
+def write_safetensors(path: Path, tensors: Sequence[Entry]) -> dict[str, Any]:
     """Write a safetensors file, one tensor in memory at a time, durable when this returns.
 
     Returns:
@@ -96,7 +111,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for entry in entries:
+    for entry in tensors:
         end = at + entry.num_bytes
         header[entry.key] = {"dtype": _DTYPES[entry.dtype], "shape": [*entry.shape], "data_offsets": [at, end]}
         at = end
@@ -107,7 +122,7 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     def parts() -> Iterator[Any]:
         yield len(text).to_bytes(8, "little")
         yield text
-        for entry in entries:
+        for entry in tensors:
             tensor = entry.value().to(entry.dtype).contiguous()
             assert tensor.shape == torch.Size(entry.shape), entry.key
             yield tensor.view(-1).view(torch.uint8).numpy()
@@ -121,11 +136,11 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
+def shards(tensors: Iterable[Entry], max_bytes: int) -> list[list[Entry]]:
     """Consecutive entries in files of at most `max_bytes` of data, or of one tensor that is larger."""
     cut: list[list[Entry]] = []
     room = 0
-    for entry in entries:
+    for entry in tensors:
         if not cut or entry.num_bytes > room:
             cut.append([])
             room = max_bytes

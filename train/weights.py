@@ -16,10 +16,9 @@ from conf.errors import BadInput
 from conf.schema import plain
 from model.config import AttentionBackend, ModelConfig
 from model.huggingface import open_huggingface, write_huggingface
-from model.transformer import full_shapes
-from model.weights import Entry, StoredWeights, Weights, shards, streamed_logits, write_safetensors
+from model.weights import StoredWeights, Weights, entries, shards, streamed_logits, write_safetensors
 from train.checkpoint import manifest
-from train.checkpoint.folder import CHECKPOINTS, newest_first
+from train.checkpoint.folder import below
 from train.checkpoint.manifest import Damaged, Manifest
 from train.data import tokenizer as tokenizers_
 from train.files import sync
@@ -65,7 +64,7 @@ def open_source(path: Path, *, checked: bool = True) -> Source:
             _check_tokenizer(tokenizer, weights.config)
         return Source(path, weights, tokenizer, None)
     reasons = []
-    found = [path] if (path / manifest.MANIFEST).exists() else newest_first(path / CHECKPOINTS) or newest_first(path)
+    found = [path] if (path / manifest.MANIFEST).exists() else below(path)
     for candidate in found:
         try:
             run = manifest.read(candidate)
@@ -91,11 +90,7 @@ def write_checkpoint(weights: Weights, source: Source, folder: Path, max_shard_b
     """
     tensors: dict[str, Any] = {}
     files: dict[str, Any] = {}
-    entries = [
-        Entry(name, torch.float32, shape, lambda name=name: weights.read(name))  # type: ignore[misc]
-        for name, shape in full_shapes(weights.config).items()
-    ]
-    for number, shard in enumerate(shards(entries, max_shard_bytes)):
+    for number, shard in enumerate(shards(entries(weights, torch.float32), max_shard_bytes)):
         file = f"weights{number:05d}.safetensors"
         files[file] = write_safetensors(folder / file, shard)
         for entry in shard:

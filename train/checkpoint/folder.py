@@ -43,6 +43,11 @@ def newest_first(folder: Path) -> list[Path]:
     return []
 
 
+def below(path: Path) -> list[Path]:
+    """The whole checkpoints of a run folder or a folder of checkpoints, newest first."""
+    return newest_first(path / CHECKPOINTS) or newest_first(path)
+
+
 def point_at(path: Path) -> None:
     """Let ``latest`` beside a checkpoint lead to it; at no moment does it lead nowhere."""
     link = path.with_name(LATEST)

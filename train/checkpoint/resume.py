@@ -15,7 +15,7 @@ from model.config import either
 from model.weights import StoredWeights
 from parallel.state import OptimizerState
 from train.checkpoint import manifest
-from train.checkpoint.folder import CHECKPOINTS, LATEST, mark_damaged, newest_first, step_of
+from train.checkpoint.folder import CHECKPOINTS, LATEST, below, mark_damaged, newest_first, step_of
 from train.checkpoint.manifest import Damaged, Manifest
 from train.checkpoint.storage import LoadPieces, Reader
 
@@ -61,10 +61,7 @@ def find(resume: str, run_dir: Path) -> Start:
         named = named.resolve()
     if own and _origin(own) == str(named):  # the same command again: it began there, and has come further
         return Start(tuple(own), own=True, origin=str(named))
-    if step_of(named) is not None and named.is_dir():
-        found = [named]
-    else:
-        found = newest_first(named / CHECKPOINTS) or newest_first(named)
+    found = [named] if step_of(named) is not None and named.is_dir() else below(named)
     if not found:
         near = newest_first(named.parent) if step_of(named) is not None else []
         hint = " or ".join(f"resume={path}" for path in near[:2]) or "a folder step-… or a run folder that has some"
