@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
             verb.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (1.0)")
             verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
+            verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
+            verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
         elif name in ("export", "import", "regroup"):
             _conversion_arguments(verb, name)
         else:
@@ -228,7 +230,10 @@ VERBS = {
         generate,
         "complete prompts",
         "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"
-        "  deepnarrow generate runs/tiny-stdlib-574187f --prompt 'def ' --temperature 0.7 --top-p 0.9",
+        "  deepnarrow generate runs/tiny-stdlib-574187f --prompt 'def ' --temperature 0.7 --top-p 0.9\n"
+        "  deepnarrow generate runs/67b-files-f6aa340 --prompt 'def ' --pp 2 --tp 4\n\n"
+        "A model that is too large for one device is cut over --pp x --tp processes, which are started here, or which\n"
+        "a launcher has started: torchrun --nproc-per-node 8 --no-python deepnarrow generate RUN --tp 8 ...",
     ),
     "bench": (
         bench,

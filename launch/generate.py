@@ -1,38 +1,89 @@
-"""Text from trained weights, as it is made."""
+"""Text from trained weights, as it is made, on one device or on the ranks of a layout."""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from conf.errors import BadInput
-from model.generate import Decoder, Sampling, generate
-from model.weights import loaded_layers
+from model.generate import Sampling, generate
+from model.weights import Weights
+from parallel import layout as layouts
+from parallel.decode import StageDecoder, load_stage
+from parallel.layout import Layout, ParallelConfig
+from parallel.processes import local_processes, use_cpus_fairly
 from train.data.tokenizer import eos_id, load_tokenizer
+from train.pretrain import free_port
 from train.weights import open_source
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be completed.
+
+    Attributes:
+        weights: of the model.
+        tokenizer: its tokenizer; `eos` is the token that ends a document.
+        texts: the prompts; `prompts` are their token ids.
+        num_tokens: to make at most; they fit the context.
+        sampling: how they are drawn.
+        layout: one replica.
+    """
+
+    weights: Weights
+    tokenizer: Tokenizer
+    eos: int
+    texts: list[str]
+    prompts: list[list[int]]
+    num_tokens: int
+    sampling: Sampling
+    layout: Layout
 
 
 def run(options: argparse.Namespace) -> int:
     """Complete prompts: one streams to the terminal, several are printed when all have ended."""
+    launched, rank = "RANK" in os.environ, int(os.environ.get("RANK", "0"))
+    try:
+        request = _request(options, checked=rank == 0)
+    except BadInput:
+        if rank == 0:
+            raise
+        return 2  # rank 0 says why
+    if launched or request.layout.world_size == 1:
+        _complete(request)
+    else:
+        torch.multiprocessing.spawn(_rank, (options, free_port()), request.layout.world_size)
+    return 0
+
+
+def _request(options: argparse.Namespace, checked: bool) -> Request:
+    """The command, tokenised.
+
+    Raises:
+        BadInput: with every problem found.
+    """
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     problems = sampling.problems()
     if options.max_tokens < 1:
         problems.append(f"--max-tokens={options.max_tokens}: must be at least 1")
     if problems:
         raise BadInput(problems)
-    source = open_source(Path(options.source))
+    source = open_source(Path(options.source), checked=checked)
+    config = source.weights.config
+    problems = layouts.problems(ParallelConfig(pp=options.pp, tp=options.tp), config)
+    problems = [problem.replace("parallel.", "--") for problem in problems] or _processes(options)
     if source.tokenizer is None:
-        raise BadInput([f"{source.path}: tokenizer.json is missing; beside the weights it would work"])
-    tokenizer, config = load_tokenizer(source.tokenizer), source.weights.config
+        raise BadInput([*problems, f"{source.path}: tokenizer.json is missing; beside the weights it would work"])
+    tokenizer = load_tokenizer(source.tokenizer)
     eos = eos_id(tokenizer, source.tokenizer)
     prompts = [_encode(tokenizer, eos, text) for text in options.prompt]
-    problems = [
+    problems += [
         f"--prompt={text[:20]!r}…: {len(ids)} tokens, and the model's context of {config.max_seq_len} leaves no room "
         "for another; a shorter one would work"
         for text, ids in zip(options.prompt, prompts, strict=True)
@@ -40,17 +91,62 @@ def run(options: argparse.Namespace) -> int:
     ]
     if problems:
         raise BadInput(problems)
-    longest = max(map(len, prompts))
-    num_tokens = min(options.max_tokens, config.max_seq_len - longest)
-    on_gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    layers = [layer.to(device, dtype) for _, layer in loaded_layers(source.weights)]
-    steps = generate(Decoder(layers, config, prompts, longest + num_tokens), num_tokens, eos, sampling)
+    num_tokens = min(options.max_tokens, config.max_seq_len - max(map(len, prompts)))
+    layout = Layout(dp=1, pp=options.pp, tp=options.tp)
+    return Request(source.weights, tokenizer, eos, options.prompt, prompts, num_tokens, sampling, layout)
 
-    made: list[list[int]] = [[] for _ in prompts]
-    alone, shown = len(prompts) == 1, ""
+
+def _processes(options: argparse.Namespace) -> list[str]:
+    """Why the layout does not fit the processes that are there, or this machine."""
+    asked, gpus = options.pp * options.tp, torch.cuda.device_count()
+    started = int(os.environ.get("WORLD_SIZE", asked))
+    if started != asked:
+        return [f"--pp={options.pp} --tp={options.tp}: needs {asked} processes, and {started} were started"]
+    here = local_processes() or asked
+    if gpus and here > gpus:
+        return [f"--pp={options.pp} --tp={options.tp}: {here} processes on this machine, which has {gpus} GPUs; "
+                f"--pp x --tp <= {gpus} works here"]  # fmt: skip
+    return []
+
+
+def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
+    """One of the processes that `run` starts."""
+    world = str(options.pp * options.tp)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_SIZE=world)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    _complete(_request(options, checked=False))
+
+
+def _complete(request: Request) -> None:
+    """Make the tokens, all ranks together; rank 0 prints them."""
+    rank, several = int(os.environ.get("RANK", "0")), request.layout.world_size > 1
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if several:
+        use_cpus_fairly(device)
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    layers, pipeline, tp = load_stage(request.weights, request.layout, device, dtype)
+    room = max(map(len, request.prompts)) + request.num_tokens
+    decoder = StageDecoder(layers, request.weights.config, request.prompts, room, pipeline, tp)
+    steps = generate(decoder, request.num_tokens, request.eos, request.sampling)
+    if rank == 0:
+        _print(request, steps)
+    else:
+        for _ in steps:
+            pass
+    if several:
+        dist.destroy_process_group()
+
+
+def _print(request: Request, steps: Iterator[list[int | None]]) -> None:
+    tokenizer = request.tokenizer
+    made: list[list[int]] = [[] for _ in request.prompts]
+    alone, shown = len(made) == 1, ""
     if alone:
-        print(options.prompt[0], end="", flush=True)
+        print(request.texts[0], end="", flush=True)
     for step in steps:
         for row, token in zip(made, step, strict=True):
             if token is not None:
@@ -58,14 +154,13 @@ def run(options: argparse.Namespace) -> int:
         if alone:
             shown += _say(tokenizer.decode(made[0]), shown)
     if alone:
-        print(tokenizer.decode(made[0])[len(shown) :])
-        return 0
-    for text, row in zip(options.prompt, made, strict=True):
-        print(f"--- {text}\n{text}{tokenizer.decode(row)}")
-    return 0
+        print(tokenizer.decode(made[0])[len(shown) :], flush=True)
+        return
+    for text, row in zip(request.texts, made, strict=True):
+        print(f"--- {text}\n{text}{tokenizer.decode(row)}", flush=True)
 
 
-def _encode(tokenizer: "Tokenizer", eos: int, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, eos: int, text: str) -> list[int]:
     """A prompt at the start of a document, which the end of another comes before, unless the tokenizer marks it."""
     ids: Sequence[int] = tokenizer.encode(text).ids
     return [*ids] if tokenizer.encode("").ids else [eos, *ids]

@@ -7,22 +7,19 @@ import torch
 
 
 class KVCache:
-    """What one block keeps of each sequence: n_kv_heads keys and values a token, not n_heads; allocated once.
+    """What one block keeps of each sequence: n_kv_heads keys and values a token, not n_heads.
+
+    All of it is allocated once, when the first keys come, which tell their heads, their width and their dtype: of a
+    block that is cut over ranks, each holds its own heads.
 
     Args:
         lengths_B: int64, how many tokens of each sequence are held; shared by the caches of all blocks, and counted up
             by whoever runs them, once all blocks have added a token.
         room: M, the most tokens of a sequence.
-        n_kv_heads: G, of this block as it lies here.
-        d_head: K.
-        dtype: of keys and values.
     """
 
-    def __init__(self, lengths_B: torch.Tensor, room: int, n_kv_heads: int, d_head: int, dtype: torch.dtype):
-        shape = (len(lengths_B), n_kv_heads, room, d_head)
+    def __init__(self, lengths_B: torch.Tensor, room: int):
         self.lengths_B, self.size = lengths_B, room
-        self._k_BGMK = torch.zeros(shape, dtype=dtype, device=lengths_B.device)
-        self._v_BGMK = torch.zeros_like(self._k_BGMK)
         self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.empty = True
         """Whether nothing has been added."""
@@ -34,6 +31,9 @@ class KVCache:
         What a shorter sequence has behind its length is overwritten as it grows, and never looked at before.
         """
         if self.empty:
+            B, _, G, K = k_BLGK.shape
+            self._k_BGMK = k_BLGK.new_zeros(B, G, self.size, K)
+            self._v_BGMK = torch.zeros_like(self._k_BGMK)
             self._longest = k_BLGK.shape[1]
             self._k_BGMK[:, :, : self._longest] = k_BLGK.transpose(1, 2)
             self._v_BGMK[:, :, : self._longest] = v_BLGK.transpose(1, 2)

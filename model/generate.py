@@ -3,14 +3,13 @@
 B sequences, L tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from model.cache import KVCache
-from model.config import ModelConfig
 from model.transformer import Block, Head
 
 
@@ -46,22 +45,17 @@ class Decoder:
     """The layers of a model and the cache of a batch of sequences.
 
     Args:
-        layers: embedding, blocks and head in order, on one device; they are run once per step, and may be made anew
-            each time.
-        config: of the model.
+        layers: embedding, blocks and head in order, on one device; or those of them that this process holds
+            (`parallel/decode.py`).
         prompts: token ids of each sequence, at least one.
         room: tokens that a sequence may grow to; at most the context.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], config: ModelConfig, prompts: Sequence[Sequence[int]], room: int):
+    def __init__(self, layers: Sequence[nn.Module], prompts: Sequence[Sequence[int]], room: int):
         weight = next(layers[0].parameters())
         self._layers = layers
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-        self._caches = [
-            KVCache(self.lengths_B, room, config.n_kv_heads, config.d_head, weight.dtype)
-            for layer in layers
-            if isinstance(layer, Block)
-        ]
+        self._caches = [KVCache(self.lengths_B, room) for layer in layers if isinstance(layer, Block)]
         self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)
         for row, prompt in zip(self._prompts_BL, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -78,12 +72,16 @@ class Decoder:
 
     @torch.no_grad()
     def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        x, caches = tokens_BL, iter(self._caches)
+        """The next logits (B, V) after sequences (B, L) whose last token stands at `last_B`."""
+        return self._through(tokens_BL, last_B).float()
+
+    def _through(self, x: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+        caches = iter(self._caches)
         for layer in self._layers:
             if isinstance(layer, Head):  # the only position whose logits are wanted
                 x = x[torch.arange(len(x), device=x.device), last_B]
             x = layer(x, next(caches)) if isinstance(layer, Block) else layer(x)
-        return x.float()
+        return x
 
 
 def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> Iterator[list[int | None]]:
@@ -130,19 +128,10 @@ def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
     return draw
 
 
-def complete(
-    layers: Sequence[nn.Module],
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    num_tokens: int,
-    eos_id: int | None,
-    sampling: Sampling,
-) -> list[list[int]]:
+def complete(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> list[list[int]]:
     """What follows each prompt: `generate` to its end."""
-    room = max(map(len, prompts)) + num_tokens
-    steps: Iterable[list[int | None]] = generate(Decoder(layers, config, prompts, room), num_tokens, eos_id, sampling)
-    made: list[list[int]] = [[] for _ in prompts]
-    for step in steps:
+    made: list[list[int]] = [[] for _ in decoder.lengths_B]
+    for step in generate(decoder, num_tokens, eos_id, sampling):
         for row, token in zip(made, step, strict=True):
             if token is not None:
                 row.append(token)

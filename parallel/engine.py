@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model.config import ModelConfig
+from model.init import initial_value
 from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.layout import Layout, Recompute
@@ -134,6 +135,9 @@ def _stage_module(
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        return initial_value(name, shape, settings.seed, model.init_std)
+
     class StageModule(PipelineModule):
         """The layers of one stage, by the bounds that `parallel.stages` found and in DeepSpeed's terms."""
 
@@ -149,7 +153,7 @@ def _stage_module(
             builders = list(layer_builders(model).items())
             for index in range(self._local_start, self._local_stop):
                 name, build = builders[index]
-                layer = build_layer(build, f"{name}.", model, self.tp, _device(), settings.seed)
+                layer = build_layer(build, f"{name}.", model, self.tp, _device(), drawn)
                 self.add_module(str(index), layer)
                 self.fwd_map[str(index)] = len(self.forward_funcs)
                 is_block = name.startswith("blocks.")

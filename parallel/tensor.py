@@ -10,8 +10,9 @@ Without it, the all-gather is nothing and the reduce-scatter an all-reduce. Back
 dropout needs no random state to be kept in step between ranks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
-from model.init import initial_value
 from model.layers import FanOut
 from parallel.sharding import Cut, cut_of, shard
 
@@ -186,12 +186,17 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def build_layer(
-    build: Callable[[], nn.Module], prefix: str, model: ModelConfig, tp: TensorParallel, device: torch.device, seed: int
+    build: Callable[[], nn.Module],
+    prefix: str,
+    model: ModelConfig,
+    tp: TensorParallel,
+    device: torch.device,
+    value: Callable[[str, torch.Size], torch.Tensor],
 ) -> nn.Module:
-    """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, initialised.
+    """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, filled.
 
-    Every parameter is drawn at full size from (seed, full name) and then cut, so that all layouts start from the same
-    bits; one at a time is held whole.
+    Every parameter is made at full size and then cut, so that all layouts hold the same bits; one at a time is held
+    whole.
 
     Args:
         build: makes the plain layer.
@@ -199,7 +204,7 @@ def build_layer(
         model: the whole model's shape.
         tp: the ranks to cut over; one rank leaves the layer plain.
         device: to hold it.
-        seed: of the run.
+        value: from a parameter's full name and shape to all of it.
     """
     with torch.device("meta"):
         layer = build()
@@ -211,7 +216,7 @@ def build_layer(
         full_name = prefix + name
         part = shard(full_name, shapes[name], model, tp.size, tp.rank)
         with torch.no_grad():
-            parameter.copy_(part.of(initial_value(full_name, shapes[name], seed, model.init_std)))
+            parameter.copy_(part.of(value(full_name, shapes[name])))
         if tp.size > 1:
             whole = cut_of(full_name) is Cut.WHOLE
             # Counted in the norm once for each different part: DeepSpeed counts on every rank what bears this mark, and
@@ -247,6 +252,20 @@ def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel)
 def _place(layer: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(layer.get_submodule(parent), leaf, module)
+
+
+@contextmanager
+def whole_sequences(module: nn.Module) -> Iterator[None]:
+    """Within, what lies between the matrices of a module's layers is not cut along the sequence."""
+    layers: list[Any] = list(module.modules())
+    cut = [(layer, layer.tp) for layer in layers if isinstance(getattr(layer, "tp", None), TensorParallel)]
+    for layer, tp in cut:
+        layer.tp = replace(tp, sequence_parallel=False)
+    try:
+        yield
+    finally:
+        for layer, tp in cut:
+            layer.tp = tp
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], tp: TensorParallel) -> None:

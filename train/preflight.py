@@ -15,6 +15,7 @@ from conf.errors import BadInput
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
 from parallel.layout import Layout
+from parallel.processes import local_processes
 from train import uptrain
 from train.checkpoint import resume
 from train.checkpoint.folder import step_of
@@ -156,11 +157,10 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def this_machine() -> Machine:
     """GPUs here, and the processes that a launcher has started, by the environment it sets."""
-    local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     processes = os.environ.get("WORLD_SIZE")
     return Machine(
         gpus=torch.cuda.device_count(),
-        local_processes=int(local) if local else None,
+        local_processes=local_processes(),
         processes=int(processes) if processes else None,
     )
 

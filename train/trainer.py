@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import logging
-import os
 import shlex
 import time
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from conf.schema import Config, plain
 from conf.settings import Precision
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
+from parallel.processes import use_cpus_fairly
 from parallel.stages import split, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train.agreement import control_group, from_rank_0, highest
@@ -27,7 +27,7 @@ from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
 from train.metrics import peak_flops, peak_memory_by_stage
 from train.optimizer import adamw
-from train.preflight import Ready, this_machine
+from train.preflight import Ready
 from train.sample import sample_text
 from train.schedule import length_of, rate_share
 from train.stopping import StopSignals
@@ -241,13 +241,6 @@ def validation_loss(
         held_out, limit, micro_batch=micro_batch, dp_rank=dp_rank, dp_size=dp_size
     )
     return float(engine.eval_batch(iter(batches), num_micro_batches=count)) * scale
-
-
-def use_cpus_fairly(device: torch.device) -> None:
-    """On the CPU, share the cores among the processes of this host, unless OMP_NUM_THREADS says otherwise."""
-    local = this_machine().local_processes or 1
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
 def header(config: Config, facts: dict[str, Any], layout: str, steps: int, train_tokens: int, val_count: int) -> str:

@@ -69,7 +69,7 @@ def measure(
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     made = {}
     for _ in range(rounds):
-        times, made["ours"] = _ours(layers, config, prompts_BL, tokens)
+        times, made["ours"] = _ours(layers, prompts_BL, tokens)
         seconds["ours"] += times
         times, made["transformers"] = _theirs(theirs, prompts_BL, tokens)
         seconds["transformers"] += times
@@ -101,10 +101,8 @@ def as_text(found: dict[str, Any]) -> str:
     )
 
 
-def _ours(
-    layers: Sequence[torch.nn.Module], config: ModelConfig, prompts_BL: torch.Tensor, tokens: int
-) -> tuple[list[float], torch.Tensor]:
-    decoder = Decoder(layers, config, prompts_BL.tolist(), prompts_BL.shape[1] + tokens + 1)
+def _ours(layers: Sequence[torch.nn.Module], prompts_BL: torch.Tensor, tokens: int) -> tuple[list[float], torch.Tensor]:
+    decoder = Decoder(layers, prompts_BL.tolist(), prompts_BL.shape[1] + tokens + 1)
     tokens_B, times, made = decoder.prefill().argmax(-1), [], []
     for _ in range(tokens):
         made.append(tokens_B)

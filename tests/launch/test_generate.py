@@ -1,11 +1,14 @@
 """`deepnarrow generate` on a real run, and the benchmark of decoding."""
 
+import time
+
 import pytest
 
 from launch.bench.decode import as_text, measure
 from launch.cli import main
-from model.generate import Sampling, complete
+from model.generate import Decoder, Sampling, complete
 from model.weights import loaded_layers
+from tests.ranks import nursery
 from tests.train.checkpoint import runs
 from train.data.tokenizer import eos_id, load_tokenizer
 from train.weights import open_source
@@ -24,7 +27,7 @@ def expected(run_dir, texts, sampling, num_tokens):
     eos = eos_id(tokenizer)
     layers = [layer for _, layer in loaded_layers(source.weights)]
     prompts = [[eos, *tokenizer.encode(text).ids] for text in texts]
-    made = complete(layers, source.weights.config, prompts, num_tokens, eos, sampling)
+    made = complete(Decoder(layers, prompts, 64), num_tokens, eos, sampling)
     return [text + tokenizer.decode(row) for text, row in zip(texts, made, strict=True)]
 
 
@@ -40,6 +43,52 @@ def test_one_prompt_streams_and_several_run_as_a_batch(options, run_dir, capsys)
     said = capsys.readouterr().out
     whole = expected(run_dir, texts, sampling, 10)
     assert said == "".join(f"--- {text}\n{text_and_more}\n" for text, text_and_more in zip(texts, whole, strict=True))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_started_by_a_launcher_the_ranks_of_a_layout_make_the_same_tokens(pp, tp, run_dir, tmp_path):
+    texts = ["def ", "import os\nimport "]
+    given = [word for text in texts for word in ("--prompt", text)]
+    options = ["--max-tokens", "20", "--top-p", "0.9", "--seed", "3", "--pp", str(pp), "--tp", str(tp)]
+    ranks = nursery().start("launch.cli", pp * tp, ["generate", str(run_dir), *given, *options], tmp_path)
+    assert ranks.wait(120) == [0] * pp * tp, (tmp_path / "rank0.log").read_text()
+    whole = expected(run_dir, texts, Sampling(0.8, None, 0.9, 3), 20)
+    said = "".join(f"--- {text}\n{text_and_more}\n" for text, text_and_more in zip(texts, whole, strict=True))
+    assert (tmp_path / "rank0.log").read_text() == said
+    assert not any((tmp_path / f"rank{rank}.log").read_text() for rank in range(1, pp * tp))
+
+
+@pytest.mark.launch
+def test_without_a_launcher_the_ranks_of_a_layout_are_started(run_dir, capfd):
+    options = ["--temperature", "0", "--max-tokens", "12", "--pp", "2"]
+    assert main(["generate", str(run_dir), "--prompt", "def é", *options]) == 0
+    assert capfd.readouterr().out == expected(run_dir, ["def é"], Sampling(temperature=0), 12)[0] + "\n"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pp", "9"], "--pp=9: more stages than the 4 layers of the model (model.n_layers=4); --pp=4 is the most"),
+        (["--tp", "3"], "--tp=3: does not divide the query heads, model.n_heads=4; --tp=2 or --tp=4 would work"),
+        (["--pp", "0"], "--pp=0: must be at least 1"),
+    ],
+)
+def test_a_layout_that_the_model_does_not_allow_is_refused_before_a_process_starts(options, said, run_dir, capsys):
+    assert main(["generate", str(run_dir), "--prompt", "a", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_too_few_processes_are_said_once(run_dir, tmp_path):
+    options = ["--prompt", "a", "--pp", "2", "--tp", "2"]
+    ranks = nursery().start("launch.cli", 2, ["generate", str(run_dir), *options], tmp_path)
+    while None in ranks.codes:
+        time.sleep(0.05)
+    assert ranks.codes == [2, 2]
+    said = "--pp=2 --tp=2: needs 4 processes, and 2 were started\n"
+    assert [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)] == [said, ""]
 
 
 @pytest.mark.launch

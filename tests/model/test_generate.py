@@ -27,11 +27,15 @@ def loaded(config):
     return model, [model.embedding, *model.blocks, model.head]
 
 
+def finish(layers, prompts, num_tokens, eos=None):
+    return complete(Decoder(layers, prompts, max(map(len, prompts)) + num_tokens), num_tokens, eos, GREEDY)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_of_prompts_of_different_lengths_are_those_without_a_cache(shape):
     config = SHAPES[shape]
     model, layers = loaded(config)
-    made = complete(layers, config, prompts(config), 20, None, GREEDY)
+    made = finish(layers, prompts(config), 20)
     for prompt, tokens in zip(prompts(config), made, strict=True):
         so_far = list(prompt)
         for _ in range(20):
@@ -44,7 +48,7 @@ def test_greedy_tokens_of_prompts_of_different_lengths_are_those_without_a_cache
 def test_logits_are_those_without_a_cache(shape):
     config = SHAPES[shape]
     model, layers = loaded(config)
-    decoder = Decoder(layers, config, prompts(config), 40)
+    decoder = Decoder(layers, prompts(config), 40)
     rows = prompts(config)
     logits_BV = decoder.prefill()
     for token in (5, 9, 200, 17):
@@ -67,26 +71,27 @@ def test_greedy_tokens_are_those_of_transformers(shape, tmp_path):
         layers.append(layer)
     tokens_BL = torch.tensor([prompts(weights.config)[1]] * 2)
     generated = theirs.generate(tokens_BL, max_new_tokens=16, do_sample=False, eos_token_id=-1)
-    ours = complete(layers, weights.config, tokens_BL.tolist(), 16, None, GREEDY)
+    ours = finish(layers, tokens_BL.tolist(), 16)
     assert ours == generated[:, tokens_BL.shape[1] :].tolist()
 
 
 def test_a_sequence_ends_at_its_eos_and_the_others_go_on():
     config = small()
     _, layers = loaded(config)
-    free = complete(layers, config, prompts(config), 12, None, GREEDY)
+    free = finish(layers, prompts(config), 12)
     eos = free[0][4]
-    stopped = complete(layers, config, prompts(config), 12, eos, GREEDY)
+    stopped = finish(layers, prompts(config), 12, eos)
     for tokens, whole in zip(stopped, free, strict=True):
         assert tokens == (whole[: whole.index(eos)] if eos in whole else whole)
     only = [prompts(config)[0]]
-    steps = list(generate(Decoder(layers, config, only, 20), 12, free[0][0], GREEDY))
+    steps = list(generate(Decoder(layers, only, 20), 12, free[0][0], GREEDY))
     assert steps == []
 
 
 def test_the_cache_holds_key_value_heads_and_no_more():
     lengths_B = torch.tensor([2, 3])
-    cache = KVCache(lengths_B, 10, 2, 4, torch.bfloat16)
+    cache = KVCache(lengths_B, 10)
+    cache.add(*torch.zeros(2, 2, 3, 2, 4, dtype=torch.bfloat16))
     held = cache._k_BGMK.nbytes + cache._v_BGMK.nbytes
     assert held == 2 * 10 * small(2, head_dim=4, n_layers=1).kv_cache_bytes_per_token()
 

@@ -18,6 +18,8 @@ from tests.shapes import small
 from train.optimizer import adamw
 
 STEPS, BATCH, SEQ_LEN, SEED = 5, 12, 24, 3
+PROMPTS = (5, 13, 1)
+"""Tokens of each sequence that is decoded."""
 OPTIMIZER = OptimizerConfig(lr=1e-3)
 
 
@@ -120,8 +122,8 @@ def train(case):
     """Train as a case says; what this rank held and saw."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    from parallel.decode import engine_decoder
     from parallel.engine import EngineSettings, build_engine, named_parameters
-    from parallel.forward import next_token_logits
 
     print(case, flush=True)  # into the rank's log: where it stood if it hangs
     model, accumulation = case.model, BATCH // (case.micro_batch * case.dp)
@@ -138,7 +140,12 @@ def train(case):
     evaluated = engine.eval_batch(micro_batches(case, batches(99, case.vocab_size)), num_micro_batches=accumulation)
     tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
     weights = {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()}
-    logits = next_token_logits(engine, model, tokens, torch.tensor([5, 13, 1]))
+    with engine_decoder(
+        engine, model, [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)], 16
+    ) as decoder:
+        logits = [decoder.prefill()]
+        for step in range(2):
+            logits.append(decoder.step(tokens[:, step]))
     for group in engine.optimizer.param_groups:  # as the trainer sets the rate of each step
         group["lr"] = 0.0
     engine.train_batch(micro_batches(case, batches(0, case.vocab_size)))
@@ -149,7 +156,7 @@ def train(case):
         "digests": digests,
         "weights": weights,
         "eval": float(evaluated),
-        "logits": logits,
+        "logits": torch.stack(logits),
         "moved_at_rate_0": [
             n for n, p in parameters.items() if not torch.equal(safe_get_full_fp32_param(p), weights[n])
         ],

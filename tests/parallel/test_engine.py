@@ -9,7 +9,7 @@ from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer
 from parallel.sharding import Cut, assemble, cut_of
-from tests.parallel.sweep import CASES, SEED, Case, batches, plain_loop
+from tests.parallel.sweep import CASES, PROMPTS, SEED, Case, batches, plain_loop
 from tests.ranks import run_ranks
 
 ALL = [pytest.param(world, index, id=f"{world}-{index}") for world in CASES for index in range(len(CASES[world]))]
@@ -115,13 +115,19 @@ def test_what_ranks_share_stays_bitwise_the_same_after_every_step(run):
 
 
 @every_run
-def test_evaluation_and_sampling_see_the_trained_model(run):
+def test_evaluation_and_decoding_see_the_trained_model(run):
     case, reports = run
     model, _ = reference(case)
     tokens, labels = batches(99, case.vocab_size)
+    rows = [row[:n] for row, n in zip(batches(98, case.vocab_size)[0], PROMPTS, strict=False)]
+    fed = batches(98, case.vocab_size)[0][:3]
+    logits = []
     with torch.no_grad():
         loss = cross_entropy(model(tokens), labels).item()
-        logits = model(batches(98, case.vocab_size)[0][:3, :13])[torch.arange(3), torch.tensor([5, 13, 1]) - 1]
+        for step in range(3):
+            logits.append(torch.stack([model(row.unsqueeze(0))[0, -1] for row in rows]))
+            rows = [torch.cat([row, token.unsqueeze(0)]) for row, token in zip(rows, fed[:, step], strict=True)]
+    logits = torch.stack(logits)
     for report in reports:
         assert report["eval"] == pytest.approx(loss, rel=2e-3 if case.bf16 else 1e-5)
         assert (report["logits"] - logits).norm() / logits.norm() < (5e-2 if case.bf16 else 1e-4)
