@@ -128,7 +128,10 @@ class TrainConfig:
     precision: Precision = Precision.auto
     """auto, bf16 or fp32."""
     val_every: int = 1000
-    """Steps between validations; there is always one at the end. 0: only at the end."""
+    """Steps between validations; there is always one at the end, and one before the first step of a run that begins
+    with trained weights. 0: no others."""
+    val_at: list[int] = field(default_factory=list)
+    """Steps after which to validate as well."""
     val_sequences: int = 2048
     """At most so many held-out sequences, always the same."""
 

@@ -22,7 +22,7 @@ def facts(config: Config) -> dict[str, Any]:
     model, seq_len = config.model, config.train.seq_len
     return {
         "preset": config.preset,
-        "attention": attention_kind(config),
+        "attention": model.attention_name,
         "seq_len": seq_len,
         "parameters": model.num_params,
         "parameters_by_part": model.params_by_part(),
@@ -45,19 +45,13 @@ def _choice(config: Config, n_kv_heads: int) -> dict[str, Any]:
     other = replace(config, model=replace(config.model, n_kv_heads=n_kv_heads))
     model, seq_len = other.model, config.train.seq_len
     return {
-        "attention": attention_kind(other),
+        "attention": model.attention_name,
         "n_kv_heads": n_kv_heads,
         "parameters": model.num_params,
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
         "kv_cache_bytes_per_sequence": model.kv_cache_bytes_per_token() * seq_len,
     }
-
-
-def attention_kind(config: Config) -> str:
-    """MHA, MQA, or GQA with its number of groups (arXiv 2305.13245, section 2.2)."""
-    heads, groups = config.model.n_heads, config.model.n_kv_heads
-    return "MHA" if groups == heads else "MQA" if groups == 1 else f"GQA-{groups}"
 
 
 def as_json(config: Config) -> str:

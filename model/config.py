@@ -56,6 +56,11 @@ class ModelConfig:
         return self.head_dim or self.d_model // self.n_heads
 
     @property
+    def attention_name(self) -> str:
+        """MHA, MQA, or GQA with its number of groups (arXiv 2305.13245, section 2.2)."""
+        return "MHA" if self.n_kv_heads == self.n_heads else "MQA" if self.n_kv_heads == 1 else f"GQA-{self.n_kv_heads}"
+
+    @property
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads

@@ -49,13 +49,17 @@ class Decoder:
             (`parallel/decode.py`).
         prompts: token ids of each sequence, at least one.
         room: tokens that a sequence may grow to; at most the context.
+
+    Attributes:
+        lengths_B: tokens of each sequence.
+        caches: of the blocks, in order.
     """
 
     def __init__(self, layers: Sequence[nn.Module], prompts: Sequence[Sequence[int]], room: int):
         weight = next(layers[0].parameters())
         self._layers = layers
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-        self._caches = [KVCache(self.lengths_B, room) for layer in layers if isinstance(layer, Block)]
+        self.caches = [KVCache(self.lengths_B, room) for layer in layers if isinstance(layer, Block)]
         self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)
         for row, prompt in zip(self._prompts_BL, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -76,7 +80,7 @@ class Decoder:
         return self._through(tokens_BL, last_B).float()
 
     def _through(self, x: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        caches = iter(self._caches)
+        caches = iter(self.caches)
         for layer in self._layers:
             if isinstance(layer, Head):  # the only position whose logits are wanted
                 x = x[torch.arange(len(x), device=x.device), last_B]

@@ -56,9 +56,9 @@ class Tracker:
         self.val_loss: float | None = None
         """The validation loss last measured."""
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
-        run, self.mode, self._logged = _start(
+        run, self.mode, self._logged = start_wandb(
             wandb_mode(config.wandb),
-            _run_id(run_dir),
+            wandb_id(run_dir),
             project=config.wandb.project,
             entity=config.wandb.entity,
             tags=config.wandb.tags,
@@ -79,6 +79,14 @@ class Tracker:
         self._bar = tqdm(initial=resumed or 0, total=steps, unit="step", dynamic_ncols=True) if watched else None
         self._said: int | None = None
         self._costs: dict[str, float] = {}
+
+    def begin(self, val_loss: float) -> None:
+        """Log what trained weights are worth before the first step: a record of step 0."""
+        record = {"step": 0, "tokens": 0, "val_loss": val_loss}
+        print(json.dumps(record), file=self._metrics, flush=True)
+        self._remember(record)
+        self._log(record)
+        self.say(f"before the first step: validation loss {val_loss:.4f}")
 
     def step(self, record: dict[str, Any]) -> None:
         """Log one step; `record` has at least step, loss, grad_norm, lr and tokens."""
@@ -119,7 +127,8 @@ class Tracker:
             )
 
     def _remember(self, record: dict[str, Any]) -> None:
-        self.first, self.last = self.first or record, record
+        if "loss" in record:
+            self.first, self.last = self.first or record, record
         self.val_loss = record.get("val_loss", self.val_loss)
 
     def say(self, text: str, level: int = logging.INFO) -> None:
@@ -197,7 +206,7 @@ def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
         unfinished.rename(metrics)
 
 
-def _run_id(run_dir: Path) -> str:
+def wandb_id(run_dir: Path) -> str:
     """The id of the W&B run of this folder; kept in it, so that the run goes on in W&B too."""
     path = run_dir / "wandb" / "run-id"
     with suppress(OSError):
@@ -208,13 +217,23 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text("utf-8").strip()
 
 
-def _start(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
-    """The W&B run; its mode, offline where there should be an online one and no server or key lets it be; and the last
-    step that it holds already."""
+def start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
+    """Start or go on with a W&B run.
+
+    Args:
+        mode: from `wandb_mode`.
+        run_id: from `wandb_id`.
+        run: arguments of `wandb.init`, ``dir`` among them.
+
+    Returns:
+        The run; its mode, offline where it should be online and no server or key lets it be; the last step that it
+        holds already, -1 for none.
+    """
     # By default W&B retries for 90 s, while all ranks wait.
     os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
     settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
     offline_before = last_offline_step(run["dir"] / "wandb", run_id)
+    logged_offline = -1 if offline_before is None else offline_before
     if mode == "online" and offline_before is not None:
         # Steps that were only logged offline can be uploaded in order, and not behind later ones.
         log.warning("W&B: this run was logged offline so far, and goes on offline; wandb sync uploads all of it")
@@ -223,13 +242,13 @@ def _start(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
         # Offline, the id alone says that it is the same run.
         goes_on: Literal["allow"] | None = "allow" if mode == "online" else None
         started = wandb.init(mode=mode, settings=settings, id=run_id, resume=goes_on, **run)
-        return started, mode, started.starting_step - 1 if mode == "online" else offline_before or 0
+        return started, mode, started.starting_step - 1 if mode == "online" else logged_offline
     except wandb.Error as error:
         if mode == "offline":
             raise
         log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
     os.environ["WANDB_MODE"] = "offline"
-    return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", offline_before or 0
+    return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
 
 
 def wandb_mode(settings: WandbConfig) -> Any:

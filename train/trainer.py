@@ -145,6 +145,11 @@ def train(ready: Ready, signals: StopSignals) -> None:
         group=control_group(),
     )
 
+    if ready.source and not past:
+        val_loss = validation_loss(engine, held_out, settings.val_sequences, **replica)
+        if tracker and val_loss is not None:
+            tracker.begin(val_loss)
+
     # The loop.
     step, stopped = steps_before, False
     trained_seconds, timed_steps = 0.0, 0
@@ -182,7 +187,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
         }
         if peak:
             record["mfu"] = record["tokens_per_second"] * flops_per_token / (peak * layout.world_size)
-        if step == length.steps or (settings.val_every and step % settings.val_every == 0):
+        regularly = settings.val_every and step % settings.val_every == 0
+        if step == length.steps or regularly or step in settings.val_at:
             val_loss = validation_loss(engine, held_out, settings.val_sequences, **replica)
             if val_loss is not None:
                 record["val_loss"] = val_loss

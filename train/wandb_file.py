@@ -38,7 +38,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def last_offline_step(folder: Path, run_id: str) -> int | None:
-    """The last step that any offline part of a run holds, None where there is no such part.
+    """The last step that any offline part of a run holds, -1 for none, and None where there is no such part.
 
     Args:
         folder: W&B's, of the run folder.
@@ -47,4 +47,4 @@ def last_offline_step(folder: Path, run_id: str) -> int | None:
     files = list(folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     found = (record for file in files for record in records(file))
     steps = [record.history.step.num for record in found if record.WhichOneof("record_type") == "history"]
-    return max(steps, default=0) if files else None
+    return max(steps, default=-1) if files else None

@@ -1,0 +1,174 @@
+"""`deepnarrow gqa-study`: pretrain, regroup, uptrain, measure, say what came of it."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.errors import BadInput
+from conf.schema import plain
+from launch.study.decode import decode_seconds
+from launch.study.findings import as_text, findings
+from launch.study.pictures import draw
+from launch.study.plan import Plan, Uptraining, plan
+from launch.supervise import launch
+from model.regroup import Method, Regrouped
+from train import pretrain
+from train import weights as trained
+from train.preflight import preflight
+from train.tracking import METRICS, SUMMARY, code_version, start_wandb, wandb_id, wandb_mode
+from train.weights import Source, open_source
+
+Launch = Callable[[Sequence[str], int, Path], int]
+RESULTS, TEXT = "study.json", "study.txt"
+SHARD_BYTES = 5 * 10**9
+
+
+def run(overrides: Sequence[str], launch: Launch = launch) -> int:
+    """Everything of a study that is not there yet; returns the exit code.
+
+    Each training is a run of its own, in its own folder and in W&B, started as `deepnarrow train` starts it; one that
+    is complete is not trained again, and one that was stopped goes on.
+
+    Args:
+        overrides: of the command.
+        launch: starts a training and waits for it.
+
+    Raises:
+        BadInput: with every problem found, before anything is trained.
+    """
+    made = plan(overrides)
+    source = made.source
+    if source is None:
+        run_dir = made.folder / "pretrained"
+        assert made.pretrain is not None
+        if not _complete(run_dir):
+            _say(f"pretraining in {run_dir}")
+            if code := _train(made.pretrain, launch):
+                return code
+            if not _complete(run_dir):
+                return _stopped()
+        source = open_source(run_dir)
+    assert source.run is not None
+
+    losses = []
+    uptrainings = made.uptrainings(source.run.tokens)
+    for number, uptraining in enumerate(uptrainings, 1):
+        run_dir = made.run_dir(uptraining)
+        if not _complete(run_dir):
+            start = _weights(made, uptraining.kv_heads, uptraining.method, source)
+            _say(f"uptraining {number} of {len(uptrainings)} in {run_dir}")
+            if code := _train(made.overrides(uptraining, start), launch):
+                return code
+            if not _complete(run_dir):
+                return _stopped()
+        losses.append((uptraining, _losses(run_dir, uptraining)))
+
+    settings, own = made.settings, source.weights.config.n_kv_heads
+    # Which weights of a shape they are is nothing to the time that a token takes.
+    folders = {n: _weights(made, n, None if n == own else settings.methods[0], source) for n in made.kv_heads}
+    models = {n: open_source(folder, checked=False).weights for n, folder in folders.items()}
+    times, device = decode_seconds(models, settings.batches, settings.contexts, _say)
+    found = findings(made, source, losses, times, device)
+    pictures = draw(found, made.folder)
+    (made.folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    (made.folder / TEXT).write_text(as_text(found) + "\n", "utf-8")
+    _log(made, found, pictures)
+    print(as_text(found))
+    print(f"\n{made.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
+    return 0
+
+
+def _train(overrides: list[str], launch: Launch) -> int:
+    ready = preflight(overrides)
+    options, _ = pretrain.hydra_options([])
+    arguments = pretrain.for_hydra(options, ready.overrides, ready.run_dir)
+    return launch(arguments, ready.layout.world_size, ready.run_dir)
+
+
+def _complete(run_dir: Path) -> bool:
+    try:
+        return bool(json.loads((run_dir / SUMMARY).read_text("utf-8"))["complete"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _stopped() -> int:
+    _say("stopped; the same command goes on")
+    return 0
+
+
+def _weights(made: Plan, kv_heads: int, method: Method | None, source: Source) -> Path:
+    """What an uptraining begins with; made here where heads are to be regrouped."""
+    if method is None:
+        return source.path
+    folder = made.weights(kv_heads, method)
+    if not folder.exists():
+        regrouped = Regrouped(source.weights, kv_heads, method)
+        with trained.new_folder(folder) as unfinished:
+            trained.write_checkpoint(regrouped, source, unfinished, SHARD_BYTES)
+    return folder
+
+
+def _losses(run_dir: Path, uptraining: Uptraining) -> dict[float, float]:
+    """The validation loss at each share of an uptraining, 0 among them."""
+    records = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
+    by_step = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
+    try:
+        shares = zip((0.0, *uptraining.alphas), (0, *uptraining.steps), strict=True)
+        return {alpha: by_step[step] for alpha, step in shares}
+    except KeyError as missing:
+        works = "study.dir=… of its own, or removing this folder, would work"
+        raise BadInput([f"{run_dir}: was trained without a validation after step {missing}; {works}"]) from None
+
+
+def _log(made: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
+    """The study's own run in W&B."""
+    import wandb
+
+    settings = made.config.wandb
+    run, _, _ = start_wandb(
+        wandb_mode(settings),
+        wandb_id(made.folder),
+        project=settings.project,
+        entity=settings.entity,
+        tags=settings.tags,
+        name=made.folder.name,
+        dir=made.folder,
+        config={"study": plain(asdict(made.settings)), **plain(asdict(made.config)), "code": code_version()},
+    )
+    columns: list[str | int] = ["attention", "kv_heads", "method", "alpha", "val_loss"]
+    rows = [
+        [model["attention"], model["kv_heads"], method, float(alpha), loss]
+        for model in found["models"]
+        for method, losses in model["val_loss"].items()
+        for alpha, loss in losses.items()
+    ]
+    times = [
+        [model["attention"], model["kv_heads"], model["kv_cache_bytes_per_token"], *time.values()]
+        for model in found["models"]
+        for time in model["decode"]
+    ]
+    columns_of_times: list[str | int] = [
+        "attention",
+        "kv_heads",
+        "kv_cache_bytes_per_token",
+        "batch",
+        "context",
+        "seconds",
+    ]
+    run.log(
+        {
+            "val_loss": wandb.Table(columns=columns, data=rows),
+            "decode": wandb.Table(columns=columns_of_times, data=times),
+            **{path.stem: wandb.Image(str(path)) for path in pictures},
+        }
+    )
+    run.summary.update({"orderings": found["orderings"], "efficiency_gain": found["efficiency_gain"]})
+    run.finish()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
