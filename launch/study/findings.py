@@ -114,9 +114,10 @@ def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
     said = []
 
     def claim(text: str, parts: Sequence[tuple[bool, str]], without: str) -> None:
-        evidence = "; ".join(part for _, part in parts)
-        said.append({"claim": text, "held": all(held for held, _ in parts) if parts else None,
-                     "evidence": evidence or without})  # fmt: skip
+        evidence = "; ".join(part for _, part in parts) or without
+        held_for = [part.split()[0] for held, part in parts if held]
+        held = len(held_for) == len(parts) if parts else None
+        said.append({"claim": text, "held": held, "held_for": held_for, "evidence": evidence})
 
     ranks = [method.value for method in Method]
     for share, when in (("0", "right after conversion"), (alpha, f"after alpha = {alpha}")):
@@ -209,5 +210,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append("")
     for ordering in found["orderings"]:
         held = {True: "reproduced", False: "NOT reproduced", None: "not measured"}[ordering["held"]]
+        if ordering["held"] is False and ordering["held_for"]:
+            held = f"reproduced for {', '.join(ordering['held_for'])} only"
         lines.append(f"{held}: {ordering['claim']} ({ordering['evidence']})")
     return "\n".join(lines)
