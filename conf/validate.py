@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from model.config import either, nearest_multiples
-from parallel import layout
+from parallel import layout, schedules
 from parallel.layout import Layout
 
 
@@ -93,6 +93,12 @@ def _batch(config: Config, run_layout: Layout | None) -> list[str]:
             f"train.global_batch={train.global_batch}: not divisible by train.micro_batch x dp = "
             f"{train.micro_batch} x {run_layout.dp} = {unit}; {works} would be"
         )
+    elif not schedules.problems(config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages, None):
+        micro_batches = train.global_batch // unit
+        found = schedules.problems(
+            config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages, micro_batches
+        )
+        problems += found
     return problems
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from model.config import ModelConfig
-from parallel.stages import split, stage_rows, stage_table
+from parallel.stages import split_for, stage_rows, stage_table
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def facts(config: Config) -> dict[str, Any]:
         "M": model.scaling_m(seq_len),
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
-        "stages": stage_rows(model, split(model.layer_flops(seq_len), config.parallel.pp)),
+        "stages": stage_rows(model, split_for(model.layer_flops(seq_len), config.parallel.place)),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 

@@ -128,9 +128,9 @@ def _complete(request: Request) -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if on_gpu else "gloo")
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    layers, pipeline, tp = load_stage(request.weights, request.layout, device, dtype)
+    stages, line, tp = load_stage(request.weights, request.layout, device, dtype)
     room = max(map(len, request.prompts)) + request.num_tokens
-    decoder = StageDecoder(layers, request.weights.config, request.prompts, room, pipeline, tp)
+    decoder = StageDecoder(stages, request.weights.config, request.prompts, room, line, tp)
     steps = generate(decoder, request.num_tokens, request.eos, request.sampling)
     if rank == 0:
         _print(request, steps)

@@ -57,9 +57,11 @@ class Decoder:
 
     def __init__(self, layers: Sequence[nn.Module], prompts: Sequence[Sequence[int]], room: int):
         weight = next(layers[0].parameters())
-        self._layers = layers
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-        self.caches = [KVCache(self.lengths_B, room) for layer in layers if isinstance(layer, Block)]
+        self._layers = [
+            (layer, KVCache(self.lengths_B, room) if isinstance(layer, Block) else None) for layer in layers
+        ]
+        self.caches = [cache for _, cache in self._layers if cache is not None]
         self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)
         for row, prompt in zip(self._prompts_BL, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -77,15 +79,16 @@ class Decoder:
     @torch.no_grad()
     def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
         """The next logits (B, V) after sequences (B, L) whose last token stands at `last_B`."""
-        return self._through(tokens_BL, last_B).float()
+        return through(self._layers, tokens_BL, last_B).float()
 
-    def _through(self, x: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        caches = iter(self.caches)
-        for layer in self._layers:
-            if isinstance(layer, Head):  # the only position whose logits are wanted
-                x = x[torch.arange(len(x), device=x.device), last_B]
-            x = layer(x, next(caches)) if isinstance(layer, Block) else layer(x)
-        return x
+
+def through(layers: Sequence[tuple[nn.Module, KVCache | None]], x: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
+    """Some of a model's layers, blocks with their caches; a head makes logits at the last position only."""
+    for layer, cache in layers:
+        if isinstance(layer, Head):
+            x = x[torch.arange(len(x), device=x.device), last_B]
+        x = layer(x) if cache is None else layer(x, cache)
+    return x
 
 
 def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> Iterator[list[int | None]]:

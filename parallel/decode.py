@@ -4,9 +4,10 @@ A token costs one hop of (B, 1, D) between neighbouring stages, and its logits g
 makes the same draw from them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
-from model.generate import Decoder
+from model.generate import Decoder, through
 from model.transformer import layer_builders
 from model.weights import Weights
 from parallel.layout import Layout
+from parallel.schedules import Placement
 from parallel.sharding import vocabulary_shard
 from parallel.stages import split
 from parallel.tensor import TensorParallel, build_layer, whole_sequences
@@ -28,71 +30,67 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Line:
     """The ranks that hold the stages of one copy of a model, or of one tensor-parallel part of it.
 
     Attributes:
-        group: the process group of those ranks.
-        ranks: global, by stage.
-        stage: of this process.
+        group: the process group of those ranks; None for one.
+        ranks: global, by place.
+        rank: this process's place.
+        place: who holds which stage.
     """
 
     group: Any
     ranks: Sequence[int]
-    stage: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process has the embedding."""
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this process has the head."""
-        return self.stage == len(self.ranks) - 1
+    rank: int
+    place: Placement
 
 
 class StageDecoder(Decoder):
     """`model.generate.Decoder` on the ranks of a pipeline, which call it together and all get the same logits.
 
     Args:
-        layers: of this rank's stage, as `parallel.tensor.build_layer` made them.
+        stages: the layers of each stage of this rank, as `parallel.tensor.build_layer` made them.
         config: of the whole model.
         prompts: the same on every rank.
         room: tokens that a sequence may grow to; at most the context.
-        pipeline: the stages.
+        line: the ranks.
         tp: the ranks that share this stage's matrices, without sequence parallelism: one token cannot be cut.
     """
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        stages: Mapping[int, Sequence[nn.Module]],
         config: ModelConfig,
         prompts: Sequence[Sequence[int]],
         room: int,
-        pipeline: Pipeline,
+        line: Line,
         tp: TensorParallel,
     ):
-        super().__init__(layers, prompts, room)
-        self._config, self._pipeline, self._tp = config, pipeline, tp
-        self._dtype = next(layers[0].parameters()).dtype
+        super().__init__([layer for layers in stages.values() for layer in layers], prompts, room)
+        self._config, self._line, self._tp = config, line, tp
+        layers = iter(self._layers)
+        self._stages = {stage: list(islice(layers, len(own))) for stage, own in sorted(stages.items())}
+        self._dtype = next(self._layers[0][0].parameters()).dtype
 
     @torch.no_grad()
     def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-        line = self._pipeline
-        if line.is_first:
-            x = tokens_BL
-        else:
-            x = torch.empty(*tokens_BL.shape, self._config.d_model, dtype=self._dtype, device=tokens_BL.device)
-            dist.recv(x, line.ranks[line.stage - 1], group=line.group)
-        x = self._through(x, last_B)
-        if line.is_last:
-            logits_BV = _all_columns(x.float(), self._config, self._tp)
-        else:
-            dist.send(x.contiguous(), line.ranks[line.stage + 1], group=line.group)
+        line, place = self._line, self._line.place
+        last = place.num_stages - 1
+        x, logits_BV = tokens_BL, None
+        for stage, layers in self._stages.items():
+            if stage and (before := place.rank_of(stage - 1)) != line.rank:
+                x = torch.empty(*tokens_BL.shape, self._config.d_model, dtype=self._dtype, device=tokens_BL.device)
+                dist.recv(x, line.ranks[before], group=line.group)
+            x = through(layers, x, last_B)
+            if stage == last:
+                logits_BV = _all_columns(x.float(), self._config, self._tp)
+            elif (after := place.rank_of(stage + 1)) != line.rank:
+                dist.send(x.contiguous(), line.ranks[after], group=line.group)
+        if logits_BV is None:
             logits_BV = torch.empty(len(tokens_BL), self._config.vocab_size, device=tokens_BL.device)
         if len(line.ranks) > 1:
-            dist.broadcast(logits_BV, src=line.ranks[-1], group=line.group)
+            dist.broadcast(logits_BV, src=line.ranks[place.rank_of(last)], group=line.group)
         return logits_BV
 
 
@@ -109,16 +107,17 @@ def engine_decoder(
         room: tokens that a sequence may grow to; at most the context.
     """
     ranks = [engine.grid.stage_to_global(stage) for stage in range(engine.num_stages)]
-    pipeline = Pipeline(engine.grid.get_pipe_parallel_group(), ranks, engine.stage_id)
+    line = Line(engine.grid.get_pipe_parallel_group(), ranks, engine.stage_id, engine.pipeline.place)
     # Not the functions that training runs: those may recompute.
-    layers = [layer for name, layer in engine.module.named_children() if name.isdigit()]
+    layers = (layer for name, layer in engine.module.named_children() if name.isdigit())
+    stages = {stage: list(islice(layers, len(functions))) for stage, functions in engine.module.stages.items()}
     with whole_sequences(engine.module):
-        yield StageDecoder(layers, model, prompts, room, pipeline, engine.module.tp)
+        yield StageDecoder(stages, model, prompts, room, line, engine.module.tp)
 
 
 def load_stage(
     weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype
-) -> tuple[list[nn.Module], Pipeline, TensorParallel]:
+) -> tuple[dict[int, list[nn.Module]], Line, TensorParallel]:
     """This rank's part of trained weights, read one tensor at a time. All ranks call it together.
 
     Args:
@@ -129,20 +128,20 @@ def load_stage(
         dtype: of the layers.
 
     Returns:
-        The layers, and the groups of ranks that a `StageDecoder` of them wants.
+        The layers of its stage, and the groups of ranks that a `StageDecoder` of them wants.
     """
     config = weights.config
     rank = dist.get_rank() if layout.world_size > 1 else 0
     shared = _own([range(s * layout.tp, (s + 1) * layout.tp) for s in range(layout.pp)], rank)
     lined_up = _own([range(t, layout.world_size, layout.tp) for t in range(layout.tp)], rank)
     tp = TensorParallel(shared[0], layout.tp_rank(rank), layout.tp, sequence_parallel=False, sharing={})
-    pipeline = Pipeline(lined_up[0], lined_up[1], layout.stage(rank))
-    stage = split(config.layer_flops(config.max_seq_len), layout.pp)[pipeline.stage]
+    line = Line(lined_up[0], lined_up[1], layout.stage(rank), Placement(layout.pp))
+    stage = split(config.layer_flops(config.max_seq_len), layout.pp)[line.rank]
     layers = [
         build_layer(build, f"{name}.", config, tp, device, lambda name, shape: weights.read(name)).to(dtype)
         for name, build in list(layer_builders(config).items())[stage.start : stage.stop]
     ]
-    return layers, pipeline, tp
+    return {line.rank: layers}, line, tp
 
 
 def _own(sets: Sequence[Sequence[int]], rank: int) -> tuple[Any, Sequence[int]]:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,9 @@ from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.layout import Layout, Recompute
 from parallel.loss import vocab_parallel_cross_entropy
+from parallel.pipeline import Hop, Pipeline, make_links
 from parallel.recompute import recomputing
+from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, splits_backward
 from parallel.sharding import kv_copies, vocabulary_shard
 from parallel.stages import Stage
 from parallel.tensor import TensorParallel, build_layer, sum_gradients
@@ -46,7 +49,10 @@ class EngineSettings:
         clip: largest norm of the gradient over all stages, None for no clipping.
         bf16: compute in bf16; else fp32. Master weights, moments and accumulated gradients are fp32 either way.
         seed: of the initial weights.
+        seq_len: tokens of a sequence.
         recompute: what blocks compute again in the backward pass.
+        schedule: the order of passes.
+        place: which rank of a pipeline holds which stages; None for one on each.
     """
 
     micro_batch: int
@@ -54,7 +60,10 @@ class EngineSettings:
     clip: float | None
     bf16: bool
     seed: int
+    seq_len: int
     recompute: Recompute = Recompute.none
+    schedule: Schedule = ONE_F_ONE_B
+    place: Placement | None = None
 
 
 def start_process_group() -> torch.device:
@@ -97,28 +106,64 @@ def build_engine(
     Args:
         model: the whole model's shape.
         layout: the rank grid; `start_process_group` has been called on layout.world_size processes.
-        stages: of all ranks, as `parallel.stages.split` made them.
+        stages: of all ranks, as `parallel.stages.split_for` made them for `settings.place`.
         settings: batch, precision, clipping, seed.
         make_optimizer: from the stage's parameters to its optimizer; ZeRO-1 shards its state over the replicas.
     """
     with quiet():
         import deepspeed
-        from deepspeed.runtime.pipe.engine import PipelineEngine
-        from deepspeed.runtime.pipe.schedule import ReduceGrads
 
-        module = _stage_module(model, layout, stages, settings)
+        place = settings.place or Placement(layout.pp)
+        module = _stage_module(model, layout, stages, settings, place)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=make_optimizer(module.parameters()), config=_deepspeed_config(layout, settings)
         )
-    if layout.tp > 1:
-
-        def reduce_gradients(self: PipelineEngine) -> None:
-            sum_gradients(self.module.parameters(), self.module.tp)
-            self._exec_reduce_grads()
-
-        # DeepSpeed looks instructions up here, not among the engine's methods.
-        engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceGrads: reduce_gradients}
+        # Replicas, and within them tensor-parallel ranks, each have a pipeline of their own.
+        step = layout.dp * layout.tp
+        pipelines = [[first + stage * step for stage in range(layout.pp)] for first in range(step)]
+        links = make_links(place, pipelines)
+    length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    engine.pipeline = Pipeline(
+        module.stages,
+        module.loss_fn,
+        settings.schedule,
+        place,
+        engine.stage_id,
+        pipelines[dist.get_rank() % step],
+        links,
+        Hop((settings.micro_batch, length, model.d_model), dtype, engine.device),
+    )
+    # DeepSpeed's own schedules come in here; what of it is kept is what surrounds them.
+    engine._exec_schedule = MethodType(_run_schedule, engine)
     return engine
+
+
+def _run_schedule(engine: "PipelineEngine", asked: Any) -> None:
+    """A step, or an evaluation, in the place of DeepSpeed's: our passes, then its reduction and optimizer step."""
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+    pipeline, training = engine.pipeline, isinstance(asked, TrainSchedule)
+    engine._running_engine_backward = True  # or DeepSpeed takes a backward pass for one that it was not told of
+    try:
+        run = pipeline.train if training else pipeline.evaluate
+        losses = run(engine.data_iterator, asked.micro_batches)
+    finally:
+        engine._running_engine_backward = False
+    # DeepSpeed looks for the losses on the last rank of the pipeline, and they are where the last stage is.
+    source, last = pipeline.loss_rank, engine.num_stages - 1
+    if source != last:
+        shared = torch.stack(losses) if losses else torch.empty(asked.micro_batches, device=engine.device)
+        dist.broadcast(shared, src=engine.grid.stage_to_global(source), group=engine.grid.get_pipe_parallel_group())
+        losses = list(shared)
+    engine.fwd_outputs = losses
+    if not training:
+        return
+    engine.total_loss = torch.stack(losses).sum() if losses else None
+    if engine.module.tp.size > 1:
+        sum_gradients(engine.module.parameters(), engine.module.tp)
+    engine._exec_reduce_grads()
+    engine._exec_optimizer_step()
 
 
 def named_parameters(engine: "PipelineEngine", model: ModelConfig) -> Iterator[tuple[str, nn.Parameter]]:
@@ -130,7 +175,7 @@ def named_parameters(engine: "PipelineEngine", model: ModelConfig) -> Iterator[t
 
 
 def _stage_module(
-    model: ModelConfig, layout: Layout, stages: Sequence[Stage], settings: EngineSettings
+    model: ModelConfig, layout: Layout, stages: Sequence[Stage], settings: EngineSettings, place: Placement
 ) -> "PipelineModule":
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -139,25 +184,28 @@ def _stage_module(
         return initial_value(name, shape, settings.seed, model.init_std)
 
     class StageModule(PipelineModule):
-        """The layers of one stage, by the bounds that `parallel.stages` found and in DeepSpeed's terms."""
+        """The layers of a rank's stages, by the bounds that `parallel.stages` found and in DeepSpeed's terms."""
 
         tp: TensorParallel
+        stages: dict[int, list[Any]]
 
         def _partition_layers(self, method: str = "") -> None:
-            self.parts = [stage.start for stage in stages] + [stages[-1].stop]
-            own = stages[self.stage_id]
-            self._set_bounds(start=own.start, stop=own.stop)
+            # Bounds for DeepSpeed to hold; of several stages on a rank it knows nothing.
+            self.parts = [min(rank, len(self._layer_specs)) for rank in range(layout.pp)] + [len(self._layer_specs)]
+            self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
         def _build(self) -> None:
             self.tp = _tensor_parallel(model, layout, self._grid.get_slice_parallel_group())
-            builders = list(layer_builders(model).items())
-            for index in range(self._local_start, self._local_stop):
-                name, build = builders[index]
-                layer = build_layer(build, f"{name}.", model, self.tp, _device(), drawn)
-                self.add_module(str(index), layer)
-                self.fwd_map[str(index)] = len(self.forward_funcs)
-                is_block = name.startswith("blocks.")
-                self.forward_funcs.append(recomputing(layer, settings.recompute) if is_block else layer)
+            builders, self.stages = list(layer_builders(model).items()), {}
+            deferring = splits_backward(settings.schedule)
+            for stage in place.stages_of(self.stage_id):
+                functions = self.stages[stage] = []
+                for index in range(stages[stage].start, stages[stage].stop):
+                    name, build = builders[index]
+                    layer = build_layer(build, f"{name}.", model, self.tp, _device(), drawn, deferring)
+                    self.add_module(str(index), layer)
+                    is_block = name.startswith("blocks.")
+                    functions.append(recomputing(layer, settings.recompute) if is_block else layer)
             for parameter in self.parameters():
                 parameter.ds_pipe_replicated = False
             self.loss_fn = cross_entropy

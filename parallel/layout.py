@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from model.config import ModelConfig, either, nearest, nearest_multiples
-from parallel import sharding
+from parallel import schedules, sharding
+from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
 
 
 class Recompute(Enum):
@@ -39,10 +40,20 @@ class ParallelConfig:
     """Data-parallel replicas of the pipeline; null makes it processes / (pp x tp)."""
     sequence_parallel: bool | None = None
     """Cut norms, residuals and what travels between stages along the sequence too; null is true where tp > 1."""
+    schedule: Schedule = ONE_F_ONE_B
+    """1f1b, interleaved, zero_bubble, zbv or dualpipev: the order of forward and backward passes (see
+    `parallel/schedules.py`). All give the same loss curve."""
+    virtual_stages: int | None = None
+    """Stages on each rank; null is 2 for interleaved, zbv and dualpipev, and 1 for the others."""
     recompute: Recompute = Recompute.none
     """none, selective or full."""
     balance: Balance = Balance.flops
     """flops or measured: what the split into stages is balanced by."""
+
+    @property
+    def place(self) -> Placement:
+        """Which rank of a pipeline holds which stages."""
+        return schedules.placement(self.schedule, self.pp, self.virtual_stages)
 
 
 @dataclass(frozen=True)
@@ -81,13 +92,23 @@ class Layout:
 
 def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     """Why this cut is impossible for this model, one sentence each with key, value and what would work."""
-    found = []
+    found = (
+        schedules.problems(parallel.schedule, parallel.pp, parallel.virtual_stages, None) if parallel.pp >= 1 else []
+    )
     if parallel.pp < 1:
         found.append(f"parallel.pp={parallel.pp}: must be at least 1")
     elif parallel.pp > model.n_layers >= 1:
         found.append(
             f"parallel.pp={parallel.pp}: more stages than the {model.n_layers} layers of the model "
             f"(model.n_layers={model.n_layers}); parallel.pp={model.n_layers} is the most that works"
+        )
+    place = parallel.place if parallel.pp >= 1 and not found else None
+    if place and place.virtual > 1 and place.num_stages > model.n_layers + 2 >= 3:
+        most = (model.n_layers + 2) // parallel.pp
+        works = f"parallel.virtual_stages={most} is the most that works" if most > 1 else "parallel.schedule=1f1b works"
+        found.append(
+            f"parallel.virtual_stages={place.virtual}: {place.num_stages} stages, and the model has "
+            f"{model.n_layers + 2} layers with its embedding and head (model.n_layers={model.n_layers}); {works}"
         )
     if parallel.dp is not None and parallel.dp < 1:
         found.append(f"parallel.dp={parallel.dp}: must be at least 1, or null for processes / (pp x tp)")

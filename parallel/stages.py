@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model.config import ModelConfig
+from parallel.schedules import Placement
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,41 @@ def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
     covered = [layer for stage in stages for layer in range(stage.start, stage.stop)]
     assert covered == list(range(n)), f"a layer was lost or doubled: {bounds}"
     return stages
+
+
+def split_for(costs: Sequence[float], place: Placement) -> list[Stage]:
+    """Cut layers into the stages of a placement so that the *ranks* come out even, each with all its stages.
+
+    With one stage on each rank this is `split`. With several, blocks, which all cost the same, are dealt one at a time
+    to the rank that has least, and within a rank to its stage that has least: what embedding and head cost beside them
+    is evened out by fewer blocks there. In a placement that goes there and back both lie on the first rank.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if place.virtual == 1:
+        return split(costs, place.num_ranks)
+    num_stages = place.num_stages
+    if len(costs) < num_stages:
+        raise ValueError(f"{len(costs)} layers cannot be cut into {num_stages} stages")
+    block = costs[1]
+    assert all(cost == block for cost in costs[1:-1]), "blocks cost the same"
+    # A stage holds at least a layer; the first and the last one have the embedding and the head.
+    blocks = [0, *[1] * (num_stages - 2), 0]
+    loads = [costs[0], *[block] * (num_stages - 2), costs[-1]]
+
+    def load(rank: int) -> float:
+        return sum(loads[stage] for stage in place.stages_of(rank))
+
+    for _ in range(len(costs) - 2 - sum(blocks)):
+        rank = min(range(place.num_ranks), key=lambda one: (load(one), -one))
+        stage = min(place.stages_of(rank), key=lambda one: (loads[one], -one))
+        blocks[stage] += 1
+        loads[stage] += block
+    bounds = [0, *accumulate(count + (index in (0, num_stages - 1)) for index, count in enumerate(blocks))]
+    assert bounds[-1] == len(costs), f"a layer was lost or doubled: {bounds}"
+    total = sum(costs) or 1.0
+    return [Stage(i, start, stop, loads[i] / total) for i, (start, stop) in enumerate(pairwise(bounds))]
 
 
 def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:

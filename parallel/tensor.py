@@ -22,6 +22,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.layers import FanOut
+from parallel.deferral import DeferringLinear, are_weights_later, linear, weight_gradients
 from parallel.sharding import Cut, cut_of, shard
 
 
@@ -99,34 +100,41 @@ class _ColumnParallel(torch.autograd.Function):
     """y_i = gather(x) W_i^T for several W_i at once.
 
     Backward, the gradient of the input travels while the gradients of the weights are computed, and the gathered input,
-    which is not kept, is gathered again while the former is.
+    which is not kept, is gathered again while the former is. Where weights wait for later, that gathering does too.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.tp = tp
-        ctx.save_for_backward(x, *weights)
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: nn.Parameter) -> tuple[torch.Tensor, ...]:
+        ctx.tp, ctx.weights = tp, weights
+        ctx.save_for_backward(x)
         whole = _gather(x, tp) if tp.sequence_parallel else x
         return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, *weights = ctx.saved_tensors
-        tp = ctx.tp
-        if tp.sequence_parallel:
+        (x,) = ctx.saved_tensors
+        tp, weights = ctx.tp, ctx.weights
+        gather = None
+        if tp.sequence_parallel and not are_weights_later():
             gathering, gather = _start_gather(x, tp)
         grad_x = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x = torch.addmm(grad_x.flatten(0, -2), grad.flatten(0, -2), weight).view_as(grad_x)
-        if tp.sequence_parallel:
+        if gather:
             gather.wait()
             x = _gathered(gathering, tp)
+        if tp.sequence_parallel:
             grad_x, reduction, _alive = _start_reduce_scatter(grad_x, tp)
         else:
             reduction = dist.all_reduce(grad_x, group=tp.group, async_op=True)
-        grad_weights = [grad.flatten(0, -2).T @ x.flatten(0, -2) for grad in grads]
+
+        def grad_weights() -> list[torch.Tensor]:
+            whole = x if gather or not tp.sequence_parallel else _gather(x, tp)
+            return [grad.flatten(0, -2).T @ whole.flatten(0, -2) for grad in grads]
+
+        made = weight_gradients(weights, grad_weights)
         reduction.wait()
-        return grad_x, None, *grad_weights
+        return grad_x, None, *made
 
 
 # ---- layers; their parameters bear the names of the plain ones ----
@@ -138,8 +146,8 @@ class ColumnParallelFanOut(nn.Module):
     def __init__(self, plain: FanOut, tp: TensorParallel):
         super().__init__()
         self.tp = tp
-        for name, linear in plain.named_children():
-            self.add_module(name, linear)
+        for name, one in plain.named_children():
+            self.add_module(name, one)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, L/tp or L, d_in) to one (B, L, width/tp) for each map."""
@@ -167,7 +175,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, d_in/tp) to (B, L/tp or L, d_out)."""
-        return _ReducePartialSums.apply(F.linear(x, self.weight), self.tp)
+        return _ReducePartialSums.apply(linear(x, self.weight), self.tp)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -192,6 +200,7 @@ def build_layer(
     tp: TensorParallel,
     device: torch.device,
     value: Callable[[str, torch.Size], torch.Tensor],
+    deferring: bool = False,
 ) -> nn.Module:
     """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, filled.
 
@@ -205,12 +214,17 @@ def build_layer(
         tp: the ranks to cut over; one rank leaves the layer plain.
         device: to hold it.
         value: from a parameter's full name and shape to all of it.
+        deferring: whether its weight gradients can be left for later (those of tensor-parallel layers always can).
     """
     with torch.device("meta"):
         layer = build()
     shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
     if tp.size > 1:
         _swap(layer, prefix, model, tp)
+    elif deferring:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                _place(layer, name, DeferringLinear(module))
     layer = layer.to_empty(device=device)
     for name, parameter in layer.named_parameters():
         full_name = prefix + name

@@ -16,7 +16,7 @@ from conf.settings import Precision
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
 from parallel.processes import use_cpus_fairly
-from parallel.stages import split, stage_rows, stage_table
+from parallel.stages import split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train.agreement import control_group, from_rank_0, highest
 from train.checkpoint import resume
@@ -73,7 +73,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
     )
-    stages = split(costs, layout.pp)
+    place = config.parallel.place
+    stages = split_for(costs, place)
     engine = build_engine(
         shape,
         layout,
@@ -84,7 +85,10 @@ def train(ready: Ready, signals: StopSignals) -> None:
             clip=config.optimizer.clip,
             bf16=bf16,
             seed=settings.seed,
+            seq_len=settings.seq_len,
             recompute=config.parallel.recompute,
+            schedule=config.parallel.schedule,
+            place=place,
         ),
         make_optimizer=partial(adamw, settings=config.optimizer),
     )

@@ -51,7 +51,9 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
         shape,
         layout,
         split(shape.layer_flops(config.train.seq_len), 1),
-        EngineSettings(micro_batch=1, accumulation=1, clip=1.0, bf16=device.type == "cuda", seed=1),
+        EngineSettings(
+            micro_batch=1, accumulation=1, clip=1.0, bf16=device.type == "cuda", seed=1, seq_len=config.train.seq_len
+        ),
         partial(adamw, settings=config.optimizer),
     )
     batches = _batches(config)

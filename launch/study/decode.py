@@ -47,10 +47,12 @@ def decode_seconds(
         for heads, weights in models.items():
             # Rotary positions go on without end: a longer context changes no weight.
             config = replace(weights.config, max_seq_len=max(contexts) + STEPS + 2)
-            layers, _, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
+            stages, _, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
             for batch in batches:
                 for context in contexts:
-                    times.setdefault((heads, batch, context), []).extend(_steps(layers, config, batch, context, device))
+                    times.setdefault((heads, batch, context), []).extend(
+                        _steps(stages[0], config, batch, context, device)
+                    )
     found: dict[int, list[dict[str, Any]]] = {heads: [] for heads in models}
     for (heads, batch, context), seconds in times.items():
         found[heads].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})

@@ -1,8 +1,10 @@
 """One rank of the layout sweep: the same training on every cut of the same processes."""
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer
 from parallel.layout import Balance, Layout, Recompute
-from parallel.stages import split
+from parallel.schedules import Schedule, placement
+from parallel.stages import split_for
 from tests.ranks import report
 from tests.shapes import small
 from train.optimizer import adamw
@@ -38,10 +41,16 @@ class Case:
     bf16: bool = False
     micro_batch: int = 1
     recompute: str = "none"
+    schedule: str = "1f1b"
+    virtual: int | None = None
 
     @property
     def layout(self):
         return Layout(self.dp, self.pp, self.tp, self.sequence_parallel)
+
+    @property
+    def place(self):
+        return placement(Schedule[self.schedule], self.pp, self.virtual)
 
     @property
     def model(self):
@@ -56,8 +65,15 @@ def both(**case):
 
 # Multi-head, grouped and multi-query; 8 query heads.
 ATTENTIONS = (8, 2, 1)
+SCHEDULES = [
+    *[("interleaved", 2), ("interleaved", 3), ("zero_bubble", 1), ("zero_bubble", 2), ("zero_bubble", 3)],
+    *[("zbv", None), ("dualpipev", None)],
+]
+TWO = ["interleaved", "zero_bubble", "zbv", "dualpipev"]
+RECOMPUTED = ["selective", "full"]
+ANY_NUMBER = [("zero_bubble", 1), ("zero_bubble", 2), ("zbv", None)]
 CASES = {
-    4: [
+    "4 ranks": [
         # Pipelines alone, against clipping and micro-batches.
         *[
             Case(pp=pp, dp=4 // pp, n_layers=7, clip=clip, bf16=bf16, micro_batch=micro_batch)
@@ -75,8 +91,20 @@ CASES = {
         *both(dp=2, tp=2, kv_heads=1, bf16=True),
         *[case for how in ("selective", "full") for case in both(pp=2, tp=2, recompute=how)],
     ],
-    6: [*both(pp=3, tp=2, n_layers=7), *both(pp=3, tp=2, n_layers=7, kv_heads=1, vocab_size=1003, clip=0.05)],
-    8: [
+    "4 ranks, schedules": [
+        # 12 micro-batches over 4 ranks, 6 over 2; 7 and 11 layers, which no stages divide.
+        *[Case(pp=4, schedule=name, virtual=v, n_layers=11) for name, v in SCHEDULES],
+        *[Case(pp=2, dp=2, schedule=name, virtual=v, n_layers=7) for name, v in SCHEDULES],
+        # Three micro-batches, which neither four ranks nor two divide.
+        *[Case(pp=4, schedule=name, virtual=v, n_layers=7, micro_batch=4) for name, v in ANY_NUMBER],
+        *[case for name in TWO for case in both(pp=2, tp=2, schedule=name, virtual=2, n_layers=4, micro_batch=2)],
+        *[Case(pp=2, dp=2, schedule=name, n_layers=4, recompute=how) for name in TWO[:3] for how in RECOMPUTED],
+        *both(pp=2, tp=2, schedule="zbv", recompute="full", n_layers=4),
+        *[Case(pp=2, dp=2, schedule=name, n_layers=7, bf16=True) for name in TWO[:3]],
+        *both(pp=2, tp=2, schedule="zero_bubble", virtual=2, bf16=True, n_layers=4, micro_batch=2),
+    ],
+    "6 ranks": [*both(pp=3, tp=2, n_layers=7), *both(pp=3, tp=2, n_layers=7, kv_heads=1, vocab_size=1003, clip=0.05)],
+    "8 ranks": [
         *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, dp=2, kv_heads=kv)],
         *both(pp=2, tp=4, kv_heads=2, vocab_size=1003),
         *both(pp=2, tp=2, dp=2, bf16=True),
@@ -127,8 +155,13 @@ def train(case):
 
     print(case, flush=True)  # into the rank's log: where it stood if it hangs
     model, accumulation = case.model, BATCH // (case.micro_batch * case.dp)
-    settings = EngineSettings(case.micro_batch, accumulation, case.clip, case.bf16, SEED, Recompute(case.recompute))
-    stages = split(model.layer_flops(SEQ_LEN), case.pp)
+    settings = EngineSettings(
+        *[case.micro_batch, accumulation, case.clip, case.bf16, SEED, SEQ_LEN],
+        recompute=Recompute(case.recompute),
+        schedule=Schedule[case.schedule],
+        place=case.place,
+    )
+    stages = split_for(model.layer_flops(SEQ_LEN), case.place)
     engine = build_engine(model, case.layout, stages, settings, partial(adamw, settings=OPTIMIZER))
     parameters = dict(named_parameters(engine, model))
     start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -168,7 +201,7 @@ def sweep():
     from parallel.engine import start_process_group
 
     start_process_group()
-    runs = [train(case) for case in CASES[dist.get_world_size()]]
+    runs = [train(case) for case in CASES[Path(sys.argv[1], "cases").read_text()]]
     measured = layer_costs(
         Case().model, Balance.measured, seq_len=SEQ_LEN, micro_batch=1, device=torch.device("cpu"), dtype=torch.float32
     )

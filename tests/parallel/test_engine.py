@@ -12,7 +12,7 @@ from parallel.sharding import Cut, assemble, cut_of
 from tests.parallel.sweep import CASES, PROMPTS, SEED, Case, batches, plain_loop
 from tests.ranks import run_ranks
 
-ALL = [pytest.param(world, index, id=f"{world}-{index}") for world in CASES for index in range(len(CASES[world]))]
+ALL = [pytest.param(name, index, id=f"{name} {index}") for name in CASES for index in range(len(CASES[name]))]
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,12 @@ def launches(tmp_path_factory):
     """What every rank of every launch reported; each launch is made once, when it is first asked for."""
     made = {}
 
-    def of(world):
-        if world not in made:
-            made[world] = run_ranks("tests.parallel.sweep", world, tmp_path_factory.mktemp(f"sweep{world}"))
-        return made[world]
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("sweep")
+            (folder / "cases").write_text(name)
+            made[name] = run_ranks("tests.parallel.sweep", CASES[name][0].layout.world_size, folder)
+        return made[name]
 
     return of
 
@@ -31,8 +33,8 @@ def launches(tmp_path_factory):
 @pytest.fixture
 def run(request, launches):
     """A case, and the reports of its ranks in order."""
-    world, index = request.param
-    reports = [rank["runs"][index] for rank in launches(world)]
+    name, index = request.param
+    reports = [rank["runs"][index] for rank in launches(name)]
     return Case(**reports[0]["case"]), reports
 
 
@@ -48,7 +50,7 @@ def gathered(case, reports, what):
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(case.model).named_parameters()}
     whole = {}
-    for stage in range(case.pp):
+    for stage in range(case.pp):  # each rank's, however many stages of the model that is
         ranks = [
             report
             for rank, report in enumerate(reports)
@@ -142,7 +144,7 @@ def test_the_rate_that_the_trainer_sets_is_the_one_that_is_used(run):
 
 def test_bf16_differs_over_pipelines_and_replicas_by_less_than_a_rounding(launches):
     """Gradients are accumulated and reduced in fp32: in bf16 the first norms would differ by 1e-5 already."""
-    runs = [rank_0 for rank_0 in launches(4)[0]["runs"] if rank_0["case"]["bf16"] and rank_0["case"]["tp"] == 1]
+    runs = [rank_0 for rank_0 in launches("4 ranks")[0]["runs"] if rank_0["case"]["bf16"] and rank_0["case"]["tp"] == 1]
     assert len(runs) == 3
     for other in runs[1:]:
         torch.testing.assert_close(other["curve"][0], runs[0]["curve"][0], rtol=1e-6, atol=0)
@@ -157,7 +159,7 @@ def test_clipping_clips():
 
 
 def test_measured_costs_are_one_list_for_all_ranks(launches):
-    ranks = launches(4)
+    ranks = launches("4 ranks")
     costs = ranks[0]["measured"]
     assert all(rank["measured"] == costs for rank in ranks)
     assert len(costs) == Case().n_layers + 2 and min(costs) > 0

@@ -1,0 +1,91 @@
+"""Backward passes that leave the gradients of weights for later (zero bubble, arXiv 2401.10241).
+
+A linear map's backward pass has two halves that need nothing of each other: the gradient of its input, for which the
+stage before waits, and that of its weight. `weights_later` makes those maps that ask `weight_gradients` leave the
+latter, to be made when there is time. Norms and the embedding, whose share is small, do all of theirs at once.
+
+Each map keeps its parameter itself, not a saved tensor: under recomputation a saved tensor comes back as another one,
+to which no gradient would be added.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Later = Callable[[], None]
+_later: list[Later] | None = None
+
+
+@contextmanager
+def weights_later() -> Iterator[list[Later]]:
+    """Within, backward passes append to this list what is left of them."""
+    global _later
+    assert _later is None, "one backward pass at a time"
+    left: list[Later] = []
+    _later = left
+    try:
+        yield left
+    finally:
+        _later = None
+
+
+def weight_gradients(
+    weights: Sequence[nn.Parameter], compute: Callable[[], Sequence[torch.Tensor]]
+) -> Sequence[torch.Tensor | None]:
+    """What a backward pass returns for its weights: their gradients, or nothing and the promise of them.
+
+    Args:
+        weights: parameters, each of which gets one gradient.
+        compute: makes the gradients.
+    """
+    if _later is None:
+        return compute()
+
+    def add() -> None:
+        # Through autograd, so that whoever watches a parameter's gradient (DeepSpeed's fp32 accumulation) sees it.
+        with torch.no_grad():
+            gradients = list(compute())
+        torch.autograd.backward([weight.view_as(weight) for weight in weights], gradients)
+
+    _later.append(add)
+    return [None] * len(weights)
+
+
+def are_weights_later() -> bool:
+    """Whether the backward pass under way leaves the gradients of its weights."""
+    return _later is not None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
+        return grad_x, *weight_gradients([ctx.weight], lambda: [grad.flatten(0, -2).T @ x.flatten(0, -2)])
+
+
+def linear(x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+    """(..., d_in) to (..., d_out), with a weight gradient that can wait."""
+    return _Linear.apply(x, weight)
+
+
+class DeferringLinear(nn.Module):
+    """An `nn.Linear` without bias whose weight gradient can wait; its parameter bears the same name."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__()
+        self.weight = nn.Parameter(plain.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d_in) to (..., d_out)."""
+        return linear(x, self.weight)

@@ -1,0 +1,409 @@
+"""Pipeline schedules as data: which rank runs what in which order.
+
+A model is cut into p x v stages, v for each of p ranks, and a step sends m micro-batches through them. F is the forward
+pass of a stage for a micro-batch, B its backward pass. Where a schedule splits the latter, B is the gradient of the
+input alone, for which the stage before waits, and W that of the weights, for which nobody waits: it fills gaps.
+
+    schedule      stages on ranks                        source
+    1f1b          0 1 .. p-1                             PipeDream-flush, arXiv 2006.09503
+    interleaved   around: 0 1 .. p-1 0 1 .. p-1          Megatron-LM, arXiv 2104.04473, section 2.2
+    zero_bubble   around, W split off (ZB-H1 if v = 1)   arXiv 2401.10241, section 2
+    zbv           there and back, 0 1 .. p-1 p-1 .. 0,   arXiv 2401.10241, section 6
+                  W split off
+    dualpipev     there and back, W split off where it   DualPipe, arXiv 2412.19437, section 3.2.1, of which each rank
+                  fills a gap                            runs one direction
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from model.config import either, nearest_multiples
+
+Schedule = Enum("Schedule", {name: name for name in ("1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")})  # type: ignore[misc]
+ONE_F_ONE_B = Schedule["1f1b"]
+Schedule.__doc__ = "The order of a step's forward and backward passes; Hydra knows them by these names."
+
+_VEE = (Schedule.zbv, Schedule.dualpipev)  # type: ignore[attr-defined]
+_SPLIT = (Schedule.zero_bubble, *_VEE)  # type: ignore[attr-defined]
+
+
+class Pass(Enum):
+    """What is done with a stage and a micro-batch."""
+
+    F = "forward"
+    B = "backward"
+    W = "weight gradients"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One pass of one micro-batch through one stage."""
+
+    what: Pass
+    stage: int
+    micro_batch: int
+
+
+Orders = list[list[Action]]
+"""What each rank does, in order."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which of a pipeline's ranks holds which stages.
+
+    Attributes:
+        num_ranks: p.
+        virtual: v, stages of a rank.
+        there_and_back: whether every second round goes backwards, so that the first rank also holds the last stage.
+    """
+
+    num_ranks: int
+    virtual: int = 1
+    there_and_back: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """Of all ranks."""
+        return self.num_ranks * self.virtual
+
+    def rank_of(self, stage: int) -> int:
+        """Who holds a stage."""
+        turn, place = divmod(stage, self.num_ranks)
+        return self.num_ranks - 1 - place if self.there_and_back and turn % 2 else place
+
+    def stages_of(self, rank: int) -> list[int]:
+        """What a rank holds, in the model's order."""
+        return [stage for stage in range(self.num_stages) if self.rank_of(stage) == rank]
+
+
+def placement(schedule: Schedule, num_ranks: int, virtual: int | None) -> Placement:
+    """Where a schedule has its stages; without a number, one for each rank, or two where it needs them."""
+    needs_two = schedule in (Schedule.interleaved, *_VEE)  # type: ignore[attr-defined]
+    return Placement(
+        num_ranks, virtual or (2 if needs_two and num_ranks > 1 else 1), schedule in _VEE and num_ranks > 1
+    )
+
+
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether its passes leave the gradients of weights for later."""
+    return schedule in _SPLIT
+
+
+def problems(schedule: Schedule, num_ranks: int, virtual: int | None, micro_batches: int | None) -> list[str]:
+    """Why a schedule cannot be, a sentence each with what would work.
+
+    Args:
+        schedule, num_ranks, virtual: as set.
+        micro_batches: of a step and replica; None where that is not known.
+    """
+    found, name = [], f"parallel.schedule={schedule.value}"
+    if num_ranks == 1:
+        return (
+            [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"] if schedule.value != "1f1b" else []
+        )
+    if virtual is not None:
+        key = f"parallel.virtual_stages={virtual}"
+        if virtual < 1:
+            found.append(f"{key}: must be at least 1, or null for what the schedule needs")
+        elif schedule in _VEE and virtual != 2:
+            found.append(f"{key}: {name} goes there and back; parallel.virtual_stages=2 works")
+        elif schedule.value == "1f1b" and virtual != 1:
+            found.append(f"{key}: {name} has one stage on each rank; parallel.schedule=interleaved has more")
+        elif schedule.value == "interleaved" and virtual < 2:
+            found.append(f"{key}: {name} has several stages on each rank; 2 works, and parallel.schedule=1f1b has one")
+    if micro_batches is None or found:
+        return found
+    counted = f"train.global_batch / (train.micro_batch x dp) = {micro_batches} micro-batches"
+    if schedule.value == "interleaved" and micro_batches % num_ranks:
+        works = either("a number of", nearest_multiples(micro_batches, num_ranks)).replace("=", " ")
+        found.append(f"{name}: {counted} go round by parallel.pp={num_ranks}; {works} works, or zero_bubble with any")
+    if schedule.value == "dualpipev" and micro_batches < 2 * num_ranks:
+        found.append(
+            f"{name}: {counted}, and it needs 2 x pp = {2 * num_ranks}; parallel.schedule=zbv takes any number"
+        )
+    return found
+
+
+def orders(schedule: Schedule, place: Placement, micro_batches: int) -> Orders:
+    """What each rank of a pipeline does in a step; `problems` has been asked."""
+    if place.there_and_back:
+        return _zbv(place, micro_batches) if schedule.value == "zbv" else _dualpipev(place, micro_batches)
+    return _around(place, micro_batches, splits_backward(schedule))
+
+
+def forward_orders(place: Placement, micro_batches: int) -> Orders:
+    """Forward passes alone: evaluation."""
+    forward, _ = _rounds(place, micro_batches)
+    return [
+        [Action(Pass.F, place.stages_of(rank)[turn], mb) for turn, mb in forward] for rank in range(place.num_ranks)
+    ]
+
+
+def _rounds(place: Placement, micro_batches: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(turn, micro-batch) in the order in which every rank runs them forward, and backward: p micro-batches go through
+    all turns before the next p begin."""
+    p, turns = place.num_ranks, range(place.virtual)
+    groups = [range(at, min(at + p, micro_batches)) for at in range(0, micro_batches, p)]
+    forward = [(turn, mb) for group in groups for turn in turns for mb in group]
+    return forward, [(turn, mb) for group in groups for turn in reversed(turns) for mb in group]
+
+
+def _around(place: Placement, m: int, split: bool) -> Orders:
+    """1F1B, interleaved, ZB-H1, and both: forward passes to fill the pipeline, then one backward pass for each."""
+    p, v = place.num_ranks, place.virtual
+    forward, backward = _rounds(place, m)
+    # A pass through v stages of a rank is a v-th as long: an interleaved pipeline is twice as deep in them, and one
+    # whose backward pass is as short as its forward pass is not.
+    lead = 2 if v > 1 and not split else 1
+    made = []
+    for rank in range(p):
+        stages = place.stages_of(rank)
+        filling = min((v - 1) * min(p, m) + lead * (p - 1 - rank), v * m)
+        order = [Action(Pass.F, stages[turn], mb) for turn, mb in forward[:filling]]
+        later: list[Action] = []
+        for index, (turn, mb) in enumerate(backward):
+            if filling + index < v * m:
+                next_turn, next_mb = forward[filling + index]
+                order.append(Action(Pass.F, stages[next_turn], next_mb))
+            order.append(Action(Pass.B, stages[turn], mb))
+            if split:
+                later.append(Action(Pass.W, stages[turn], mb))
+                # Rank r leaves r of them for the gaps at the end; with the passes that it is ahead by, p in all.
+                if index >= rank:
+                    order.append(later.pop(0))
+        made.append(order + later)
+    return made
+
+
+def _zbv(place: Placement, m: int) -> Orders:
+    """Made by playing it with passes of equal length.
+
+    A rank that is free runs what has come: a backward pass of the oldest micro-batch, else the forward pass that has
+    come furthest, as long as no more than 2p passes are kept for backward; else it makes weight gradients.
+    """
+    p, last = place.num_ranks, place.num_stages - 1
+    made: Orders = [[] for _ in range(p)]
+    started = {what: [0] * place.num_stages for what in Pass}  # the next micro-batch of each stage
+    ended: dict[tuple[Pass, int, int], int] = {}
+    free, kept = [0] * p, [0] * p
+
+    def candidates(rank: int) -> dict[Pass, list[tuple[int, int, int]]]:
+        """(ready at, stage, micro-batch) of every pass that could be run, now or once a message has come."""
+        found: dict[Pass, list[tuple[int, int, int]]] = {what: [] for what in Pass}
+        for stage in place.stages_of(rank):
+            f, b, w = (started[what][stage] for what in Pass)
+            before = ended.get((Pass.F, stage - 1, f)) if stage else 0
+            if f < m and kept[rank] < 2 * p and before is not None:
+                found[Pass.F].append((before, stage, f))
+            after = ended.get((Pass.F, stage, b) if stage == last else (Pass.B, stage + 1, b))
+            if b < f and after is not None:
+                found[Pass.B].append((after, stage, b))
+            if w < b:
+                found[Pass.W].append((ended[Pass.B, stage, w], stage, w))
+        return found
+
+    def choice(rank: int) -> tuple[int, Pass, int, int] | None:
+        found = candidates(rank)
+        here = {what: [one for one in found[what] if one[0] <= free[rank]] for what in Pass}
+        if here[Pass.B]:
+            return free[rank], Pass.B, *min(here[Pass.B], key=lambda one: (one[2], -one[1]))[1:]
+        if here[Pass.F]:
+            return free[rank], Pass.F, *max(here[Pass.F], key=lambda one: one[1])[1:]
+        if found[Pass.W]:
+            return free[rank], Pass.W, *min(found[Pass.W])[1:]
+        coming = [(one[0], what is Pass.F, what, *one[1:]) for what in (Pass.B, Pass.F) for one in found[what]]
+        if not coming:
+            return None
+        at, _, what, stage, mb = min(coming, key=lambda one: (one[0], one[1], -one[3]))
+        return at, what, stage, mb
+
+    for _ in range(3 * place.num_stages * m):
+        choices = [(found, rank) for rank in range(p) if (found := choice(rank)) is not None]
+        (at, what, stage, mb), rank = min(choices, key=lambda one: (one[0][0], one[1]))
+        made[rank].append(Action(what, stage, mb))
+        free[rank] = ended[what, stage, mb] = at + 1
+        started[what][stage] += 1
+        kept[rank] += {Pass.F: 1, Pass.B: 0, Pass.W: -1}[what]
+    return made
+
+
+def _dualpipev(place: Placement, m: int) -> Orders:
+    """DeepSeek's order, in which a forward pass of one turn meets a backward pass of the other."""
+    p = place.num_ranks
+    made = []
+    for rank in range(p):
+        there, back = place.stages_of(rank)
+        order: list[Action] = []
+        later: list[Action] = []
+        count = {(what, stage): 0 for what in (Pass.F, Pass.B) for stage in (there, back)}
+
+        def run(what: Pass, stage: int, split: bool = False, order=order, later=later, count=count) -> None:
+            mb = count[what, stage]
+            count[what, stage] += 1
+            order.append(Action(what, stage, mb))
+            if split:
+                later.append(Action(Pass.W, stage, mb))
+
+        ahead = p - 1 - rank
+        for _ in range(2 * ahead):
+            run(Pass.F, there)
+        for _ in range(rank + 1):
+            run(Pass.F, there)
+            run(Pass.F, back)
+        for _ in range(ahead):
+            run(Pass.B, back, split=True)
+            order.append(later.pop(0))
+            run(Pass.F, back)
+        for _ in range(m - 2 * p + rank + 1):
+            run(Pass.F, there)
+            run(Pass.B, back)
+            run(Pass.F, back)
+            run(Pass.B, there)
+        for _ in range(ahead):
+            run(Pass.B, back)
+            run(Pass.F, back)
+            run(Pass.B, there)
+        # The end of a step: from half of it on, weight gradients are left for where nothing comes any more.
+        half = (rank + 1) // 2
+        for index in range(rank + 1):
+            run(Pass.B, back, split=(index >= half and (rank + 1) % 2 == 0) or index > half)
+            run(Pass.B, there, split=index >= half)
+        for _ in range(ahead):
+            if later:
+                order.append(later.pop(0))
+            run(Pass.B, there, split=True)
+        made.append(order + later)
+    return made
+
+
+def check(made: Orders, place: Placement, micro_batches: int) -> None:
+    """Every pass of every stage and micro-batch once, on the rank that holds the stage, W after B after F."""
+    seen: set[Action] = set()
+    for rank, order in enumerate(made):
+        for action in order:
+            assert place.rank_of(action.stage) == rank and action not in seen, action
+            earlier = {Pass.F: None, Pass.B: Pass.F, Pass.W: Pass.B}[action.what]
+            assert earlier is None or Action(earlier, action.stage, action.micro_batch) in seen, action
+            seen.add(action)
+    whole = {
+        Action(what, s, b) for what in (Pass.F, Pass.B) for s in range(place.num_stages) for b in range(micro_batches)
+    }
+    assert whole <= seen
+
+
+# ---- what it costs ----
+
+
+@dataclass(frozen=True)
+class Block:
+    """An action and the seconds at which it began and ended."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A step, simulated or measured.
+
+    Attributes:
+        blocks: of each rank, in order.
+        kept: the most activations that each rank kept for its backward passes, in micro-batches of a rank's whole part
+            of the model.
+    """
+
+    blocks: list[list[Block]]
+    kept: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """From the first rank's beginning to the last rank's end."""
+        return max(order[-1].end for order in self.blocks) - min(order[0].start for order in self.blocks)
+
+    @property
+    def busy(self) -> list[float]:
+        """Share of that time in which each rank computes."""
+        return [sum(block.end - block.start for block in order) / self.seconds for order in self.blocks]
+
+    @property
+    def bubble(self) -> float:
+        """Share of all ranks' time in which they wait."""
+        return 1 - sum(self.busy) / len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of each stage for a micro-batch, and of a message between two ranks.
+
+    Attributes:
+        forward, backward, weights: by stage; a backward pass that is not split takes both latter.
+        link: from the end of a pass to when another rank has its result.
+    """
+
+    forward: Sequence[float]
+    backward: Sequence[float]
+    weights: Sequence[float]
+    link: float = 0.0
+
+    @staticmethod
+    def even(place: Placement, seconds: float = 1.0, link: float = 0.0) -> "Costs":
+        """The same for all stages, each pass as long as the others; `seconds` for all stages of a rank."""
+        each = [seconds / place.virtual] * place.num_stages
+        return Costs(each, each, each, link)
+
+
+def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
+    """Play a step: each rank does its actions in order, as soon as what they need has come.
+
+    Raises:
+        ValueError: the ranks wait for each other without end.
+    """
+    split = {(action.stage, action.micro_batch) for order in made for action in order if action.what is Pass.W}
+    ended: dict[Action, float] = {}
+    blocks: list[list[Block]] = [[] for _ in made]
+    kept, most = [0] * len(made), [0] * len(made)
+    moved = True
+    while moved:
+        moved = False
+        for rank, order in enumerate(made):
+            while len(blocks[rank]) < len(order):
+                action = order[len(blocks[rank])]
+                source = source_of(action, place)
+                if source is not None and source not in ended:
+                    break
+                ready = 0.0
+                if source is not None:
+                    ready = ended[source] + (costs.link if place.rank_of(source.stage) != rank else 0.0)
+                seconds = {Pass.F: costs.forward, Pass.B: costs.backward, Pass.W: costs.weights}[action.what][
+                    action.stage
+                ]
+                whole = action.what is Pass.B and (action.stage, action.micro_batch) not in split
+                start = max(ready, blocks[rank][-1].end if blocks[rank] else 0.0)
+                end = start + seconds + (costs.weights[action.stage] if whole else 0.0)
+                blocks[rank].append(Block(action, start, end))
+                ended[action] = end
+                kept[rank] += 1 if action.what is Pass.F else -1 if whole or action.what is Pass.W else 0
+                most[rank] = max(most[rank], kept[rank])
+                moved = True
+    if any(len(done) < len(order) for done, order in zip(blocks, made, strict=True)):
+        raise ValueError("the ranks wait for each other without end")
+    return Timeline(blocks, [number / place.virtual for number in most])
+
+
+def receiver_of(action: Action, place: Placement) -> int | None:
+    """The rank that needs the result of an action next; None where no stage does."""
+    stage = action.stage + {Pass.F: 1, Pass.B: -1, Pass.W: 0}[action.what]
+    return None if action.what is Pass.W or not 0 <= stage < place.num_stages else place.rank_of(stage)
+
+
+def source_of(action: Action, place: Placement) -> Action | None:
+    """The action whose result another one needs; None for the first stage's forward pass, which needs data."""
+    stage, mb = action.stage, action.micro_batch
+    if action.what is Pass.F:
+        return Action(Pass.F, stage - 1, mb) if stage else None
+    if action.what is Pass.W:
+        return Action(Pass.B, stage, mb)
+    return Action(Pass.B, stage + 1, mb) if stage < place.num_stages - 1 else Action(Pass.F, stage, mb)
