@@ -55,7 +55,7 @@ _IDENTITY = ("model", "data", "optimizer", "schedule", "train")
 _NOT_IDENTITY = {
     "model": {"attention"},
     "data": {"cache_dir"},
-    "train": {"max_steps", "micro_batch", "precision", "val_at", "val_every", "val_sequences"},
+    "train": {"max_steps", "micro_batch", "precision", "timeline_at", "val_at", "val_every", "val_sequences"},
 }
 
 

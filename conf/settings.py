@@ -132,6 +132,8 @@ class TrainConfig:
     with trained weights. 0: no others."""
     val_at: list[int] = field(default_factory=list)
     """Steps after which to validate as well."""
+    timeline_at: list[int] = field(default_factory=lambda: [10])
+    """Steps of which the timeline is kept and drawn, where there are pipeline stages."""
     val_sequences: int = 2048
     """At most so many held-out sequences, always the same."""
 

@@ -125,8 +125,9 @@ def _lengths(config: Config) -> list[str]:
         problems.append(f"train.skip_samples={train.skip_samples}: must be at least 0")
     if train.val_every < 0:
         problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
-    if any(step < 1 for step in train.val_at):
-        problems.append(f"train.val_at={train.val_at}: steps count from 1")
+    for key in ("val_at", "timeline_at"):
+        if any(step < 1 for step in getattr(train, key)):
+            problems.append(f"train.{key}={getattr(train, key)}: steps count from 1")
     if config.sample.tokens < 0:
         problems.append(f"sample.tokens={config.sample.tokens}: must be at least 1, or 0 to sample nothing")
     if not 0 <= config.sample.temperature < math.inf:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         if name == "bench":
-            verb.add_argument("subject", choices=["checkpoint", "decode"], help="what to measure")
+            verb.add_argument("subject", choices=["checkpoint", "decode", "schedules"], help="what to measure")
         if name == "inspect":
             verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
         elif name == "generate":
@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
             verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
             verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
+        elif name == "timeline":
+            verb.add_argument("source", help="a run folder")
+            verb.add_argument("--step", type=int, help="of those that are kept (the last)")
+            verb.add_argument("--out", help="a .png or .svg to draw (timeline-STEP.svg in the run folder)")
         elif name in ("export", "import", "regroup"):
             _conversion_arguments(verb, name)
         else:
@@ -179,6 +183,13 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def timeline(options: argparse.Namespace) -> int:
+    """Draw a step."""
+    from launch.timeline import run
+
+    return run(options)
+
+
 def inspect(options: argparse.Namespace) -> int:
     """Say what is in checkpoints; 1 if one is damaged."""
     from launch.checkpoints import as_text, found_at, inspect
@@ -258,7 +269,14 @@ VERBS = {
         "Takes overrides of the model.\n\n"
         "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
         "                                   waited for by turns; bytes per parameter on disk\n"
-        "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate",
+        "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate\n"
+        "  deepnarrow bench schedules       every pipeline schedule by turns, and its bubble against theory",
+    ),
+    "timeline": (
+        timeline,
+        "draw what every stage of a pipeline did in a step, and what its schedule would have it do",
+        "Takes a run folder; train.timeline_at=[10,1000] says which steps a run keeps.\n\n"
+        "  deepnarrow timeline runs/tiny-stdlib-574187f --step 10 --out timeline.svg",
     ),
     "inspect": (
         inspect,

@@ -1,6 +1,7 @@
 """What a model costs and how it is cut, before anything runs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from model.config import ModelConfig
+from parallel.schedules import Costs, orders, simulate
 from parallel.stages import split_for, stage_rows, stage_table
 
 
@@ -17,9 +19,11 @@ def facts(config: Config) -> dict[str, Any]:
 
     Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
     seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share;
-    attention_choices, the same model with other key/value heads.
+    pipeline, what its schedule makes of them, null for one stage; attention_choices, the same model with other
+    key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
+    stages = split_for(model.layer_flops(seq_len), config.parallel.place)
     return {
         "preset": config.preset,
         "attention": model.attention_name,
@@ -29,8 +33,31 @@ def facts(config: Config) -> dict[str, Any]:
         "M": model.scaling_m(seq_len),
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
-        "stages": stage_rows(model, split_for(model.layer_flops(seq_len), config.parallel.place)),
+        "stages": stage_rows(model, stages, config.parallel.place),
+        "pipeline": _pipeline(config, [stage.cost_share for stage in stages]),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
+    }
+
+
+def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
+    """Micro-batches, the bubble, and the most activations that a rank keeps, in micro-batches of all its layers.
+
+    Forward, input gradient and weight gradient are taken to be equally long, and messages to take no time.
+    """
+    parallel, train = config.parallel, config.train
+    if parallel.pp == 1:
+        return None
+    micro_batches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
+    timeline = simulate(
+        orders(parallel.schedule, parallel.place, micro_batches), parallel.place, Costs(shares, shares, shares)
+    )
+    return {
+        "schedule": parallel.schedule.name,
+        "virtual_stages": parallel.place.virtual,
+        "dp": parallel.dp or 1,
+        "micro_batches": micro_batches,
+        "bubble": timeline.bubble,
+        "activations_kept": max(timeline.kept),
     }
 
 
@@ -95,4 +122,10 @@ def as_text(config: Config) -> str:
                 f"{per_token / whole:.1%}",
             )
         console.print(choices)
-    return capture.get() + stage_table(found["stages"])
+    text = capture.get() + stage_table(found["stages"])
+    if line := found["pipeline"]:
+        text += (
+            f"\n{line['schedule']}, dp {line['dp']}: {line['micro_batches']:,} micro-batches a step, a bubble of "
+            f"{line['bubble']:.1%}; a rank keeps the activations of {line['activations_kept']:g} micro-batches"
+        )
+    return text

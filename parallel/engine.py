@@ -1,7 +1,8 @@
-"""A stage of the model on DeepSpeed's pipeline engine: 1F1B, ZeRO-1 over the replicas, fp32 gradient accumulation.
+"""A rank's stages on DeepSpeed's pipeline engine: ZeRO-1 over the replicas, fp32 gradient accumulation, clipping.
 
-DeepSpeed runs the schedule, the reductions, clipping and the optimizer step. Ours are which layers a stage holds, that
-each is built by itself and starts from (seed, full name), and the settings below that DeepSpeed gets wrong by default.
+DeepSpeed reduces gradients, clips and takes the optimizer step. Ours are the passes before that
+(`parallel/pipeline.py`), which layers a rank holds, that each is built by itself and starts from (seed, full name), and
+the settings below that DeepSpeed gets wrong by default.
 """
 
 import contextlib

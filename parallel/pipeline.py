@@ -1,6 +1,7 @@
 """A step of a pipeline, run by one of its ranks as a schedule says: passes through stages, messages between ranks."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from parallel.schedules import (
     orders,
     receiver_of,
     source_of,
+    user_of,
 )
 
 Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
@@ -112,6 +114,8 @@ class Pipeline:
     ):
         self._stages, self._loss_fn, self._schedule, self.place = stages, loss_fn, schedule, place
         self._rank, self._ranks, self._links, self._hop = rank, ranks, links, hop
+        self._plans: dict[int, _Plan] = {}
+        self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
 
     @property
@@ -129,29 +133,40 @@ class Pipeline:
         Returns:
             The loss of each micro-batch, where the last stage is; else nothing.
         """
-        return self._run(orders(self._schedule, self.place, micro_batches), data, 1 / micro_batches)
+        return self._run(self._plan(orders(self._schedule, self.place, micro_batches)), data, 1 / micro_batches)
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[Sequence[torch.Tensor]], micro_batches: int) -> list[torch.Tensor]:
         """As `train`, forward only."""
-        return self._run(forward_orders(self.place, micro_batches), data, None)
+        return self._run(self._plan(forward_orders(self.place, micro_batches)), data, None)
 
     def blocks(self) -> list[Block]:
-        """What was done in the last step, and when, in seconds after its first pass began; waits for the device."""
+        """What was done in the last step, and when, in seconds after it began here; waits for the device."""
         if not self._marks:
             return []
-        first = self._marks[0][1]
+        first = self._begin
         if self._hop.device.type != "cuda":
             return [Block(action, begin - first, end - first) for action, begin, end in self._marks]
         self._marks[-1][2].synchronize()
         since = [(action, first.elapsed_time(begin), first.elapsed_time(end)) for action, begin, end in self._marks]
         return [Block(action, begin / 1000, end / 1000) for action, begin, end in since]
 
-    def _run(self, made: Orders, data: Iterator[Sequence[torch.Tensor]], share: float | None) -> list[torch.Tensor]:
+    def _plan(self, made: Orders) -> "_Plan":
+        if id(made) not in self._plans:
+            others = {other for other, to in self._links if to == self._rank}
+            coming = {
+                other: [action for action in made[other] if receiver_of(action, self.place) == self._rank]
+                for other in others
+            }
+            turn = {action: index for order in made for index, action in enumerate(order)}
+            self._plans[id(made)] = _Plan(made, made[self._rank], coming, turn)
+        return self._plans[id(made)]
+
+    def _run(self, plan: "_Plan", data: Iterator[Sequence[torch.Tensor]], share: float | None) -> list[torch.Tensor]:
         place, last = self.place, self.place.num_stages - 1
-        split = {(action.stage, action.micro_batch) for action in made[self._rank] if action.what is Pass.W}
+        split = {(action.stage, action.micro_batch) for action in plan.own if action.what is Pass.W}
         inboxes = {
-            other: _Inbox(_messages(made, place, other, self._rank), self._ranks[other], group, self._hop.empty)
+            other: _Inbox(plan.coming[other], self._ranks[other], group, self._hop.empty)
             for (other, to), group in self._links.items()
             if to == self._rank
         }
@@ -159,9 +174,11 @@ class Pipeline:
         results: dict[Action, torch.Tensor] = {}  # of this rank's own actions, for its own
         kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         later: dict[tuple[int, int], list[Later]] = {}
-        sent: list[tuple[Any, torch.Tensor]] = []
+        # In a round no rank is ahead of the next one by more than it has ranks.
+        outbox = _Outbox(2 * place.num_ranks if share is None else None)
         losses: list[torch.Tensor] = []
         marks: list[tuple[Action, Any, Any]] = []
+        start = self._now()
 
         def batch(mb: int) -> Sequence[torch.Tensor]:
             while mb not in batches:
@@ -170,7 +187,11 @@ class Pipeline:
 
         def take(source: Action) -> torch.Tensor:
             other = place.rank_of(source.stage)
-            return results.pop(source) if other == self._rank else inboxes[other].take(source)
+            if other == self._rank:
+                return results.pop(source)
+            result = inboxes[other].take(source)
+            outbox.clear(other, plan.turn[source])
+            return result
 
         def hand_on(action: Action, result: torch.Tensor) -> None:
             to = receiver_of(action, place)
@@ -179,9 +200,9 @@ class Pipeline:
             elif to is not None:
                 result = result.contiguous()
                 work = dist.isend(result, dst=self._ranks[to], group=self._links[self._rank, to])
-                sent.append((work, result))  # it must stay as it is until it is gone
+                outbox.add(to, plan.turn[user_of(action)], work, result)
 
-        for action in made[self._rank]:
+        for action in plan.own:
             stage, mb = action.stage, action.micro_batch
             source = source_of(action, place)
             if action.what is Pass.F:
@@ -219,9 +240,9 @@ class Pipeline:
                 for make in later.pop((stage, mb)):
                     make()
             marks.append((action, begin, self._now()))
-        for work, _ in sent:
-            work.wait()
-        self._marks = marks
+        outbox.clear()
+        if share is not None:
+            self._begin, self._marks = start, marks
         return losses
 
     def _now(self) -> Any:
@@ -232,6 +253,43 @@ class Pipeline:
         return time.perf_counter()
 
 
-def _messages(made: Orders, place: Placement, source: int, receiver: int) -> list[Action]:
-    """The actions of one rank whose results go to another, in the order in which they are sent."""
-    return [action for action in made[source] if receiver_of(action, place) == receiver]
+@dataclass(frozen=True)
+class _Plan:
+    """Orders as one rank sees them.
+
+    Attributes:
+        made: of all ranks; kept, as it is known by its identity.
+        own: this rank's.
+        coming: by neighbour, those of its actions whose results come here, in the order in which it sends them.
+        turn: the place of each action in its rank's order.
+    """
+
+    made: Orders
+    own: list[Action]
+    coming: dict[int, list[Action]]
+    turn: dict[Action, int]
+
+
+class _Outbox:
+    """What has been sent, which must stay as it is until it has been received.
+
+    A message from another rank tells that whatever it did before is done, and so that what it used for that has come.
+    Where none comes back, in evaluation, a limit has the sender wait for a receiver that is far behind.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._to: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
+
+    def add(self, to: int, used_at: int, work: Any, tensor: torch.Tensor) -> None:
+        """A message that the receiver uses at this place in its order."""
+        sent = self._to.setdefault(to, deque())
+        sent.append((used_at, work, tensor))
+        if self._limit and len(sent) > self._limit:
+            sent.popleft()[1].wait()
+
+    def clear(self, other: int | None = None, turn: int = 0) -> None:
+        """Let go of what a rank that has come to this place in its order has received; without one, wait for all."""
+        for to, sent in self._to.items():
+            while sent and (other is None or (to == other and sent[0][0] < turn)):
+                sent.popleft()[1].wait()

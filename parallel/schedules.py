@@ -17,6 +17,7 @@ input alone, for which the stage before waits, and W that of the weights, for wh
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 
 from model.config import either, nearest_multiples
 
@@ -126,13 +127,15 @@ def problems(schedule: Schedule, num_ranks: int, virtual: int | None, micro_batc
     return found
 
 
+@cache
 def orders(schedule: Schedule, place: Placement, micro_batches: int) -> Orders:
-    """What each rank of a pipeline does in a step; `problems` has been asked."""
+    """What each rank of a pipeline does in a step; `problems` has been asked. Not to be changed: it is kept."""
     if place.there_and_back:
         return _zbv(place, micro_batches) if schedule.value == "zbv" else _dualpipev(place, micro_batches)
     return _around(place, micro_batches, splits_backward(schedule))
 
 
+@cache
 def forward_orders(place: Placement, micro_batches: int) -> Orders:
     """Forward passes alone: evaluation."""
     forward, _ = _rounds(place, micro_batches)
@@ -219,13 +222,16 @@ def _zbv(place: Placement, m: int) -> Orders:
         at, _, what, stage, mb = min(coming, key=lambda one: (one[0], one[1], -one[3]))
         return at, what, stage, mb
 
+    choices = [choice(rank) for rank in range(p)]
     for _ in range(3 * place.num_stages * m):
-        choices = [(found, rank) for rank in range(p) if (found := choice(rank)) is not None]
-        (at, what, stage, mb), rank = min(choices, key=lambda one: (one[0][0], one[1]))
+        at, rank = min((found[0], rank) for rank, found in enumerate(choices) if found is not None)
+        _, what, stage, mb = choices[rank]  # type: ignore[misc]
         made[rank].append(Action(what, stage, mb))
         free[rank] = ended[what, stage, mb] = at + 1
         started[what][stage] += 1
         kept[rank] += {Pass.F: 1, Pass.B: 0, Pass.W: -1}[what]
+        for other in {rank, *(place.rank_of(near) for near in (stage - 1, stage + 1) if 0 <= near <= last)}:
+            choices[other] = choice(other)
     return made
 
 
@@ -276,21 +282,6 @@ def _dualpipev(place: Placement, m: int) -> Orders:
             run(Pass.B, there, split=True)
         made.append(order + later)
     return made
-
-
-def check(made: Orders, place: Placement, micro_batches: int) -> None:
-    """Every pass of every stage and micro-batch once, on the rank that holds the stage, W after B after F."""
-    seen: set[Action] = set()
-    for rank, order in enumerate(made):
-        for action in order:
-            assert place.rank_of(action.stage) == rank and action not in seen, action
-            earlier = {Pass.F: None, Pass.B: Pass.F, Pass.W: Pass.B}[action.what]
-            assert earlier is None or Action(earlier, action.stage, action.micro_batch) in seen, action
-            seen.add(action)
-    whole = {
-        Action(what, s, b) for what in (Pass.F, Pass.B) for s in range(place.num_stages) for b in range(micro_batches)
-    }
-    assert whole <= seen
 
 
 # ---- what it costs ----
@@ -393,9 +384,14 @@ def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
     return Timeline(blocks, [number / place.virtual for number in most])
 
 
+def user_of(action: Action) -> Action:
+    """The action of another stage that needs the result of a forward or backward pass, if there is such a stage."""
+    return Action(action.what, action.stage + (1 if action.what is Pass.F else -1), action.micro_batch)
+
+
 def receiver_of(action: Action, place: Placement) -> int | None:
-    """The rank that needs the result of an action next; None where no stage does."""
-    stage = action.stage + {Pass.F: 1, Pass.B: -1, Pass.W: 0}[action.what]
+    """The rank that needs the result of an action; None where no other stage does."""
+    stage = user_of(action).stage
     return None if action.what is Pass.W or not 0 <= stage < place.num_stages else place.rank_of(stage)
 
 

@@ -126,8 +126,8 @@ def split_for(costs: Sequence[float], place: Placement) -> list[Stage]:
     return [Stage(i, start, stop, loads[i] / total) for i, (start, stop) in enumerate(pairwise(bounds))]
 
 
-def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """One row per stage for a table or JSON: stage, layers, blocks, parameters, cost_share."""
+def stage_rows(model: ModelConfig, stages: Sequence[Stage], place: Placement | None = None) -> list[dict[str, Any]]:
+    """One row per stage for a table or JSON: stage, rank, layers, blocks, parameters, cost_share."""
     embedding = head = model.vocab_size * model.d_model
     params = [embedding, *[model.block_params] * model.n_layers, head + model.d_model]
     rows = []
@@ -141,6 +141,7 @@ def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, An
         rows.append(
             {
                 "stage": stage.index,
+                "rank": place.rank_of(stage.index) if place else stage.index,
                 "layers": ", ".join(parts),
                 "blocks": max(last - first + 1, 0),
                 "parameters": sum(params[stage.start : stage.stop]),
@@ -152,10 +153,14 @@ def stage_rows(model: ModelConfig, stages: Sequence[Stage]) -> list[dict[str, An
 
 def stage_table(rows: Sequence[dict[str, Any]]) -> str:
     """`stage_rows` as a table for the terminal."""
-    table = Table("stage", "layers", "parameters", "share of cost", title_justify="left")
+    several = any(row["rank"] != row["stage"] for row in rows)  # stages on a rank of the pipeline
+    table = Table(
+        "stage", *(["rank"] if several else []), "layers", "parameters", "share of cost", title_justify="left"
+    )
     table.title = f"{len(rows)} pipeline stage{'s' * (len(rows) > 1)}"
     for row in rows:
-        table.add_row(str(row["stage"]), row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
+        rank = [str(row["rank"])] if several else []
+        table.add_row(str(row["stage"]), *rank, row["layers"], f"{row['parameters']:,}", f"{row['cost_share']:.1%}")
     console = Console(width=100, color_system=None)
     with console.capture() as capture:
         console.print(table)

@@ -108,7 +108,8 @@ class Tracker:
         if record["step"] <= self._logged:  # taken and logged before, then lost with the process
             return
         flat = {key: value for key, value in record.items() if not isinstance(value, list)}
-        flat |= {f"memory_gib/stage{i}": gib for i, gib in enumerate(record.get("memory_gib", []))}
+        by_stage = {key: value for key, value in record.items() if isinstance(value, list)}
+        flat |= {f"{key}/stage{i}": one for key, values in by_stage.items() for i, one in enumerate(values)}
         self._tell_wandb(lambda run: run.log(flat, step=record["step"], commit=True))
 
     def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
@@ -162,6 +163,10 @@ class Tracker:
             self._bar.close()
         table = wandb.Table(columns=["prompt", "text"], data=[[p, t] for p, t in zip(prompts, texts, strict=True)])
         self._tell_wandb(lambda run: run.log({"samples": table}))
+
+    def picture(self, name: str, path: Path) -> None:
+        """Log a picture, with the next step."""
+        self._tell_wandb(lambda run: run.log({name: wandb.Image(str(path))}, commit=False))
 
     def finish(self, summary: dict[str, Any], ended: bool = True) -> None:
         """Close everything; summary.json is written last and says that the run ended as it should.

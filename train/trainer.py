@@ -18,6 +18,7 @@ from parallel.engine import EngineSettings, build_engine, quiet, start_process_g
 from parallel.processes import use_cpus_fairly
 from parallel.stages import split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
+from train import timeline
 from train.agreement import control_group, from_rank_0, highest
 from train.checkpoint import resume
 from train.checkpoint.folder import CHECKPOINTS
@@ -73,15 +74,17 @@ def train(ready: Ready, signals: StopSignals) -> None:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
     )
-    place = config.parallel.place
+    place, accumulation = config.parallel.place, settings.global_batch // (settings.micro_batch * layout.dp)
     stages = split_for(costs, place)
+    shares = [stage.cost_share for stage in stages]
+    bubble = timeline.expected_bubble(config.parallel.schedule, place, accumulation, shares)
     engine = build_engine(
         shape,
         layout,
         stages,
         EngineSettings(
             micro_batch=settings.micro_batch,
-            accumulation=settings.global_batch // (settings.micro_batch * layout.dp),
+            accumulation=accumulation,
             clip=config.optimizer.clip,
             bf16=bf16,
             seed=settings.seed,
@@ -129,7 +132,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
         for warning in ready.warnings + (resume.warnings(config, past, data.fingerprint) if past else []):
             log.warning(warning)
         log.info("%s", header(config, facts, str(layout), length.steps, data.num_train_tokens, len(held_out)))
-        log.info("%s", stage_table(stage_rows(shape, stages)))
+        log.info("%s", stage_table(stage_rows(shape, stages, place)))
         if past:
             log.info("%s", f"going on after step {past.step:,}")
         elif ready.source:
@@ -169,12 +172,14 @@ def train(ready: Ready, signals: StopSignals) -> None:
         if step > steps_before + 1 or length.steps == 1:  # the first step pays for allocations and kernel choices
             trained_seconds, timed_steps = trained_seconds + seconds, timed_steps + 1
 
-        asked, due, busy, *memory_gib = highest(
+        blocks = engine.pipeline.blocks() if layout.pp > 1 else []
+        asked, due, busy, *by_stage = highest(
             [
                 signals.asked is not None,
                 rank == 0 and saver.due(step),
                 saver.busy,
                 *peak_memory_by_stage(device, layout.stage(rank), layout.pp),
+                *timeline.seconds_by_rank(blocks, layout.stage(rank), layout.pp),
             ],
             group,
         )
@@ -187,8 +192,11 @@ def train(ready: Ready, signals: StopSignals) -> None:
             "tokens": step * length.tokens_per_step,
             "seconds": seconds,
             "tokens_per_second": length.tokens_per_step / seconds,
-            "memory_gib": memory_gib,
+            "memory_gib": by_stage[: layout.pp],
         }
+        if layout.pp > 1:
+            record |= timeline.as_record(by_stage[layout.pp :], layout.pp)
+            record["bubble_expected"] = bubble
         if peak:
             record["mfu"] = record["tokens_per_second"] * flops_per_token / (peak * layout.world_size)
         regularly = settings.val_every and step % settings.val_every == 0
@@ -198,6 +206,11 @@ def train(ready: Ready, signals: StopSignals) -> None:
                 record["val_loss"] = val_loss
         if tracker:
             tracker.step(record)
+        if layout.pp > 1 and step in settings.timeline_at:
+            pipeline = [index * layout.dp * layout.tp for index in range(layout.pp)]
+            if (all_blocks := timeline.gather(blocks, group, pipeline)) and tracker:
+                measured = timeline.Measured(step, config.parallel.schedule, place, accumulation, all_blocks)
+                tracker.picture("timeline", timeline.write(measured, run_dir))
         saves = config.checkpoint.enabled and (stopped or step == length.steps or (due and not busy))
         news = saver.wait() if saves else saver.news()
         if tracker:

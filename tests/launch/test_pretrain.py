@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from launch.cli import main
+from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
 from train.pretrain import free_port
+from train.timeline import Measured
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -23,6 +27,9 @@ def run(*command, **environment):
 
 
 WATCHED = ["train.val_every=4", "sample.tokens=8", "train.max_steps=6"]
+
+
+PIPELINED = {"bubble", "bubble_expected"} | {f"{w}_seconds" for w in ("forward", "backward", "weight", "wait")}
 
 
 def launcher(num, *arguments, **environment):
@@ -41,7 +48,8 @@ def pipelined(overrides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     # A name that changes by the microsecond: there must be one folder all the same.
     named = f"hydra.run.dir={folder}/${{now:%f}}"
-    result = launcher(2, *overrides, *WATCHED, "parallel.pp=2", named)
+    schedule = ["parallel.pp=2", "parallel.schedule=zbv", "train.timeline_at=[2,5]"]
+    result = launcher(2, *overrides, *WATCHED, *schedule, named)
     assert result.returncode == 0, result.stderr[-4000:]
     (folder,) = folder.iterdir()
     return folder, result
@@ -56,6 +64,11 @@ def test_every_step_is_one_object(pipelined):
         assert {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"} <= set(record)
         assert record["tokens"] == record["step"] * 8 * 32
         assert len(record["memory_gib"]) == 2 and min(record["memory_gib"]) > 0
+        passes = [record[f"{what}_seconds"] for what in ("forward", "backward", "weight", "wait")]
+        whole = [sum(of_rank) for of_rank in zip(*passes, strict=True)]
+        assert whole[0] == pytest.approx(whole[1]) and 0 < whole[0] < record["seconds"]
+        assert record["bubble"] == pytest.approx(sum(passes[3]) / sum(whole)) and 0 < record["bubble"] < 1
+        assert 0 < record["bubble_expected"] < 0.3
     assert [record["step"] for record in records if "val_loss" in record] == [4, 6]
     assert records[0]["lr"] == pytest.approx(3e-3 / 10) and records[5]["lr"] == pytest.approx(6 * 3e-3 / 10)
 
@@ -87,8 +100,32 @@ def test_the_wandb_run_holds_the_curve_the_configuration_and_the_samples(pipelin
             assert logged[key] == record[key]
         assert logged.get("val_loss") == record.get("val_loss")
         assert [logged[f"memory_gib/stage{i}"] for i in (0, 1)] == record["memory_gib"]
+        assert logged["bubble"] == record["bubble"] and logged["wait_seconds/stage1"] == record["wait_seconds"][1]
+    assert sum(any(key.startswith("timeline") for key in logged) for logged in history) == 2
     assert sum(any(key.startswith("samples") for key in logged) for logged in history) == 1
     assert config["model"]["n_kv_heads"] == 2 and config["layout"]["pp"] == 2 and config["code"]
+
+
+@pytest.mark.launch
+def test_the_timeline_of_a_step_is_kept_and_drawn(pipelined, tmp_path, capsys):
+    folder, _ = pipelined
+    names = sorted(path.name for path in (folder / "timelines").iterdir())
+    assert names == [f"step-0000000{step}.{kind}" for step in (2, 5) for kind in ("json", "png")]
+    measured = Measured.from_json(json.loads((folder / "timelines" / "step-00000005.json").read_text()))
+    done = [[block.action for block in rank] for rank in measured.blocks]
+    assert done == orders(Schedule["zbv"], Placement(2, 2, True), 4)
+    for rank in measured.blocks:
+        assert all(one.end <= two.start + 1e-9 for one, two in pairwise(rank))
+    assert metrics(folder)[4]["bubble"] == pytest.approx(measured.bubble)
+    assert main(["timeline", str(folder), "--step", "2", "--out", str(tmp_path / "a.svg")]) == 0
+    assert "step 2, zbv, 4 micro-batches on 2 ranks: bubble " in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    assert main(["timeline", str(folder), "--step", "3"]) == 2
+    assert capsys.readouterr().err == "--step=3: not kept; there are 2, 5\n"
+    assert main(["timeline", str(folder), "--out", "a.gif"]) == 2
+    assert "--out=a.gif: its end says what is drawn; a.svg or .png would work" in capsys.readouterr().err
+    assert main(["timeline", str(tmp_path)]) == 2
+    assert "no timeline is there; a run with parallel.pp above 1" in capsys.readouterr().err
 
 
 @pytest.mark.launch
@@ -98,7 +135,7 @@ def test_one_process_has_the_same_curve_and_an_earlier_run_is_kept(pipelined, ov
     single = run(sys.executable, PRETRAIN, *overrides, *WATCHED, f"hydra.run.dir={tmp_path}")
     assert single.returncode == 0, single.stderr[-4000:]
     for one, two in zip(metrics(tmp_path), metrics(folder), strict=True):
-        assert one.keys() == two.keys()
+        assert one.keys() == {key for key in two if key not in PIPELINED}
         for key in {"loss", "grad_norm", "val_loss"} & one.keys():
             assert one[key] == pytest.approx(two[key], rel=1e-5), (one["step"], key)
     assert (tmp_path / "earlier" / "1" / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 
-from parallel.stages import split, stage_rows, stage_table
+from parallel.schedules import Schedule, placement
+from parallel.stages import split, split_for, stage_rows, stage_table
 from tests.shapes import preset
 
 
@@ -64,3 +65,33 @@ def test_the_table_names_every_stage():
     model = preset("tiny").model
     text = stage_table(stage_rows(model, split(model.layer_flops(256), 2)))
     assert "embedding, blocks 0-4" in text and "blocks 5-7, head" in text
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zbv"])
+@pytest.mark.parametrize(("name", "p", "v"), [("7b", 2, 2), ("7b", 4, 2), ("67b", 4, 2), ("67b", 8, 2), ("67b", 12, 3)])
+def test_several_stages_of_a_rank_come_out_even_by_rank(schedule, name, p, v):
+    place = placement(Schedule[schedule], p, 2 if schedule == "zbv" else v)
+    costs = preset(name).model.layer_flops(4096)
+    stages = split_for(costs, place)
+    assert [stage.start for stage in stages[1:]] == [stage.stop for stage in stages[:-1]]
+    assert stages[0].start == 0 and stages[-1].stop == len(costs)
+    loads = [sum(stages[s].cost_share for s in place.stages_of(rank)) for rank in range(p)]
+    assert sum(loads) == pytest.approx(1)
+    assert max(loads) - min(loads) <= costs[1] / sum(costs) * 1.0001, "a block could be moved"
+
+
+def test_the_head_on_the_first_rank_leaves_it_fewer_blocks():
+    place = placement(Schedule["zbv"], 2, None)
+    costs = [0, *[1] * 10, 2]  # 6 for each rank
+    stages = split_for(costs, place)
+    loads = [sum(sum(costs[stages[s].start : stages[s].stop]) for s in place.stages_of(rank)) for rank in range(2)]
+    assert loads == [6, 6]
+    assert [stage.stop - stage.start for stage in stages] == [4, 3, 3, 2]
+
+
+def test_seven_layers_on_two_by_two_stages_and_too_few():
+    place = placement(Schedule["interleaved"], 2, 2)
+    stages = split_for([0, *[1] * 7, 1], place)
+    assert [stage.stop - stage.start for stage in stages] == [3, 2, 2, 2]
+    with pytest.raises(ValueError, match="4 layers cannot be cut into 6 stages"):
+        split_for([0, 1, 1, 1], placement(Schedule["interleaved"], 2, 3))

@@ -7,12 +7,13 @@ from tests.train.checkpoint import runs
 
 # Seven layers, which no layout divides evenly; two key/value heads, which four ranks hold twice; a vocabulary of 403.
 SHAPE = ["model.n_layers=7", "model.vocab_size=403", "checkpoint.every_steps=4"]
-WIDE = ["parallel.pp=2", "parallel.tp=2", "parallel.dp=2"]
+WIDE = ["parallel.pp=2", "parallel.tp=2", "parallel.dp=2", "parallel.schedule=zbv"]
 OTHERS = {
     "one process": (1, []),
     "pp4": (4, ["parallel.pp=4"]),
+    "pp2 interleaved": (2, ["parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=3"]),
     "tp4": (4, ["parallel.tp=4"]),
-    "pp3": (3, ["parallel.pp=3", "parallel.recompute=full"]),
+    "pp3": (3, ["parallel.pp=3", "parallel.recompute=full", "parallel.schedule=zero_bubble"]),
 }
 
 

@@ -1,0 +1,216 @@
+"""The bubble of every pipeline schedule, measured: with a model's layers on two ranks, and with stages that sleep, so
+that more ranks than cores can be had. Passes and messages are those of training; no optimizer step follows."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from conf.compose import compose_overrides
+from conf.errors import BadInput
+from conf.validate import Machine, validate
+from model.config import ModelConfig
+from model.init import initial_value
+from model.loss import cross_entropy
+from model.transformer import layer_builders
+from parallel.deferral import weight_gradients
+from parallel.pipeline import Hop, Pipeline, make_links
+from parallel.schedules import Costs, Placement, Schedule, orders, placement, problems, simulate
+from parallel.stages import split_for
+from parallel.tensor import TensorParallel, build_layer
+from train import timeline
+from train.pretrain import free_port
+
+DEFAULTS = [
+    *["model.n_layers=12", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=768"],
+    *["model.vocab_size=1024", "model.max_seq_len=512", "train.seq_len=512"],
+]
+KINDS = [("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2)]
+REAL = {2: (2, 4, 8)}
+"""Ranks, and micro-batches of a step."""
+ASLEEP = {4: (8,), 8: (16,)}
+
+
+def measure(
+    overrides: Sequence[str],
+    rounds: int = 3,
+    nap: float = 0.06,
+    real: Mapping[int, Sequence[int]] = REAL,
+    asleep: Mapping[int, Sequence[int]] = ASLEEP,
+) -> dict[str, Any]:
+    """Steps of every schedule by turns; medians over the rounds, of which one more at first is not counted.
+
+    Args:
+        overrides: of the model, after `DEFAULTS`.
+        rounds: of one step of each schedule.
+        nap: seconds that a sleeping rank takes for each of forward, input gradient and weight gradient.
+        real, asleep: ranks, and for each the numbers of micro-batches.
+    """
+    composition = compose_overrides([*DEFAULTS, *overrides])
+    if found := [*composition.problems, *validate(composition.config, Machine(gpus=0))[1]]:
+        raise BadInput(found)
+    config = composition.config
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for naps, sizes in ((None, real), (nap, asleep)):
+            for ranks, micro_batches in sizes.items():
+                out = Path(folder) / "rows.json"
+                job = (ranks, free_port(), config.model, config.train.seq_len, micro_batches, rounds, naps, out)
+                torch.multiprocessing.spawn(_rank, job, ranks)
+                rows += json.loads(out.read_text("utf-8"))
+    return {"device": f"cpu, {os.cpu_count()} cores, a thread a rank", "nap": nap, "rows": rows}
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    console = Console(width=118, highlight=False, color_system=None)
+    with console.capture() as capture:
+        for asleep, title in (
+            (False, "layers that compute"),
+            (True, f"stages that sleep {1000 * found['nap']:.0f} ms a pass"),
+        ):
+            columns = ["schedule", "s a step", "against 1f1b", "bubble", "expected", "busy", "1f1b's bound"]
+            table = Table("ranks", "micro-batches", *columns, title=f"{title}; {found['device']}", title_justify="left")
+            rows = [row for row in found["rows"] if row["asleep"] == asleep]
+            for row in rows:
+                size = (row["ranks"], row["micro_batches"])
+                base = next(one for one in rows if (one["ranks"], one["micro_batches"]) == size)
+                name = row["schedule"] + (f" x {row['virtual']}" if row["virtual"] > 1 else "")
+                table.add_row(
+                    *map(str, size),
+                    name,
+                    f"{row['seconds']:.3f}",
+                    f"{row['seconds'] / base['seconds']:.3f}",
+                    f"{row['bubble']:.1%}",
+                    f"{row['expected']:.1%}",
+                    f"{1 - row['bubble']:.1%}",
+                    f"{size[1] / (size[1] + size[0] - 1):.1%}",
+                )
+            console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _rank(
+    rank: int,
+    ranks: int,
+    port: int,
+    model: ModelConfig,
+    seq_len: int,
+    numbers: Sequence[int],
+    rounds: int,
+    nap: float | None,
+    out: Path,
+) -> None:
+    """One process: every schedule by turns, and the medians to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    pipelines = {}
+    for name, virtual in KINDS:
+        place = placement(Schedule[name], ranks, virtual)
+        stages = _stages(model, seq_len, place, rank) if nap is None else _asleep(place, rank, nap)
+        shape = (1, seq_len, model.d_model) if nap is None else (1,)
+        hop = Hop(shape, torch.float32, torch.device("cpu"))
+        loss = cross_entropy if nap is None else _sum
+        links = make_links(place, [range(ranks)])
+        pipelines[name, virtual] = Pipeline(stages, loss, Schedule[name], place, rank, range(ranks), links, hop)
+    seconds: dict[Any, list[float]] = {}
+    bubbles: dict[Any, list[float]] = {}
+    expected: dict[Any, list[float]] = {}
+    for turn in range(rounds + 1):
+        for m in numbers:
+            for kind, pipeline in pipelines.items():
+                if problems(Schedule[kind[0]], ranks, kind[1], m):
+                    continue
+                dist.barrier()
+                pipeline.train(_data(model, seq_len, m), m)
+                blocks = timeline.gather(pipeline.blocks(), None, range(ranks))
+                if blocks and turn:
+                    step = timeline.Measured(0, Schedule[kind[0]], pipeline.place, m, blocks)
+                    key = (*kind, m)
+                    seconds.setdefault(key, []).append(max(row[-1].end for row in blocks))
+                    bubbles.setdefault(key, []).append(step.bubble)
+                    expected.setdefault(key, []).append(_expected(step, nap))
+    if rank == 0:
+        rows = [
+            {
+                **{"asleep": nap is not None, "ranks": ranks, "micro_batches": m, "schedule": name, "virtual": virtual},
+                "seconds": statistics.median(values),
+                "bubble": statistics.median(bubbles[name, virtual, m]),
+                "expected": statistics.median(expected[name, virtual, m]),
+            }
+            for (name, virtual, m), values in seconds.items()
+        ]
+        out.write_text(json.dumps(rows), "utf-8")
+    dist.destroy_process_group()
+
+
+def _expected(step: timeline.Measured, nap: float | None) -> float:
+    """What theory says: of naps that are equally long, or of passes as long as they were."""
+    if nap is None:
+        return step.ideal().bubble
+    return simulate(orders(step.schedule, step.place, step.micro_batches), step.place, Costs.even(step.place)).bubble
+
+
+def _data(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Sequence[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(micro_batches):
+        tokens = torch.randint(model.vocab_size, (1, seq_len + 1), generator=generator)
+        yield tokens[:, :-1], tokens[:, 1:]
+
+
+def _stages(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> dict[int, list[Any]]:
+    alone = TensorParallel(None, 0, 1, False, {})
+    builders = list(layer_builders(model).items())
+    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        return initial_value(name, shape, 1, 0.02)
+
+    return {
+        index: [
+            build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn, deferring=True)
+            for name, build in builders[stages[index].start : stages[index].stop]
+        ]
+        for index in place.stages_of(rank)
+    }
+
+
+class _Nap(torch.autograd.Function):
+    """Takes its time in the place of a stage, in each of its passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, seconds: float) -> torch.Tensor:
+        ctx.weight, ctx.seconds = weight, seconds
+        time.sleep(seconds)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        def later() -> list[torch.Tensor]:
+            time.sleep(ctx.seconds)
+            return [torch.zeros_like(ctx.weight)]
+
+        time.sleep(ctx.seconds)
+        return grads[0], *weight_gradients([ctx.weight], later), None
+
+
+def _asleep(place: Placement, rank: int, nap: float) -> dict[int, list[Any]]:
+    def stage(index: int) -> Any:
+        weight, first = nn.Parameter(torch.ones(1)), index == 0
+        return lambda x: _Nap.apply(torch.ones(1) if first else x, weight, nap / place.virtual)
+
+    return {index: [stage(index)] for index in place.stages_of(rank)}
+
+
+def _sum(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return y.sum()

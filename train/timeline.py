@@ -1,0 +1,186 @@
+"""Where the time of a step goes: what each stage did when, beside what its schedule would have it do."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from parallel.schedules import Action, Block, Costs, Pass, Placement, Schedule, Timeline, orders, simulate
+
+COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
+NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
+
+
+def seconds_by_rank(blocks: Sequence[Block], rank: int, num_ranks: int) -> list[float]:
+    """Forward, backward and weight-gradient seconds of this rank, and the second at which its last pass ended, each at
+    the place of its rank among zeros: the highest over all ranks is each rank's."""
+    found = [0.0] * (4 * num_ranks)
+    for block in blocks:
+        found[[*Pass].index(block.action.what) * num_ranks + rank] += block.end - block.start
+    found[3 * num_ranks + rank] = blocks[-1].end if blocks else 0.0
+    return found
+
+
+def as_record(highest: Sequence[float], num_ranks: int) -> dict[str, Any]:
+    """What of `seconds_by_rank` over all ranks stands in a step's record.
+
+    ``forward_seconds``, ``backward_seconds``, ``weight_seconds`` (where the schedule splits them off) and
+    ``wait_seconds`` are lists by rank of the pipeline; ``bubble`` is the share of the time of all ranks, from the
+    step's beginning to the last pass of the slowest, in which they wait.
+    """
+    forward, backward, weights, ends = (list(highest[i * num_ranks : (i + 1) * num_ranks]) for i in range(4))
+    length = max(ends)
+    waits = [length - f - b - w for f, b, w in zip(forward, backward, weights, strict=True)]
+    record = {
+        "forward_seconds": forward,
+        "backward_seconds": backward,
+        "weight_seconds": weights,
+        "wait_seconds": waits,
+    }
+    if not any(weights):
+        del record["weight_seconds"]
+    return {**record, "bubble": sum(waits) / num_ranks / length}
+
+
+def expected_bubble(schedule: Schedule, place: Placement, micro_batches: int, shares: Sequence[float]) -> float:
+    """The bubble of a schedule whose stages cost what they should, with messages that take no time.
+
+    Forward, input gradient and weight gradient are taken to be equally long, which they are in matrix products.
+    """
+    each = list(shares)
+    return simulate(orders(schedule, place, micro_batches), place, Costs(each, each, each)).bubble
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step of one pipeline.
+
+    Attributes:
+        step: its number.
+        schedule, place, micro_batches: what was run.
+        blocks: of each rank.
+    """
+
+    step: int
+    schedule: Schedule
+    place: Placement
+    micro_batches: int
+    blocks: list[list[Block]]
+
+    def ideal(self) -> Timeline:
+        """The same schedule with passes that take their mean time, and messages none."""
+        seconds: dict[tuple[Pass, int], list[float]] = {}
+        split = {(b.action.stage, b.action.micro_batch) for r in self.blocks for b in r if b.action.what is Pass.W}
+        for rank in self.blocks:
+            for block in rank:
+                action = block.action
+                if action.what is not Pass.B or (action.stage, action.micro_batch) in split or not split:
+                    seconds.setdefault((action.what, action.stage), []).append(block.end - block.start)
+        means = {key: sum(values) / len(values) for key, values in seconds.items()}
+        forward, backward, weights = (
+            [means.get((what, stage), 0.0) for stage in range(self.place.num_stages)] for what in Pass
+        )
+        return simulate(
+            orders(self.schedule, self.place, self.micro_batches), self.place, Costs(forward, backward, weights)
+        )
+
+    def measured(self) -> Timeline:
+        """Its blocks, of whose kept activations nothing is known."""
+        return Timeline(self.blocks, [])
+
+    @property
+    def bubble(self) -> float:
+        """Share of waiting from the step's beginning to its last pass."""
+        length = max(rank[-1].end for rank in self.blocks)
+        busy = sum(block.end - block.start for rank in self.blocks for block in rank)
+        return 1 - busy / length / len(self.blocks)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        rows = [
+            [[b.action.what.name, b.action.stage, b.action.micro_batch, b.start, b.end] for b in rank]
+            for rank in self.blocks
+        ]
+        place = {"num_ranks": self.place.num_ranks, "virtual": self.place.virtual}
+        place["there_and_back"] = self.place.there_and_back
+        facts = {"step": self.step, "schedule": self.schedule.value, "micro_batches": self.micro_batches}
+        return {**facts, "place": place, "bubble": self.bubble, "blocks": rows}
+
+    @staticmethod
+    def from_json(found: dict[str, Any]) -> "Measured":
+        """The inverse of `as_json`."""
+        blocks = [
+            [Block(Action(Pass[what], s, mb), start, end) for what, s, mb, start, end in rank]
+            for rank in found["blocks"]
+        ]
+        place = Placement(**found["place"])
+        return Measured(found["step"], Schedule[found["schedule"]], place, found["micro_batches"], blocks)
+
+
+def gather(blocks: list[Block], group: Any, ranks: Sequence[int]) -> list[list[Block]] | None:
+    """The blocks of the ranks of one pipeline, on rank 0; None elsewhere. All ranks call it together."""
+    all_blocks: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(blocks, all_blocks, dst=0, group=group)
+    return [all_blocks[rank] for rank in ranks] if all_blocks else None
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    """Where a step's timeline is kept."""
+    return run_dir / "timelines" / f"step-{step:08d}.json"
+
+
+def write(measured: Measured, run_dir: Path) -> Path:
+    """Keep a timeline, and draw it."""
+    path = path_of(run_dir, measured.step)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(measured.as_json()) + "\n", "utf-8")
+    draw(measured, path.with_suffix(".png"))
+    return path.with_suffix(".png")
+
+
+def draw(measured: Measured, path: Path) -> None:
+    """What was measured above, what the schedule would have been below, on one axis of milliseconds.
+
+    Args:
+        measured: a step.
+        path: of the picture; its suffix says which kind, ``.png`` or ``.svg``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    ideal = measured.ideal()
+    num_ranks = measured.place.num_ranks
+    figure, pictures = pyplot.subplots(
+        2, 1, sharex=True, figsize=(11, 1.6 + 0.8 * num_ranks), layout="constrained", squeeze=True
+    )
+    name = measured.schedule.value + (f", {measured.place.virtual} stages a rank" if measured.place.virtual > 1 else "")
+    for axes, blocks, title in (
+        (pictures[0], measured.blocks, f"step {measured.step}, {name}: measured, bubble {measured.bubble:.1%}"),
+        (pictures[1], ideal.blocks, f"the same passes without waiting for messages: bubble {ideal.bubble:.1%}"),
+    ):
+        for rank, row in enumerate(blocks):
+            for block in row:
+                turn = measured.place.stages_of(rank).index(block.action.stage)
+                axes.broken_barh(
+                    [(1000 * block.start, 1000 * (block.end - block.start))],
+                    (rank - 0.4, 0.8),
+                    facecolor=COLORS[block.action.what],
+                    alpha=1.0 - 0.45 * turn / max(1, measured.place.virtual - 1) if measured.place.virtual > 1 else 1.0,
+                    edgecolor="white",
+                    linewidth=0.4,
+                )
+        axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize="small", loc="left")
+    pictures[1].set_xlabel("ms; paler: a rank's later stages")
+    passes = {block.action.what for row in measured.blocks for block in row}
+    patches = [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in passes]
+    pictures[0].legend(handles=patches, loc="lower right", ncols=3, fontsize="x-small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
