@@ -115,6 +115,8 @@ class Pipeline:
         self._stages, self._loss_fn, self._schedule, self.place = stages, loss_fn, schedule, place
         self._rank, self._ranks, self._links, self._hop = rank, ranks, links, hop
         self._plans: dict[int, _Plan] = {}
+        self.began = 0.0
+        """When the last step began here, by the wall clock."""
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
 
@@ -178,7 +180,7 @@ class Pipeline:
         outbox = _Outbox(2 * place.num_ranks if share is None else None)
         losses: list[torch.Tensor] = []
         marks: list[tuple[Action, Any, Any]] = []
-        start = self._now()
+        began, start = time.time(), self._now()
 
         def batch(mb: int) -> Sequence[torch.Tensor]:
             while mb not in batches:
@@ -242,7 +244,7 @@ class Pipeline:
             marks.append((action, begin, self._now()))
         outbox.clear()
         if share is not None:
-            self._begin, self._marks = start, marks
+            self.began, self._begin, self._marks = began, start, marks
         return losses
 
     def _now(self) -> Any:

@@ -14,6 +14,7 @@ input alone, for which the stage before waits, and W that of the weights, for wh
                   fills a gap                            runs one direction
 """
 
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -181,106 +182,105 @@ def _around(place: Placement, m: int, split: bool) -> Orders:
 
 
 def _zbv(place: Placement, m: int) -> Orders:
-    """Made by playing it with passes of equal length.
+    """Forward passes there, then there and back by turns; then F, B and W of each turn; W fills the end.
 
-    A rank that is free runs what has come: a backward pass of the oldest micro-batch, else the forward pass that has
-    come furthest, as long as no more than 2p passes are kept for backward; else it makes weight gradients.
+    It takes 2p - 1 micro-batches to fill; of fewer, the passes of those that are missing are left out.
     """
-    p, last = place.num_ranks, place.num_stages - 1
-    made: Orders = [[] for _ in range(p)]
-    started = {what: [0] * place.num_stages for what in Pass}  # the next micro-batch of each stage
-    ended: dict[tuple[Pass, int, int], int] = {}
-    free, kept = [0] * p, [0] * p
-
-    def candidates(rank: int) -> dict[Pass, list[tuple[int, int, int]]]:
-        """(ready at, stage, micro-batch) of every pass that could be run, now or once a message has come."""
-        found: dict[Pass, list[tuple[int, int, int]]] = {what: [] for what in Pass}
-        for stage in place.stages_of(rank):
-            f, b, w = (started[what][stage] for what in Pass)
-            before = ended.get((Pass.F, stage - 1, f)) if stage else 0
-            if f < m and kept[rank] < 2 * p and before is not None:
-                found[Pass.F].append((before, stage, f))
-            after = ended.get((Pass.F, stage, b) if stage == last else (Pass.B, stage + 1, b))
-            if b < f and after is not None:
-                found[Pass.B].append((after, stage, b))
-            if w < b:
-                found[Pass.W].append((ended[Pass.B, stage, w], stage, w))
-        return found
-
-    def choice(rank: int) -> tuple[int, Pass, int, int] | None:
-        found = candidates(rank)
-        here = {what: [one for one in found[what] if one[0] <= free[rank]] for what in Pass}
-        if here[Pass.B]:
-            return free[rank], Pass.B, *min(here[Pass.B], key=lambda one: (one[2], -one[1]))[1:]
-        if here[Pass.F]:
-            return free[rank], Pass.F, *max(here[Pass.F], key=lambda one: one[1])[1:]
-        if found[Pass.W]:
-            return free[rank], Pass.W, *min(found[Pass.W])[1:]
-        coming = [(one[0], what is Pass.F, what, *one[1:]) for what in (Pass.B, Pass.F) for one in found[what]]
-        if not coming:
-            return None
-        at, _, what, stage, mb = min(coming, key=lambda one: (one[0], one[1], -one[3]))
-        return at, what, stage, mb
-
-    choices = [choice(rank) for rank in range(p)]
-    for _ in range(3 * place.num_stages * m):
-        at, rank = min((found[0], rank) for rank, found in enumerate(choices) if found is not None)
-        _, what, stage, mb = choices[rank]  # type: ignore[misc]
-        made[rank].append(Action(what, stage, mb))
-        free[rank] = ended[what, stage, mb] = at + 1
-        started[what][stage] += 1
-        kept[rank] += {Pass.F: 1, Pass.B: 0, Pass.W: -1}[what]
-        for other in {rank, *(place.rank_of(near) for near in (stage - 1, stage + 1) if 0 <= near <= last)}:
-            choices[other] = choice(other)
+    p, passes = place.num_ranks, max(2 * place.num_ranks - 1, m)
+    made = []
+    for rank in range(p):
+        there, back = place.stages_of(rank)
+        order = _Order()
+        for _ in range(2 * (p - rank) - 1):
+            order.add(Pass.F, there)
+        for _ in range(rank):
+            order.add(Pass.F, back)
+            order.add(Pass.F, there)
+        for _ in range(p - rank):
+            order.add(Pass.F, back)
+            order.add(Pass.B, back)
+            order.add(Pass.W, back)
+        while order.count[Pass.F, back] < passes:
+            if order.count[Pass.F, there] < passes:
+                order.add(Pass.F, there)
+            order.add(Pass.B, there)
+            order.add(Pass.W, there)
+            order.add(Pass.F, back)
+            order.add(Pass.B, back)
+            order.add(Pass.W, back)
+        for _ in range(rank):
+            order.add(Pass.B, there)
+            order.add(Pass.B, back)
+        for _ in range(p - rank):
+            order.add(Pass.B, there)
+            order.add(Pass.W, there)
+        for stage in (back, there):
+            while order.count[Pass.W, stage] < passes:
+                order.add(Pass.W, stage)
+        made.append([action for action in order.actions if action.micro_batch < m])
     return made
 
 
+class _Order:
+    """One rank's actions, the micro-batches of each pass and stage counted up."""
+
+    def __init__(self) -> None:
+        self.actions: list[Action] = []
+        self.count: Counter[tuple[Pass, int]] = Counter()
+
+    def add(self, what: Pass, stage: int) -> Action:
+        """The next one of a pass through a stage."""
+        action = Action(what, stage, self.count[what, stage])
+        self.count[what, stage] += 1
+        self.actions.append(action)
+        return action
+
+
 def _dualpipev(place: Placement, m: int) -> Orders:
-    """DeepSeek's order, in which a forward pass of one turn meets a backward pass of the other."""
+    """DeepSeek's order, in which a forward pass of one turn meets a backward pass of the other.
+
+    Weight gradients are left for later where a step begins to flow back and where it ends; between, nothing waits.
+    """
     p = place.num_ranks
     made = []
     for rank in range(p):
         there, back = place.stages_of(rank)
-        order: list[Action] = []
-        later: list[Action] = []
-        count = {(what, stage): 0 for what in (Pass.F, Pass.B) for stage in (there, back)}
+        order, later = _Order(), deque[Action]()
 
-        def run(what: Pass, stage: int, split: bool = False, order=order, later=later, count=count) -> None:
-            mb = count[what, stage]
-            count[what, stage] += 1
-            order.append(Action(what, stage, mb))
+        def backward(stage: int, split: bool, order: _Order = order, later: deque[Action] = later) -> None:
+            action = order.add(Pass.B, stage)
             if split:
-                later.append(Action(Pass.W, stage, mb))
+                later.append(Action(Pass.W, stage, action.micro_batch))
 
         ahead = p - 1 - rank
         for _ in range(2 * ahead):
-            run(Pass.F, there)
+            order.add(Pass.F, there)
         for _ in range(rank + 1):
-            run(Pass.F, there)
-            run(Pass.F, back)
+            order.add(Pass.F, there)
+            order.add(Pass.F, back)
         for _ in range(ahead):
-            run(Pass.B, back, split=True)
-            order.append(later.pop(0))
-            run(Pass.F, back)
+            backward(back, split=True)
+            order.actions.append(later.popleft())
+            order.add(Pass.F, back)
         for _ in range(m - 2 * p + rank + 1):
-            run(Pass.F, there)
-            run(Pass.B, back)
-            run(Pass.F, back)
-            run(Pass.B, there)
+            order.add(Pass.F, there)
+            backward(back, split=False)
+            order.add(Pass.F, back)
+            backward(there, split=False)
         for _ in range(ahead):
-            run(Pass.B, back)
-            run(Pass.F, back)
-            run(Pass.B, there)
-        # The end of a step: from half of it on, weight gradients are left for where nothing comes any more.
+            backward(back, split=False)
+            order.add(Pass.F, back)
+            backward(there, split=False)
+        # Half of what is left waits for the time when nothing comes any more.
         half = (rank + 1) // 2
         for index in range(rank + 1):
-            run(Pass.B, back, split=(index >= half and (rank + 1) % 2 == 0) or index > half)
-            run(Pass.B, there, split=index >= half)
+            backward(back, split=index > half or (index == half and rank % 2 == 1))
+            backward(there, split=index >= half)
         for _ in range(ahead):
             if later:
-                order.append(later.pop(0))
-            run(Pass.B, there, split=True)
-        made.append(order + later)
+                order.actions.append(later.popleft())
+            backward(there, split=True)
+        made.append([*order.actions, *later])
     return made
 
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from parallel.pipeline import Pipeline
 from parallel.schedules import Action, Block, Costs, Pass, Placement, Schedule, Timeline, orders, simulate
 
 COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
@@ -120,11 +121,23 @@ class Measured:
         return Measured(found["step"], Schedule[found["schedule"]], place, found["micro_batches"], blocks)
 
 
-def gather(blocks: list[Block], group: Any, ranks: Sequence[int]) -> list[list[Block]] | None:
-    """The blocks of the ranks of one pipeline, on rank 0; None elsewhere. All ranks call it together."""
-    all_blocks: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object(blocks, all_blocks, dst=0, group=group)
-    return [all_blocks[rank] for rank in ranks] if all_blocks else None
+def gather(pipeline: Pipeline, group: Any, ranks: Sequence[int]) -> list[list[Block]] | None:
+    """The last step of the ranks of one pipeline, on rank 0, in seconds after the first of them began; None elsewhere.
+
+    Hosts are taken to agree on the time of day. All ranks call it together.
+
+    Args:
+        pipeline: this rank's.
+        group: of all ranks.
+        ranks: of the pipeline that is asked for, by place.
+    """
+    of_all: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object((pipeline.began, pipeline.blocks()), of_all, dst=0, group=group)
+    if of_all is None:
+        return None
+    first = min(of_all[rank][0] for rank in ranks)
+    late = {rank: of_all[rank][0] - first for rank in ranks}
+    return [[replace(b, start=b.start + late[r], end=b.end + late[r]) for b in of_all[r][1]] for r in ranks]
 
 
 def path_of(run_dir: Path, step: int) -> Path:

@@ -207,8 +207,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
         if tracker:
             tracker.step(record)
         if layout.pp > 1 and step in settings.timeline_at:
-            pipeline = [index * layout.dp * layout.tp for index in range(layout.pp)]
-            if (all_blocks := timeline.gather(blocks, group, pipeline)) and tracker:
+            ranks = [index * layout.dp * layout.tp for index in range(layout.pp)]
+            if (all_blocks := timeline.gather(engine.pipeline, group, ranks)) and tracker:
                 measured = timeline.Measured(step, config.parallel.schedule, place, accumulation, all_blocks)
                 tracker.picture("timeline", timeline.write(measured, run_dir))
         saves = config.checkpoint.enabled and (stopped or step == length.steps or (due and not busy))

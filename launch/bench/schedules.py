@@ -32,8 +32,8 @@ from train import timeline
 from train.pretrain import free_port
 
 DEFAULTS = [
-    *["model.n_layers=12", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=768"],
-    *["model.vocab_size=1024", "model.max_seq_len=512", "train.seq_len=512"],
+    *["model.n_layers=8", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=768"],
+    *["model.vocab_size=256", "model.max_seq_len=512", "train.seq_len=512"],
 ]
 KINDS = [("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2)]
 REAL = {2: (2, 4, 8)}
@@ -43,8 +43,8 @@ ASLEEP = {4: (8,), 8: (16,)}
 
 def measure(
     overrides: Sequence[str],
-    rounds: int = 3,
-    nap: float = 0.06,
+    rounds: int = 2,
+    nap: float = 0.2,
     real: Mapping[int, Sequence[int]] = REAL,
     asleep: Mapping[int, Sequence[int]] = ASLEEP,
 ) -> dict[str, Any]:
@@ -127,13 +127,14 @@ def _rank(
     bubbles: dict[Any, list[float]] = {}
     expected: dict[Any, list[float]] = {}
     for turn in range(rounds + 1):
+        _Nap.share = 1.0 if turn else 0.05
         for m in numbers:
             for kind, pipeline in pipelines.items():
                 if problems(Schedule[kind[0]], ranks, kind[1], m):
                     continue
                 dist.barrier()
                 pipeline.train(_data(model, seq_len, m), m)
-                blocks = timeline.gather(pipeline.blocks(), None, range(ranks))
+                blocks = timeline.gather(pipeline, None, range(ranks))
                 if blocks and turn:
                     step = timeline.Measured(0, Schedule[kind[0]], pipeline.place, m, blocks)
                     key = (*kind, m)
@@ -188,19 +189,22 @@ def _stages(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> di
 class _Nap(torch.autograd.Function):
     """Takes its time in the place of a stage, in each of its passes."""
 
+    share = 1.0
+    """Of its time; less in the round that only opens connections."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, seconds: float) -> torch.Tensor:
         ctx.weight, ctx.seconds = weight, seconds
-        time.sleep(seconds)
+        time.sleep(_Nap.share * seconds)
         return x * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         def later() -> list[torch.Tensor]:
-            time.sleep(ctx.seconds)
+            time.sleep(_Nap.share * ctx.seconds)
             return [torch.zeros_like(ctx.weight)]
 
-        time.sleep(ctx.seconds)
+        time.sleep(_Nap.share * ctx.seconds)
         return grads[0], *weight_gradients([ctx.weight], later), None
 
 
