@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             verb.add_argument("overrides", nargs="*", help=OVERRIDES)
         verb.set_defaults(run=run)
+        if name == "describe":
+            verb.add_argument("--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
         if name in ("describe", "inspect", "bench"):
             verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
     # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
@@ -114,7 +116,7 @@ def describe(options: argparse.Namespace) -> int:
     """Print what a model costs and how it is cut."""
     from conf.compose import compose_overrides
     from conf.validate import Machine, validate
-    from launch.describe import as_json, as_text
+    from launch.describe import as_json, as_text, draw_step
 
     overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
     composition = compose_overrides(overrides)
@@ -122,6 +124,8 @@ def describe(options: argparse.Namespace) -> int:
     _, problems = validate(config, Machine(gpus=0))
     if problems := [*composition.problems, *problems]:
         raise BadInput(problems)
+    if options.picture:
+        draw_step(config, Path(options.picture))
     print(as_json(config) if options.json else as_text(config))
     return 0
 

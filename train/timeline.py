@@ -25,12 +25,13 @@ def seconds_by_rank(blocks: Sequence[Block], rank: int, num_ranks: int) -> list[
     return found
 
 
-def as_record(highest: Sequence[float], num_ranks: int) -> dict[str, Any]:
+def as_record(highest: Sequence[float], num_ranks: int, seconds: float) -> dict[str, Any]:
     """What of `seconds_by_rank` over all ranks stands in a step's record.
 
     ``forward_seconds``, ``backward_seconds``, ``weight_seconds`` (where the schedule splits them off) and
     ``wait_seconds`` are lists by rank of the pipeline; ``bubble`` is the share of the time of all ranks, from the
-    step's beginning to the last pass of the slowest, in which they wait.
+    step's beginning to the last pass of the slowest, in which they wait; ``optimizer_seconds`` what comes then of the
+    step's `seconds`: the reduction over replicas, clipping, the optimizer.
     """
     forward, backward, weights, ends = (list(highest[i * num_ranks : (i + 1) * num_ranks]) for i in range(4))
     length = max(ends)
@@ -43,7 +44,7 @@ def as_record(highest: Sequence[float], num_ranks: int) -> dict[str, Any]:
     }
     if not any(weights):
         del record["weight_seconds"]
-    return {**record, "bubble": sum(waits) / num_ranks / length}
+    return {**record, "bubble": sum(waits) / num_ranks / length, "optimizer_seconds": seconds - length}
 
 
 def expected_bubble(schedule: Schedule, place: Placement, micro_batches: int, shares: Sequence[float]) -> float:
@@ -155,11 +156,34 @@ def write(measured: Measured, run_dir: Path) -> Path:
 
 
 def draw(measured: Measured, path: Path) -> None:
-    """What was measured above, what the schedule would have been below, on one axis of milliseconds.
+    """What was measured above, what the schedule would have been below.
 
     Args:
         measured: a step.
         path: of the picture; its suffix says which kind, ``.png`` or ``.svg``.
+    """
+    ideal = measured.ideal()
+    title = f"step {measured.step}, {named(measured.schedule, measured.place)}: measured, bubble {measured.bubble:.1%}"
+    below = f"the same passes without waiting for messages: bubble {ideal.bubble:.1%}"
+    draw_rows([(title, measured.blocks), (below, ideal.blocks)], measured.place, path, 1000, "ms")
+
+
+def named(schedule: Schedule, place: Placement) -> str:
+    """A schedule for a title."""
+    return schedule.name + (f", {place.virtual} stages a rank" if place.virtual > 1 else "")
+
+
+def draw_rows(
+    pictures: Sequence[tuple[str, list[list[Block]]]], place: Placement, path: Path, scale: float, unit: str
+) -> None:
+    """Timelines under each other, ranks as rows, passes as coloured blocks.
+
+    Args:
+        pictures: a title, and the blocks of each rank.
+        place: of the stages.
+        path: of the picture.
+        scale: from the blocks' time to the unit that is written below.
+        unit: that one.
     """
     import matplotlib
 
@@ -167,33 +191,28 @@ def draw(measured: Measured, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    ideal = measured.ideal()
-    num_ranks = measured.place.num_ranks
-    figure, pictures = pyplot.subplots(
-        2, 1, sharex=True, figsize=(11, 1.6 + 0.8 * num_ranks), layout="constrained", squeeze=True
+    height = 0.8 * len(pictures) + 0.4 * place.num_ranks * len(pictures)
+    figure, axes_of = pyplot.subplots(
+        len(pictures), 1, sharex=True, figsize=(11, height), layout="constrained", squeeze=False
     )
-    name = measured.schedule.value + (f", {measured.place.virtual} stages a rank" if measured.place.virtual > 1 else "")
-    for axes, blocks, title in (
-        (pictures[0], measured.blocks, f"step {measured.step}, {name}: measured, bubble {measured.bubble:.1%}"),
-        (pictures[1], ideal.blocks, f"the same passes without waiting for messages: bubble {ideal.bubble:.1%}"),
-    ):
-        for rank, row in enumerate(blocks):
+    found: set[Pass] = set()
+    for (title, rows), axes in zip(pictures, axes_of[:, 0], strict=True):
+        for rank, row in enumerate(rows):
+            stages = place.stages_of(rank)
+            spans: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
             for block in row:
-                turn = measured.place.stages_of(rank).index(block.action.stage)
-                axes.broken_barh(
-                    [(1000 * block.start, 1000 * (block.end - block.start))],
-                    (rank - 0.4, 0.8),
-                    facecolor=COLORS[block.action.what],
-                    alpha=1.0 - 0.45 * turn / max(1, measured.place.virtual - 1) if measured.place.virtual > 1 else 1.0,
-                    edgecolor="white",
-                    linewidth=0.4,
-                )
-        axes.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+                key = block.action.what, stages.index(block.action.stage)
+                spans.setdefault(key, []).append((scale * block.start, scale * (block.end - block.start)))
+            for (what, turn), ranges in spans.items():
+                paler = 1.0 - 0.45 * turn / max(1, place.virtual - 1)
+                look = {"facecolor": COLORS[what], "alpha": paler, "edgecolor": "white", "linewidth": 0.4}
+                axes.broken_barh(ranges, (rank - 0.4, 0.8), **look)
+                found.add(what)
+        axes.set_yticks(range(place.num_ranks), [f"rank {rank}" for rank in range(place.num_ranks)])
         axes.invert_yaxis()
         axes.set_title(title, fontsize="small", loc="left")
-    pictures[1].set_xlabel("ms; paler: a rank's later stages")
-    passes = {block.action.what for row in measured.blocks for block in row}
-    patches = [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in passes]
-    pictures[0].legend(handles=patches, loc="lower right", ncols=3, fontsize="x-small")
+    axes_of[-1, 0].set_xlabel(unit + ("; paler: a rank's later stages" if place.virtual > 1 else ""))
+    patches = [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in found]
+    figure.legend(handles=patches, loc="outside upper right", ncols=3, fontsize="x-small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

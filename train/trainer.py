@@ -195,7 +195,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
             "memory_gib": by_stage[: layout.pp],
         }
         if layout.pp > 1:
-            record |= timeline.as_record(by_stage[layout.pp :], layout.pp)
+            record |= timeline.as_record(by_stage[layout.pp :], layout.pp, seconds)
             record["bubble_expected"] = bubble
         if peak:
             record["mfu"] = record["tokens_per_second"] * flops_per_token / (peak * layout.world_size)
@@ -210,7 +210,10 @@ def train(ready: Ready, signals: StopSignals) -> None:
             ranks = [index * layout.dp * layout.tp for index in range(layout.pp)]
             if (all_blocks := timeline.gather(engine.pipeline, group, ranks)) and tracker:
                 measured = timeline.Measured(step, config.parallel.schedule, place, accumulation, all_blocks)
-                tracker.picture("timeline", timeline.write(measured, run_dir))
+                try:
+                    tracker.picture("timeline", timeline.write(measured, run_dir))
+                except OSError as error:
+                    tracker.say(f"the timeline of step {step} could not be kept ({error})", logging.WARNING)
         saves = config.checkpoint.enabled and (stopped or step == length.steps or (due and not busy))
         news = saver.wait() if saves else saver.news()
         if tracker:

@@ -77,8 +77,15 @@ CASES = {
         # Pipelines alone, against clipping and micro-batches.
         *[
             Case(pp=pp, dp=4 // pp, n_layers=7, clip=clip, bf16=bf16, micro_batch=micro_batch)
-            for clip, bf16, micro_batch in [(1.0, False, 1), (None, False, 3), (0.05, False, 1), (1.0, True, 1)]
-            for pp in (1, 2, 4)
+            for clip, bf16, micro_batch, cuts in [
+                *[
+                    (1.0, False, 1, (1, 2, 4)),
+                    (None, False, 3, (2,)),
+                    (0.05, False, 1, (1, 4)),
+                    (1.0, True, 1, (1, 2, 4)),
+                ]
+            ]
+            for pp in cuts
         ],
         *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in ("selective", "full")],
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
@@ -94,14 +101,18 @@ CASES = {
     "4 ranks, schedules": [
         # 12 micro-batches over 4 ranks, 6 over 2; 7 and 11 layers, which no stages divide.
         *[Case(pp=4, schedule=name, virtual=v, n_layers=11) for name, v in SCHEDULES],
-        *[Case(pp=2, dp=2, schedule=name, virtual=v, n_layers=7) for name, v in SCHEDULES],
+        *[Case(pp=2, dp=2, schedule=name, virtual=2, n_layers=7) for name in TWO],
         # Three micro-batches, which neither four ranks nor two divide.
         *[Case(pp=4, schedule=name, virtual=v, n_layers=7, micro_batch=4) for name, v in ANY_NUMBER],
-        *[case for name in TWO for case in both(pp=2, tp=2, schedule=name, virtual=2, n_layers=4, micro_batch=2)],
-        *[Case(pp=2, dp=2, schedule=name, n_layers=4, recompute=how) for name in TWO[:3] for how in RECOMPUTED],
-        *both(pp=2, tp=2, schedule="zbv", recompute="full", n_layers=4),
-        *[Case(pp=2, dp=2, schedule=name, n_layers=7, bf16=True) for name in TWO[:3]],
-        *both(pp=2, tp=2, schedule="zero_bubble", virtual=2, bf16=True, n_layers=4, micro_batch=2),
+        *[
+            Case(pp=2, tp=2, sequence_parallel=True, schedule=name, virtual=2, n_layers=4, micro_batch=2)
+            for name in TWO
+        ],
+        Case(pp=2, tp=2, schedule="zero_bubble", n_layers=4, micro_batch=2),
+        *[Case(pp=2, dp=2, schedule=name, n_layers=4, recompute=how) for name in TWO[1:3] for how in RECOMPUTED],
+        Case(pp=2, tp=2, sequence_parallel=True, schedule="zbv", recompute="full", n_layers=4),
+        *[Case(pp=2, dp=2, schedule=name, n_layers=7, bf16=True) for name in TWO[1:3]],
+        Case(pp=2, tp=2, sequence_parallel=True, schedule="zero_bubble", virtual=2, bf16=True, n_layers=4),
     ],
     "6 ranks": [*both(pp=3, tp=2, n_layers=7), *both(pp=3, tp=2, n_layers=7, kv_heads=1, vocab_size=1003, clip=0.05)],
     "8 ranks": [

@@ -18,16 +18,16 @@ BLOCKS = [row(("F00", 0.0, 1.0), ("B00", 6.0, 8.0)), row(("F10", 1.5, 2.5), ("B1
 
 def test_a_record_has_each_rank_s_seconds_and_the_bubble():
     by_rank = [seconds_by_rank(blocks, rank, 2) for rank, blocks in enumerate(BLOCKS)]
-    record = as_record([max(values) for values in zip(*by_rank, strict=True)], 2)
+    record = as_record([max(values) for values in zip(*by_rank, strict=True)], 2, 8.5)
     assert record["forward_seconds"] == [1, 1] and record["backward_seconds"] == [2, 3]
     assert "weight_seconds" not in record
     assert record["wait_seconds"] == [5, 4]
-    assert record["bubble"] == pytest.approx(9 / 16)
+    assert record["bubble"] == pytest.approx(9 / 16) and record["optimizer_seconds"] == 0.5
 
 
 def test_weight_gradients_are_told_apart():
     blocks = row(("F00", 0.0, 1.0), ("B00", 1.0, 2.0), ("W00", 3.0, 5.0))
-    record = as_record(seconds_by_rank(blocks, 0, 1), 1)
+    record = as_record(seconds_by_rank(blocks, 0, 1), 1, 5.0)
     assert record["weight_seconds"] == [2] and record["wait_seconds"] == [1]
 
 
