@@ -93,12 +93,8 @@ def _batch(config: Config, run_layout: Layout | None) -> list[str]:
             f"train.global_batch={train.global_batch}: not divisible by train.micro_batch x dp = "
             f"{train.micro_batch} x {run_layout.dp} = {unit}; {works} would be"
         )
-    elif not schedules.problems(config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages, None):
-        micro_batches = train.global_batch // unit
-        found = schedules.problems(
-            config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages, micro_batches
-        )
-        problems += found
+    elif not schedules.problems(config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages):
+        problems += schedules.batch_problems(config.parallel.schedule, run_layout.pp, train.global_batch, unit)
     return problems
 
 

@@ -92,9 +92,7 @@ class Layout:
 
 def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     """Why this cut is impossible for this model, one sentence each with key, value and what would work."""
-    found = (
-        schedules.problems(parallel.schedule, parallel.pp, parallel.virtual_stages, None) if parallel.pp >= 1 else []
-    )
+    found = schedules.problems(parallel.schedule, parallel.pp, parallel.virtual_stages) if parallel.pp >= 1 else []
     if parallel.pp < 1:
         found.append(f"parallel.pp={parallel.pp}: must be at least 1")
     elif parallel.pp > model.n_layers >= 1:

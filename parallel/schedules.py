@@ -93,39 +93,45 @@ def splits_backward(schedule: Schedule) -> bool:
     return schedule in _SPLIT
 
 
-def problems(schedule: Schedule, num_ranks: int, virtual: int | None, micro_batches: int | None) -> list[str]:
-    """Why a schedule cannot be, a sentence each with what would work.
-
-    Args:
-        schedule, num_ranks, virtual: as set.
-        micro_batches: of a step and replica; None where that is not known.
-    """
-    found, name = [], f"parallel.schedule={schedule.value}"
+def problems(schedule: Schedule, num_ranks: int, virtual: int | None) -> list[str]:
+    """Why a schedule cannot be on so many ranks with so many stages each, a sentence each with what would work."""
+    name = f"parallel.schedule={schedule.name}"
     if num_ranks == 1:
         return (
-            [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"] if schedule.value != "1f1b" else []
+            [] if schedule is ONE_F_ONE_B else [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"]
         )
-    if virtual is not None:
-        key = f"parallel.virtual_stages={virtual}"
-        if virtual < 1:
-            found.append(f"{key}: must be at least 1, or null for what the schedule needs")
-        elif schedule in _VEE and virtual != 2:
-            found.append(f"{key}: {name} goes there and back; parallel.virtual_stages=2 works")
-        elif schedule.value == "1f1b" and virtual != 1:
-            found.append(f"{key}: {name} has one stage on each rank; parallel.schedule=interleaved has more")
-        elif schedule.value == "interleaved" and virtual < 2:
-            found.append(f"{key}: {name} has several stages on each rank; 2 works, and parallel.schedule=1f1b has one")
-    if micro_batches is None or found:
-        return found
-    counted = f"train.global_batch / (train.micro_batch x dp) = {micro_batches} micro-batches"
-    if schedule.value == "interleaved" and micro_batches % num_ranks:
-        works = either("a number of", nearest_multiples(micro_batches, num_ranks)).replace("=", " ")
-        found.append(f"{name}: {counted} go round by parallel.pp={num_ranks}; {works} works, or zero_bubble with any")
-    if schedule.value == "dualpipev" and micro_batches < 2 * num_ranks:
-        found.append(
-            f"{name}: {counted}, and it needs 2 x pp = {2 * num_ranks}; parallel.schedule=zbv takes any number"
-        )
-    return found
+    if virtual is None:
+        return []
+    key = f"parallel.virtual_stages={virtual}"
+    if virtual < 1:
+        return [f"{key}: must be at least 1, or null for what the schedule needs"]
+    if schedule in _VEE and virtual != 2:
+        return [f"{key}: {name} goes there and back; parallel.virtual_stages=2 works"]
+    if schedule is ONE_F_ONE_B and virtual != 1:
+        return [f"{key}: {name} has one stage on each rank; parallel.schedule=interleaved has more"]
+    if schedule.name == "interleaved" and virtual < 2:
+        return [f"{key}: {name} has several stages on each rank; 2 works, and parallel.schedule=1f1b has one"]
+    return []
+
+
+def batch_problems(schedule: Schedule, num_ranks: int, global_batch: int, sequences: int) -> list[str]:
+    """Why a schedule cannot run a step of a batch, a sentence with what would work.
+
+    Args:
+        schedule, num_ranks: without `problems`.
+        global_batch: sequences of a step.
+        sequences: of these that go through as a micro-batch, over all replicas; divides them.
+    """
+    micro_batches = global_batch // sequences
+    made = f"train.global_batch={global_batch}: makes {micro_batches} micro-batches of {sequences}, and "
+    if schedule.name == "interleaved" and micro_batches % num_ranks:
+        works = either("train.global_batch", nearest_multiples(global_batch, num_ranks * sequences))
+        return [f"{made}parallel.schedule=interleaved goes round by parallel.pp={num_ranks}; {works} would work, or "
+                "parallel.schedule=zero_bubble with any"]  # fmt: skip
+    if schedule.name == "dualpipev" and micro_batches < 2 * num_ranks:
+        works = f"train.global_batch={2 * num_ranks * sequences} or more would work, or parallel.schedule=zbv with any"
+        return [f"{made}parallel.schedule=dualpipev needs 2 x parallel.pp = {2 * num_ranks}; {works}"]
+    return []
 
 
 @cache

@@ -25,7 +25,7 @@ from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.deferral import weight_gradients
 from parallel.pipeline import Hop, Pipeline, make_links
-from parallel.schedules import Costs, Placement, Schedule, orders, placement, problems, simulate
+from parallel.schedules import Costs, Placement, Schedule, batch_problems, orders, placement, simulate
 from parallel.stages import split_for
 from parallel.tensor import TensorParallel, build_layer
 from train import timeline
@@ -130,7 +130,7 @@ def _rank(
         _Nap.share = 1.0 if turn else 0.05
         for m in numbers:
             for kind, pipeline in pipelines.items():
-                if problems(Schedule[kind[0]], ranks, kind[1], m):
+                if batch_problems(Schedule[kind[0]], ranks, m, 1):
                     continue
                 dist.barrier()
                 pipeline.train(_data(model, seq_len, m), m)

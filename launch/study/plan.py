@@ -17,11 +17,13 @@ from conf.errors import BadInput
 from conf.schema import Config
 from conf.settings import Rate
 from model.regroup import Method, problem_of
+from train.checkpoint.folder import CHECKPOINTS
 from train.preflight import preflight
 from train.schedule import length_of
 from train.weights import Source, open_source
 
 PREFIX = "study."
+_SHARED = ("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision")
 ORIGINAL = "original"
 """In the place of a method, where nothing was regrouped."""
 
@@ -78,7 +80,7 @@ class Plan:
         folder: of the study.
         pretrain: overrides of the pretraining; None where `source` has been trained already.
         source: the weights to begin with, where they are there.
-        shared: the command's overrides that go for every uptraining too: layout, logging, saving.
+        shared: the command's overrides that are no part of a recipe, and so are every uptraining's too.
         rate: the treatment of the learning rate.
     """
 
@@ -165,14 +167,13 @@ def plan(overrides: Sequence[str]) -> Plan:
     elif "model" not in given:
         rest = ["model=tiny_mha", *rest]
     # Each uptraining takes its recipe from the weights.
-    shared = [text for text in rest if text.startswith(("parallel.", "wandb.", "checkpoint.", "uptrain.rate"))]
+    shared = [text for text in rest if text.startswith(_SHARED)]
     if not any(text.startswith("parallel.") for text in rest):
         layout = [f"parallel.dp={replicas}"] if (replicas := _replicas(compose_overrides(rest), source)) > 1 else []
         rest, shared = rest + layout, shared + layout
 
     composition = compose_overrides(rest)
-    name = source.path.parent.name if source and source.run else composition.config.name
-    folder = Path(settings.dir or f"runs/gqa-{name}")
+    folder = Path(settings.dir or f"runs/gqa-{_name_of(source) if source else composition.config.name}")
     pretrain = None
     if source is None:
         pretrain = [*rest, f"hydra.run.dir={quoted((folder / 'pretrained').absolute())}"]
@@ -184,6 +185,11 @@ def plan(overrides: Sequence[str]) -> Plan:
     if problems := _problems(made, source.run.tokens if source and source.run else None):
         raise BadInput(problems)
     return made
+
+
+def _name_of(source: Source) -> str:
+    """Of a run, its folder's; of other weights, theirs."""
+    return (source.path.parents[1] if source.path.parent.name == CHECKPOINTS else source.path).name
 
 
 def _settings(overrides: Sequence[str]) -> tuple[StudySettings, list[str]]:

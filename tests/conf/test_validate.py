@@ -37,6 +37,17 @@ def problems(*overrides, machine=CPU):
         (["train.total_tokens=0"], ["train.total_tokens=0", "at least 1"]),
         (["train.total_tokens=inf"], ["train.total_tokens=inf", "finite"]),
         (["optimizer.lr=inf"], ["optimizer.lr=inf", "finite"]),
+        (["parallel.schedule=zbv"], ["parallel.schedule=zbv", "parallel.pp=1 is no pipeline"]),
+        (
+            ["parallel.pp=4", "parallel.schedule=interleaved", "train.global_batch=12", "train.micro_batch=2"],
+            ["train.global_batch=12: makes 6 micro-batches of 2", "train.global_batch=8 or train.global_batch=16"],
+        ),
+        (
+            ["parallel.pp=4", "parallel.schedule=interleaved", "parallel.virtual_stages=3"],
+            ["parallel.virtual_stages=3: 12 stages", "10 layers", "parallel.virtual_stages=2 is the most"],
+        ),
+        (["train.timeline_at=[0]"], ["train.timeline_at=[0]", "count from 1"]),
+        (["train.val_at=[0]"], ["train.val_at=[0]", "count from 1"]),
         (["sample.temperature=nan"], ["sample.temperature=nan", "0 (the likeliest token) or above"]),
     ],
 )

@@ -10,6 +10,7 @@ from parallel.schedules import (
     Pass,
     Placement,
     Schedule,
+    batch_problems,
     forward_orders,
     orders,
     placement,
@@ -23,7 +24,7 @@ KINDS += [("zero_bubble", 2), ("zero_bubble", 3), ("zbv", 2), ("dualpipev", 2)]
 EVERY = [
     (name, p, v, m)
     for (name, v), p, m in product(KINDS, (2, 3, 4, 5, 8), (1, 2, 3, 4, 7, 8, 9, 16, 24, 40))
-    if not problems(Schedule[name], p, v, m)
+    if not batch_problems(Schedule[name], p, m, 1)
 ]
 
 
@@ -109,6 +110,7 @@ def test_waiting_is_what_the_papers_say(p, m):
         for name in ("zbv", "dualpipev"):
             order, place = made(name, p, 2, m)
             assert simulate(order, place, Costs.even(place, 2.0)).seconds == 6 * m + (p - 1)
+        assert seconds("zbv", 2, (1, 1, 1)) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
@@ -163,29 +165,34 @@ def test_stages_lie_there_and_back():
 
 
 @pytest.mark.parametrize(
-    ("name", "p", "v", "m", "said"),
+    ("name", "p", "v", "said"),
     [
-        ("zbv", 2, 3, None, "parallel.virtual_stages=3: parallel.schedule=zbv goes there and back; "),
-        ("dualpipev", 2, 1, None, "parallel.virtual_stages=1: parallel.schedule=dualpipev goes there and back"),
-        ("1f1b", 2, 2, None, "parallel.schedule=1f1b has one stage on each rank; parallel.schedule=interleaved has"),
-        ("interleaved", 2, 1, None, "parallel.schedule=interleaved has several stages on each rank; 2 works"),
-        ("zero_bubble", 2, 0, None, "parallel.virtual_stages=0: must be at least 1"),
-        ("interleaved", 1, None, None, "parallel.schedule=interleaved: parallel.pp=1 is no pipeline; "),
-        (
-            "interleaved",
-            4,
-            None,
-            6,
-            "= 6 micro-batches go round by parallel.pp=4; a number of 4 or a number of 8 works",
-        ),
-        ("dualpipev", 4, None, 7, "= 7 micro-batches, and it needs 2 x pp = 8; parallel.schedule=zbv takes any number"),
+        ("zbv", 2, 3, "parallel.virtual_stages=3: parallel.schedule=zbv goes there and back; "),
+        ("dualpipev", 2, 1, "parallel.virtual_stages=1: parallel.schedule=dualpipev goes there and back"),
+        ("1f1b", 2, 2, "parallel.schedule=1f1b has one stage on each rank; parallel.schedule=interleaved has"),
+        ("interleaved", 2, 1, "parallel.schedule=interleaved has several stages on each rank; 2 works"),
+        ("zero_bubble", 2, 0, "parallel.virtual_stages=0: must be at least 1"),
+        ("interleaved", 1, None, "parallel.schedule=interleaved: parallel.pp=1 is no pipeline; "),
     ],
 )
-def test_what_cannot_be_is_said(name, p, v, m, said):
-    (problem,) = problems(Schedule[name], p, v, m)
+def test_what_cannot_be_is_said(name, p, v, said):
+    (problem,) = problems(Schedule[name], p, v)
     assert said in problem
 
 
-@pytest.mark.parametrize(("name", "p", "v", "m"), [("1f1b", 1, None, 3), ("zbv", 4, None, 1), ("zero_bubble", 4, 3, 7)])
-def test_what_can_be_is_not(name, p, v, m):
-    assert problems(Schedule[name], p, v, m) == []
+def test_a_batch_that_a_schedule_cannot_run_is_said_with_one_that_it_can():
+    assert batch_problems(Schedule["interleaved"], 4, 36, 6) == [
+        "train.global_batch=36: makes 6 micro-batches of 6, and parallel.schedule=interleaved goes round by "
+        "parallel.pp=4; train.global_batch=24 or train.global_batch=48 would work, or parallel.schedule=zero_bubble "
+        "with any"
+    ]
+    assert batch_problems(Schedule["dualpipev"], 4, 14, 2) == [
+        "train.global_batch=14: makes 7 micro-batches of 2, and parallel.schedule=dualpipev needs 2 x parallel.pp = 8; "
+        "train.global_batch=16 or more would work, or parallel.schedule=zbv with any"
+    ]
+    assert batch_problems(Schedule["zbv"], 4, 1, 1) == batch_problems(Schedule["interleaved"], 4, 8, 2) == []
+
+
+@pytest.mark.parametrize(("name", "p", "v"), [("1f1b", 1, None), ("zbv", 4, None), ("zero_bubble", 4, 3)])
+def test_what_can_be_is_not(name, p, v):
+    assert problems(Schedule[name], p, v) == []

@@ -1,6 +1,7 @@
 """A whole study of small models in real processes, and its plan."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +133,16 @@ def test_a_schedule_that_runs_again_is_a_run_for_each_share(command):
     found = [(run.kv_heads, run.method, run.steps) for run in again.uptrainings(5120)]
     assert found == [(*kind, (step,)) for kind in kinds for step in (2, 6)]
     assert "uptrain.rate=again" in again.overrides(again.uptrainings(5120)[0], again.folder)
+    shared = again.overrides(again.uptrainings(5120)[0], again.folder)
+    assert any(text.startswith("data.cache_dir=") for text in shared) and "parallel.pp=2" in shared
+    assert not any(text.startswith(("model.", "optimizer.", "train.total_tokens")) for text in shared)
+
+
+@pytest.mark.launch
+def test_a_study_of_trained_weights_is_kept_under_their_name(done):
+    folder, _, _ = done
+    assert plan([f'init_from="{folder / "pretrained"}"', *SMALL]).folder == Path("runs/gqa-pretrained")
+    assert plan([f'init_from="{folder / "weights" / "1-mean"}"', *SMALL]).folder == Path("runs/gqa-1-mean")
 
 
 def test_null_is_every_divisor(overrides, tmp_path):
