@@ -89,7 +89,7 @@ def test_the_run_folder_is_complete_and_written_by_one_rank(pipelined):
     summary = json.loads((folder / "summary.json").read_text())
     records = metrics(folder)
     assert summary["loss_last"] == records[-1]["loss"] and summary["val_loss"] == records[-1]["val_loss"]
-    for said in ("wandb leet", "wandb sync", str(folder), "sample 3", ", head"):
+    for said in ("wandb leet", "wandb sync", str(folder), "sample 3", "head  ", "rank"):
         assert result.stderr.count(said) >= 1, said
     assert result.stderr.count("speed   ") == 1
 

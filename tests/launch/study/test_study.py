@@ -178,9 +178,9 @@ def test_what_cannot_be_is_said_before_anything_is_trained(wrong, said, command,
     assert starts.folders == [] and not (tmp_path / "none" / "weights").exists()
 
 
-def test_several_mistakes_are_said_together(command):
+def test_several_mistakes_are_said_together(command, tmp_path):
     with pytest.raises(BadInput) as error:
-        plan([*command, "study.heads=2", "train.global_batch=0"])
+        plan([*command, f"study.dir={tmp_path}", "study.heads=2", "train.global_batch=0"])
     assert [problem.partition("=")[0] for problem in error.value.problems] == ["study.heads", "train.global_batch"]
 
 
