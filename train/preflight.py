@@ -84,7 +84,7 @@ def preflight(
     config = composition.config
     machine = machine or this_machine()
     layout, problems = validate(config, machine)
-    problems = [*composition.problems, *problems, *corpus.check(config.data)]
+    problems = [*composition.problems, *problems]
     problems += uptrain.problems(config, source)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
@@ -99,7 +99,8 @@ def preflight(
         except BadInput as error:
             problems += error.problems
     if problems or layout is None:
-        raise BadInput(problems)
+        raise BadInput([*problems, *corpus.check(config.data)])
+    # It checks the corpus itself: of 100,000 files on a shared disk, one look is enough.
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
         raise BadInput(problems)
