@@ -96,10 +96,8 @@ def splits_backward(schedule: Schedule) -> bool:
 def problems(schedule: Schedule, num_ranks: int, virtual: int | None) -> list[str]:
     """Why a schedule cannot be on so many ranks with so many stages each, a sentence each with what would work."""
     name = f"parallel.schedule={schedule.name}"
-    if num_ranks == 1:
-        return (
-            [] if schedule is ONE_F_ONE_B else [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"]
-        )
+    if num_ranks == 1 and schedule is not ONE_F_ONE_B:
+        return [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"]
     if virtual is None:
         return []
     key = f"parallel.virtual_stages={virtual}"

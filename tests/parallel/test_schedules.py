@@ -173,6 +173,7 @@ def test_stages_lie_there_and_back():
         ("interleaved", 2, 1, "parallel.schedule=interleaved has several stages on each rank; 2 works"),
         ("zero_bubble", 2, 0, "parallel.virtual_stages=0: must be at least 1"),
         ("interleaved", 1, None, "parallel.schedule=interleaved: parallel.pp=1 is no pipeline; "),
+        ("1f1b", 1, 3, "parallel.virtual_stages=3: parallel.schedule=1f1b has one stage on each rank"),
     ],
 )
 def test_what_cannot_be_is_said(name, p, v, said):
