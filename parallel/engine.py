@@ -122,7 +122,7 @@ def build_engine(
         # Replicas, and within them tensor-parallel ranks, each have a pipeline of their own.
         step = layout.dp * layout.tp
         pipelines = [[first + stage * step for stage in range(layout.pp)] for first in range(step)]
-        links = make_links(place, pipelines)
+        links = make_links(place, pipelines, engine.grid.get_pipe_parallel_group())
     length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     engine.pipeline = Pipeline(

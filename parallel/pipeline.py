@@ -30,21 +30,25 @@ Links = Mapping[tuple[int, int], Any]
 waits for one that goes the other way."""
 
 
-def make_links(place: Placement, pipelines: Sequence[Sequence[int]]) -> Links:
-    """The links of the pipeline that this process is in. Every process calls it and makes all groups, in one order.
+def make_links(place: Placement, pipelines: Sequence[Sequence[int]], group: Any) -> Links:
+    """The links of the pipeline that this process is in. Every process calls it, and makes all groups in one order.
+
+    NCCL does what it is told on a group one after another, and a message that is awaited would hold up those that
+    leave. Gloo does not, and the group that is there will do.
 
     Args:
         place: of the stages.
         pipelines: for each pipeline its global ranks by place.
+        group: of this process's pipeline.
     """
     own: dict[tuple[int, int], Any] = {}
     ways = {(place.rank_of(s), place.rank_of(s + 1)) for s in range(place.num_stages - 1)}
     ways = {way for a, b in ways if a != b for way in ((a, b), (b, a))}
     for ranks in pipelines:
         for a, b in sorted(ways):
-            group = dist.new_group([ranks[a], ranks[b]])
+            link = group if dist.get_backend(group) == "gloo" else dist.new_group([ranks[a], ranks[b]])
             if dist.get_rank() in (ranks[a], ranks[b]):
-                own[a, b] = group
+                own[a, b] = link
     return own
 
 

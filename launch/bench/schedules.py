@@ -121,7 +121,7 @@ def _rank(
         shape = (1, seq_len, model.d_model) if nap is None else (1,)
         hop = Hop(shape, torch.float32, torch.device("cpu"))
         loss = cross_entropy if nap is None else _sum
-        links = make_links(place, [range(ranks)])
+        links = make_links(place, [range(ranks)], dist.group.WORLD)
         pipelines[name, virtual] = Pipeline(stages, loss, Schedule[name], place, rank, range(ranks), links, hop)
     seconds: dict[Any, list[float]] = {}
     bubbles: dict[Any, list[float]] = {}

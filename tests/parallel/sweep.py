@@ -91,12 +91,13 @@ CASES = {
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
         *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
         *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv)],
-        *[case for kv in ATTENTIONS for case in both(dp=2, tp=2, kv_heads=kv)],
+        *[case for kv in ATTENTIONS[1:] for case in both(dp=2, tp=2, kv_heads=kv)],
         *both(tp=4, kv_heads=1, clip=0.05),
         *both(pp=2, tp=2, vocab_size=1003),
         *both(tp=4, kv_heads=2, bf16=True),
         *both(dp=2, tp=2, kv_heads=1, bf16=True),
-        *[case for how in ("selective", "full") for case in both(pp=2, tp=2, recompute=how)],
+        *both(pp=2, tp=2, recompute="selective"),
+        Case(pp=2, tp=2, sequence_parallel=True, recompute="full", n_layers=2, micro_batch=4),
     ],
     "4 ranks, schedules": [
         # 12 micro-batches over 4 ranks, 6 over 2; 7 and 11 layers, which no stages divide.
