@@ -11,7 +11,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +43,11 @@ def to_config(node: DictConfig) -> Config:
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config), "config.yaml starts from the schema"
     return config
+
+
+def quoted(value: object) -> str:
+    """A text as the value of an override, whatever is in it."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def compose_overrides(

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from conf.errors import BadInput
 from conf.schema import Config
+from launch.timeline import picture
 from model.config import ModelConfig
-from parallel.schedules import Costs, Timeline, orders, simulate
+from parallel.schedules import Timeline
 from parallel.stages import split_for, stage_rows, stage_table
-from train.timeline import draw_rows, named
+from train.timeline import draw_rows, expected, named
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -59,15 +60,10 @@ def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
-    """A step as it should be, a micro-batch through a whole model as the unit of time, and its micro-batches.
-
-    Forward, input gradient and weight gradient are taken to be equally long, and messages to take no time.
-    """
+    """A step as it should be, and its micro-batches."""
     parallel, train = config.parallel, config.train
     micro_batches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
-    each = [share / 3 for share in shares]
-    made = orders(parallel.schedule, parallel.place, micro_batches)
-    return simulate(made, parallel.place, Costs(each, each, each)), micro_batches
+    return expected(parallel.schedule, parallel.place, micro_batches, shares), micro_batches
 
 
 def draw_step(config: Config, path: Path) -> None:
@@ -79,15 +75,11 @@ def draw_step(config: Config, path: Path) -> None:
     parallel = config.parallel
     if parallel.pp == 1:
         raise BadInput([f"--picture={path}: parallel.pp=1 has no stages to draw; parallel.pp=2 has"])
-    if path.suffix not in (".png", ".svg"):
-        raise BadInput([f"--picture={path}: its end says what is drawn; {path.with_suffix('.svg')} or .png would work"])
-    shares = [stage.cost_share for stage in split_for(config.model.layer_flops(config.train.seq_len), parallel.place)]
-    step, micro_batches = _step(config, shares)
-    title = f"{named(parallel.schedule, parallel.place)}, {micro_batches:,} micro-batches: bubble {step.bubble:.1%}"
-    try:
+    with picture("--picture", path):
+        stages = split_for(config.model.layer_flops(config.train.seq_len), parallel.place)
+        step, micro_batches = _step(config, [stage.cost_share for stage in stages])
+        title = f"{named(parallel.schedule, parallel.place)}, {micro_batches:,} micro-batches: bubble {step.bubble:.1%}"
         draw_rows([(title, step.blocks)], parallel.place, path, 1, "forward and backward passes of the whole model")
-    except OSError as error:
-        raise BadInput([f"--picture={path}: {error.strerror}"]) from None
 
 
 def _choices(model: ModelConfig) -> list[int]:

@@ -2,10 +2,27 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from conf.errors import BadInput
-from train.timeline import Measured, draw
+from train.timeline import Measured, draw, kept
+
+
+@contextmanager
+def picture(option: str, path: Path) -> Iterator[None]:
+    """Within, a picture is drawn to where a command's option says.
+
+    Raises:
+        BadInput: it is of no kind that can be drawn, or cannot be written.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise BadInput([f"{option}={path}: its end says what is drawn; {path.with_suffix('.svg')} or .png would work"])
+    try:
+        yield
+    except OSError as error:
+        raise BadInput([f"{option}={path}: {error.strerror}"]) from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -15,21 +32,17 @@ def run(options: argparse.Namespace) -> int:
         BadInput: no such step is kept, or the picture is of no kind that can be drawn.
     """
     run_dir = Path(options.source)
-    kept = {int(path.stem.removeprefix("step-")): path for path in sorted(run_dir.glob("timelines/step-*.json"))}
-    if not kept:
+    found = kept(run_dir)
+    if not found:
         works = "a run with parallel.pp above 1 keeps those of train.timeline_at"
         raise BadInput([f"{run_dir}: no timeline is there; {works}"])
-    step = max(kept) if options.step is None else options.step
-    if step not in kept:
-        raise BadInput([f"--step={step}: not kept; there are {', '.join(map(str, kept))}"])
+    step = max(found) if options.step is None else options.step
+    if step not in found:
+        raise BadInput([f"--step={step}: not kept; there are {', '.join(map(str, found))}"])
     out = Path(options.out) if options.out else run_dir / f"timeline-{step}.svg"
-    if out.suffix not in (".png", ".svg"):
-        raise BadInput([f"--out={out}: its end says what is drawn; {out.with_suffix('.svg')} or .png would work"])
-    measured = Measured.from_json(json.loads(kept[step].read_text("utf-8")))
-    try:
+    with picture("--out", out):
+        measured = Measured.from_json(json.loads(found[step].read_text("utf-8")))
         draw(measured, out)
-    except OSError as error:
-        raise BadInput([f"--out={out}: {error.strerror}"]) from None
     print(
         f"{out}: step {step}, {measured.schedule.value}, {measured.micro_batches} micro-batches on "
         f"{measured.place.num_ranks} ranks: bubble {measured.bubble:.1%}, "

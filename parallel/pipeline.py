@@ -13,7 +13,6 @@ from parallel.deferral import Later, weights_later
 from parallel.schedules import (
     Action,
     Block,
-    Orders,
     Pass,
     Placement,
     Schedule,
@@ -21,6 +20,7 @@ from parallel.schedules import (
     orders,
     receiver_of,
     source_of,
+    split_off,
     user_of,
 )
 
@@ -118,7 +118,7 @@ class Pipeline:
     ):
         self._stages, self._loss_fn, self._schedule, self.place = stages, loss_fn, schedule, place
         self._rank, self._ranks, self._links, self._hop = rank, ranks, links, hop
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[tuple[bool, int], _Plan] = {}
         self.began = 0.0
         """When the last step began here, by the wall clock."""
         self._begin: Any = None
@@ -139,12 +139,12 @@ class Pipeline:
         Returns:
             The loss of each micro-batch, where the last stage is; else nothing.
         """
-        return self._run(self._plan(orders(self._schedule, self.place, micro_batches)), data, 1 / micro_batches)
+        return self._run(self._plan(True, micro_batches), data, 1 / micro_batches)
 
     @torch.no_grad()
     def evaluate(self, data: Iterator[Sequence[torch.Tensor]], micro_batches: int) -> list[torch.Tensor]:
         """As `train`, forward only."""
-        return self._run(self._plan(forward_orders(self.place, micro_batches)), data, None)
+        return self._run(self._plan(False, micro_batches), data, None)
 
     def blocks(self) -> list[Block]:
         """What was done in the last step, and when, in seconds after it began here; waits for the device."""
@@ -157,20 +157,26 @@ class Pipeline:
         since = [(action, first.elapsed_time(begin), first.elapsed_time(end)) for action, begin, end in self._marks]
         return [Block(action, begin / 1000, end / 1000) for action, begin, end in since]
 
-    def _plan(self, made: Orders) -> "_Plan":
-        if id(made) not in self._plans:
+    def _plan(self, training: bool, micro_batches: int) -> "_Plan":
+        """Made once; the steps of a run are all alike."""
+        if (training, micro_batches) not in self._plans:
+            made = (
+                orders(self._schedule, self.place, micro_batches)
+                if training
+                else forward_orders(self.place, micro_batches)
+            )
             others = {other for other, to in self._links if to == self._rank}
             coming = {
                 other: [action for action in made[other] if receiver_of(action, self.place) == self._rank]
                 for other in others
             }
             turn = {action: index for order in made for index, action in enumerate(order)}
-            self._plans[id(made)] = _Plan(made, made[self._rank], coming, turn)
-        return self._plans[id(made)]
+            self._plans[training, micro_batches] = _Plan(made[self._rank], coming, turn)
+        return self._plans[training, micro_batches]
 
     def _run(self, plan: "_Plan", data: Iterator[Sequence[torch.Tensor]], share: float | None) -> list[torch.Tensor]:
         place, last = self.place, self.place.num_stages - 1
-        split = {(action.stage, action.micro_batch) for action in plan.own if action.what is Pass.W}
+        split = split_off(plan.own)
         inboxes = {
             other: _Inbox(plan.coming[other], self._ranks[other], group, self._hop.empty)
             for (other, to), group in self._links.items()
@@ -264,13 +270,11 @@ class _Plan:
     """Orders as one rank sees them.
 
     Attributes:
-        made: of all ranks; kept, as it is known by its identity.
         own: this rank's.
         coming: by neighbour, those of its actions whose results come here, in the order in which it sends them.
         turn: the place of each action in its rank's order.
     """
 
-    made: Orders
     own: list[Action]
     coming: dict[int, list[Action]]
     turn: dict[Action, int]

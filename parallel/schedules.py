@@ -15,10 +15,9 @@ input alone, for which the stage before waits, and W that of the weights, for wh
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 
 from model.config import either, nearest_multiples
 
@@ -132,15 +131,13 @@ def batch_problems(schedule: Schedule, num_ranks: int, global_batch: int, sequen
     return []
 
 
-@cache
 def orders(schedule: Schedule, place: Placement, micro_batches: int) -> Orders:
-    """What each rank of a pipeline does in a step; `problems` has been asked. Not to be changed: it is kept."""
+    """What each rank of a pipeline does in a step; `problems` has been asked."""
     if place.there_and_back:
         return _zbv(place, micro_batches) if schedule.value == "zbv" else _dualpipev(place, micro_batches)
     return _around(place, micro_batches, splits_backward(schedule))
 
 
-@cache
 def forward_orders(place: Placement, micro_batches: int) -> Orders:
     """Forward passes alone: evaluation."""
     forward, _ = _rounds(place, micro_batches)
@@ -167,21 +164,18 @@ def _around(place: Placement, m: int, split: bool) -> Orders:
     lead = 2 if v > 1 and not split else 1
     made = []
     for rank in range(p):
-        stages = place.stages_of(rank)
+        stages, order = place.stages_of(rank), _Order()
         filling = min((v - 1) * min(p, m) + lead * (p - 1 - rank), v * m)
-        order = [Action(Pass.F, stages[turn], mb) for turn, mb in forward[:filling]]
-        later: list[Action] = []
-        for index, (turn, mb) in enumerate(backward):
+        for turn, _ in forward[:filling]:
+            order.add(stages[turn], "F")
+        for index, (turn, _) in enumerate(backward):
             if filling + index < v * m:
-                next_turn, next_mb = forward[filling + index]
-                order.append(Action(Pass.F, stages[next_turn], next_mb))
-            order.append(Action(Pass.B, stages[turn], mb))
-            if split:
-                later.append(Action(Pass.W, stages[turn], mb))
-                # Rank r leaves r of them for the gaps at the end; with the passes that it is ahead by, p in all.
-                if index >= rank:
-                    order.append(later.pop(0))
-        made.append(order + later)
+                order.add(stages[forward[filling + index][0]], "F")
+            order.backward(stages[turn], split)
+            # Rank r leaves r of them for the gaps at the end; with the passes that it is ahead by, p in all.
+            if index >= rank:
+                order.weights()
+        made.append(order.ended())
     return made
 
 
@@ -195,49 +189,24 @@ def _zbv(place: Placement, m: int) -> Orders:
     for rank in range(p):
         there, back = place.stages_of(rank)
         order = _Order()
-        for _ in range(2 * (p - rank) - 1):
-            order.add(Pass.F, there)
+        order.add(there, "F" * (2 * (p - rank) - 1))
         for _ in range(rank):
-            order.add(Pass.F, back)
-            order.add(Pass.F, there)
+            order.add(back, "F")
+            order.add(there, "F")
         for _ in range(p - rank):
-            order.add(Pass.F, back)
-            order.add(Pass.B, back)
-            order.add(Pass.W, back)
+            order.add(back, "FBW")
         while order.count[Pass.F, back] < passes:
-            if order.count[Pass.F, there] < passes:
-                order.add(Pass.F, there)
-            order.add(Pass.B, there)
-            order.add(Pass.W, there)
-            order.add(Pass.F, back)
-            order.add(Pass.B, back)
-            order.add(Pass.W, back)
+            order.add(there, "FBW" if order.count[Pass.F, there] < passes else "BW")
+            order.add(back, "FBW")
         for _ in range(rank):
-            order.add(Pass.B, there)
-            order.add(Pass.B, back)
+            order.add(there, "B")
+            order.add(back, "B")
         for _ in range(p - rank):
-            order.add(Pass.B, there)
-            order.add(Pass.W, there)
+            order.add(there, "BW")
         for stage in (back, there):
-            while order.count[Pass.W, stage] < passes:
-                order.add(Pass.W, stage)
-        made.append([action for action in order.actions if action.micro_batch < m])
+            order.add(stage, "W" * (passes - order.count[Pass.W, stage]))
+        made.append([action for action in order.ended() if action.micro_batch < m])
     return made
-
-
-class _Order:
-    """One rank's actions, the micro-batches of each pass and stage counted up."""
-
-    def __init__(self) -> None:
-        self.actions: list[Action] = []
-        self.count: Counter[tuple[Pass, int]] = Counter()
-
-    def add(self, what: Pass, stage: int) -> Action:
-        """The next one of a pass through a stage."""
-        action = Action(what, stage, self.count[what, stage])
-        self.count[what, stage] += 1
-        self.actions.append(action)
-        return action
 
 
 def _dualpipev(place: Placement, m: int) -> Orders:
@@ -249,43 +218,60 @@ def _dualpipev(place: Placement, m: int) -> Orders:
     made = []
     for rank in range(p):
         there, back = place.stages_of(rank)
-        order, later = _Order(), deque[Action]()
-
-        def backward(stage: int, split: bool, order: _Order = order, later: deque[Action] = later) -> None:
-            action = order.add(Pass.B, stage)
-            if split:
-                later.append(Action(Pass.W, stage, action.micro_batch))
-
-        ahead = p - 1 - rank
-        for _ in range(2 * ahead):
-            order.add(Pass.F, there)
+        order, ahead = _Order(), p - 1 - rank
+        order.add(there, "F" * 2 * ahead)
         for _ in range(rank + 1):
-            order.add(Pass.F, there)
-            order.add(Pass.F, back)
+            order.add(there, "F")
+            order.add(back, "F")
         for _ in range(ahead):
-            backward(back, split=True)
-            order.actions.append(later.popleft())
-            order.add(Pass.F, back)
+            order.add(back, "BWF")
         for _ in range(m - 2 * p + rank + 1):
-            order.add(Pass.F, there)
-            backward(back, split=False)
-            order.add(Pass.F, back)
-            backward(there, split=False)
+            order.add(there, "F")
+            order.add(back, "BF")
+            order.add(there, "B")
         for _ in range(ahead):
-            backward(back, split=False)
-            order.add(Pass.F, back)
-            backward(there, split=False)
+            order.add(back, "BF")
+            order.add(there, "B")
         # Half of what is left waits for the time when nothing comes any more.
         half = (rank + 1) // 2
         for index in range(rank + 1):
-            backward(back, split=index > half or (index == half and rank % 2 == 1))
-            backward(there, split=index >= half)
+            order.backward(back, split=index > half or (index == half and rank % 2 == 1))
+            order.backward(there, split=index >= half)
         for _ in range(ahead):
-            if later:
-                order.actions.append(later.popleft())
-            backward(there, split=True)
-        made.append([*order.actions, *later])
+            order.weights()
+            order.backward(there, split=True)
+        made.append(order.ended())
     return made
+
+
+class _Order:
+    """One rank's actions, the micro-batches of each pass and stage counted up."""
+
+    def __init__(self) -> None:
+        self.count: Counter[tuple[Pass, int]] = Counter()
+        self._actions: list[Action] = []
+        self._left: deque[Action] = deque()
+
+    def add(self, stage: int, passes: str) -> None:
+        """The next micro-batch of each of these passes (``"FBW"``) through a stage."""
+        for what in map(Pass.__getitem__, passes):
+            self._actions.append(Action(what, stage, self.count[what, stage]))
+            self.count[what, stage] += 1
+
+    def backward(self, stage: int, split: bool) -> None:
+        """A backward pass, of which W may be left for later."""
+        self.add(stage, "B")
+        if split:
+            self._left.append(Action(Pass.W, stage, self._actions[-1].micro_batch))
+
+    def weights(self) -> None:
+        """What has been left longest, if anything has."""
+        if self._left:
+            self._actions.append(self._left.popleft())
+
+    def ended(self) -> list[Action]:
+        """All actions, with what is still left at the end."""
+        return [*self._actions, *self._left]
 
 
 # ---- what it costs ----
@@ -343,12 +329,6 @@ class Costs:
     weights: Sequence[float]
     link: float = 0.0
 
-    @staticmethod
-    def even(place: Placement, seconds: float = 1.0, link: float = 0.0) -> "Costs":
-        """The same for all stages, each pass as long as the others; `seconds` for all stages of a rank."""
-        each = [seconds / place.virtual] * place.num_stages
-        return Costs(each, each, each, link)
-
 
 def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
     """Play a step: each rank does its actions in order, as soon as what they need has come.
@@ -356,7 +336,7 @@ def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
     Raises:
         ValueError: the ranks wait for each other without end.
     """
-    split = {(action.stage, action.micro_batch) for order in made for action in order if action.what is Pass.W}
+    split = {key for order in made for key in split_off(order)}
     ended: dict[Action, float] = {}
     blocks: list[list[Block]] = [[] for _ in made]
     kept, most = [0] * len(made), [0] * len(made)
@@ -386,6 +366,11 @@ def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
     if any(len(done) < len(order) for done, order in zip(blocks, made, strict=True)):
         raise ValueError("the ranks wait for each other without end")
     return Timeline(blocks, [number / place.virtual for number in most])
+
+
+def split_off(order: Iterable[Action]) -> set[tuple[int, int]]:
+    """(stage, micro-batch) of the backward passes that leave their weight gradients for a pass of their own."""
+    return {(action.stage, action.micro_batch) for action in order if action.what is Pass.W}
 
 
 def user_of(action: Action) -> Action:

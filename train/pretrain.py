@@ -22,8 +22,8 @@ if __name__ == "__main__":
     sys.path[0] = _ROOT
 
 import hydra  # noqa: E402
-from hydra.core.override_parser.types import Quote, QuotedString  # noqa: E402
 
+from conf.compose import quoted  # noqa: E402
 from conf.errors import BadInput  # noqa: E402
 from conf.schema import register  # noqa: E402
 from train.stopping import StopSignals  # noqa: E402
@@ -93,7 +93,7 @@ def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Pa
     Hydra would look up ${now:...} in hydra.run.dir again, and find another folder a second later. Nor may it change
     the working directory: paths in the configuration are relative to where the run was started.
     """
-    fixed = [f"hydra.run.dir={QuotedString(str(run_dir), Quote.single).with_quotes()}", "hydra.job.chdir=false"]
+    fixed = [f"hydra.run.dir={quoted(run_dir)}", "hydra.job.chdir=false"]
     extra = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     # Options last: Hydra's parser takes the overrides on one side of them only.
     return [*overrides, *fixed, f"--config-name={options.config_name}", *extra]

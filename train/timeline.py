@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from parallel.pipeline import Pipeline
-from parallel.schedules import Action, Block, Costs, Pass, Placement, Schedule, Timeline, orders, simulate
+from parallel.schedules import Action, Block, Costs, Pass, Placement, Schedule, Timeline, orders, simulate, split_off
 
 COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
 NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
@@ -47,13 +47,18 @@ def as_record(highest: Sequence[float], num_ranks: int, seconds: float) -> dict[
     return {**record, "bubble": sum(waits) / num_ranks / length, "optimizer_seconds": seconds - length}
 
 
-def expected_bubble(schedule: Schedule, place: Placement, micro_batches: int, shares: Sequence[float]) -> float:
-    """The bubble of a schedule whose stages cost what they should, with messages that take no time.
+def expected(schedule: Schedule, place: Placement, micro_batches: int, shares: Sequence[float]) -> Timeline:
+    """A step of a schedule whose stages cost what they should, with messages that take no time.
 
-    Forward, input gradient and weight gradient are taken to be equally long, which they are in matrix products.
+    Forward, input gradient and weight gradient are taken to be equally long, which they are in matrix products. The
+    unit of time is a micro-batch's three passes through all stages.
+
+    Args:
+        schedule, place, micro_batches: of the step.
+        shares: of each stage in the cost of all.
     """
-    each = list(shares)
-    return simulate(orders(schedule, place, micro_batches), place, Costs(each, each, each)).bubble
+    each = [share / 3 for share in shares]
+    return simulate(orders(schedule, place, micro_batches), place, Costs(each, each, each))
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Measured:
     def ideal(self) -> Timeline:
         """The same schedule with passes that take their mean time, and messages none."""
         seconds: dict[tuple[Pass, int], list[float]] = {}
-        split = {(b.action.stage, b.action.micro_batch) for r in self.blocks for b in r if b.action.what is Pass.W}
+        split = split_off(block.action for rank in self.blocks for block in rank)
         for rank in self.blocks:
             for block in rank:
                 action = block.action
@@ -88,10 +93,6 @@ class Measured:
         return simulate(
             orders(self.schedule, self.place, self.micro_batches), self.place, Costs(forward, backward, weights)
         )
-
-    def measured(self) -> Timeline:
-        """Its blocks, of whose kept activations nothing is known."""
-        return Timeline(self.blocks, [])
 
     @property
     def bubble(self) -> float:
@@ -141,18 +142,22 @@ def gather(pipeline: Pipeline, group: Any, ranks: Sequence[int]) -> list[list[Bl
     return [[replace(b, start=b.start + late[r], end=b.end + late[r]) for b in of_all[r][1]] for r in ranks]
 
 
-def path_of(run_dir: Path, step: int) -> Path:
-    """Where a step's timeline is kept."""
-    return run_dir / "timelines" / f"step-{step:08d}.json"
+TIMELINES = "timelines"
+"""In the run folder."""
 
 
 def write(measured: Measured, run_dir: Path) -> Path:
-    """Keep a timeline, and draw it."""
-    path = path_of(run_dir, measured.step)
+    """Keep a timeline, and draw it; the path of the picture."""
+    path = run_dir / TIMELINES / f"step-{measured.step:08d}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(measured.as_json()) + "\n", "utf-8")
     draw(measured, path.with_suffix(".png"))
     return path.with_suffix(".png")
+
+
+def kept(run_dir: Path) -> dict[int, Path]:
+    """The timelines that `write` has kept, by step."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted(run_dir.glob(f"{TIMELINES}/step-*.json"))}
 
 
 def draw(measured: Measured, path: Path) -> None:

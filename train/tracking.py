@@ -82,18 +82,13 @@ class Tracker:
 
     def begin(self, val_loss: float) -> None:
         """Log what trained weights are worth before the first step: a record of step 0."""
-        record = {"step": 0, "tokens": 0, "val_loss": val_loss}
-        print(json.dumps(record), file=self._metrics, flush=True)
-        self._remember(record)
-        self._log(record)
+        self._keep({"step": 0, "tokens": 0, "val_loss": val_loss})
         self.say(f"before the first step: validation loss {val_loss:.4f}")
 
     def step(self, record: dict[str, Any]) -> None:
         """Log one step; `record` has at least step, loss, grad_norm, lr and tokens."""
         record, self._costs = {**record, **self._costs}, {}
-        print(json.dumps(record), file=self._metrics, flush=True)
-        self._remember(record)
-        self._log(record)
+        self._keep(record)
         step, text = record["step"], f"loss {record['loss']:.4f}  lr {record['lr']:.2e}"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -103,6 +98,11 @@ class Tracker:
             log.info("step %d/%d  %s  %.0f tokens/s", step, self._steps, text, record["tokens_per_second"])
         if "val_loss" in record:
             self.say(f"step {step}: validation loss {record['val_loss']:.4f}")
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), file=self._metrics, flush=True)
+        self._remember(record)
+        self._log(record)
 
     def _log(self, record: dict[str, Any]) -> None:
         if record["step"] <= self._logged:  # taken and logged before, then lost with the process

@@ -77,7 +77,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
     place, accumulation = config.parallel.place, settings.global_batch // (settings.micro_batch * layout.dp)
     stages = split_for(costs, place)
     shares = [stage.cost_share for stage in stages]
-    bubble = timeline.expected_bubble(config.parallel.schedule, place, accumulation, shares)
+    bubble = timeline.expected(config.parallel.schedule, place, accumulation, shares).bubble
     engine = build_engine(
         shape,
         layout,

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
+from conf.compose import quoted
 from conf.errors import BadInput
 from conf.schema import Config, identity, plain
 from conf.settings import Decay, Rate, ScheduleConfig
@@ -111,4 +110,4 @@ def _hydra(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(_hydra(inner) for inner in value)}]"
-    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else repr(value)
+    return quoted(value) if isinstance(value, str) else repr(value)

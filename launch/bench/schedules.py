@@ -25,7 +25,7 @@ from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.deferral import weight_gradients
 from parallel.pipeline import Hop, Pipeline, make_links
-from parallel.schedules import Costs, Placement, Schedule, batch_problems, orders, placement, simulate
+from parallel.schedules import Placement, Schedule, batch_problems, placement
 from parallel.stages import split_for
 from parallel.tensor import TensorParallel, build_layer
 from train import timeline
@@ -159,7 +159,8 @@ def _expected(step: timeline.Measured, nap: float | None) -> float:
     """What theory says: of naps that are equally long, or of passes as long as they were."""
     if nap is None:
         return step.ideal().bubble
-    return simulate(orders(step.schedule, step.place, step.micro_batches), step.place, Costs.even(step.place)).bubble
+    even = [1 / step.place.num_stages] * step.place.num_stages
+    return timeline.expected(step.schedule, step.place, step.micro_batches, even).bubble
 
 
 def _data(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Sequence[torch.Tensor]]:

@@ -72,10 +72,10 @@ def findings(
     return {**result, "efficiency_gain": _efficiency(result), "orderings": _orderings(result)}
 
 
-def best_method(model: dict[str, Any]) -> str:
-    """Whose losses stand for a model: the mean's where it was taken."""
-    methods = model["val_loss"]
-    return Method.mean.value if Method.mean.value in methods else next(iter(methods))
+def losses_of(model: dict[str, Any]) -> dict[str, float]:
+    """What stands for a model, by share: the losses of the mean where several methods were taken."""
+    by_method = model["val_loss"]
+    return by_method.get(Method.mean.value) or next(iter(by_method.values()))
 
 
 def longest(model: dict[str, Any]) -> dict[str, Any]:
@@ -86,11 +86,11 @@ def longest(model: dict[str, Any]) -> dict[str, Any]:
 def _efficiency(found: dict[str, Any]) -> list[dict[str, Any]]:
     """(cost of the original - cost with fewer heads) / loss in quality, with seconds per step and nats."""
     original, *others = found["models"]
-    cost, loss = longest(original)["seconds"], original["val_loss"][ORIGINAL][found["alpha"]]
+    cost, loss = longest(original)["seconds"], losses_of(original)[found["alpha"]]
     gains = []
     for model in others:
         saved = cost - longest(model)["seconds"]
-        lost = model["val_loss"][best_method(model)][found["alpha"]] - loss
+        lost = losses_of(model)[found["alpha"]] - loss
         gains.append(
             {
                 "attention": model["attention"],
@@ -109,7 +109,7 @@ def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     def gap(model: dict[str, Any], share: str) -> float:
         """How much worse than the original trained on for as long."""
-        return model["val_loss"][best_method(model)][share] - original["val_loss"][ORIGINAL][share]
+        return losses_of(model)[share] - losses_of(original)[share]
 
     said = []
 
@@ -140,7 +140,7 @@ def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     parts = []
     for model in grouped:
-        share = gap(model, alpha) / original["val_loss"][ORIGINAL][alpha]
+        share = gap(model, alpha) / losses_of(original)[alpha]
         parts.append((share < CLOSE, f"{model['attention']} {share:+.2%}"))
     claim(f"GQA close to {name} (within {CLOSE:.0%} of its loss) after alpha = {alpha}", parts, "no GQA was taken")
 
@@ -174,7 +174,7 @@ def as_text(found: dict[str, Any]) -> str:
         table = Table("attention", "parameters", "KV cache", f"a token, {where}", "times as fast",
                       "loss, converted", f"alpha = {alpha}", f"against {original['attention']}")  # fmt: skip
         for model in found["models"]:
-            losses = model["val_loss"][ORIGINAL if model is original else best_method(model)]
+            losses = losses_of(model)
             seconds = longest(model)["seconds"]
             table.add_row(
                 model["attention"],
@@ -184,7 +184,7 @@ def as_text(found: dict[str, Any]) -> str:
                 f"{most['seconds'] / seconds:.2f}",
                 f"{losses['0']:.4f}",
                 f"{losses[alpha]:.4f}",
-                f"{losses[alpha] - original['val_loss'][ORIGINAL][alpha]:+.4f}",
+                f"{losses[alpha] - losses_of(original)[alpha]:+.4f}",
             )
         console.print(table)
         shares = ["0", *found["alphas"]]
@@ -199,7 +199,7 @@ def as_text(found: dict[str, Any]) -> str:
             table.add_row(model["attention"], *(f"{time['seconds'] * 1000:.1f}" for time in model["decode"]))
         console.print(table)
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    cost, loss = most["seconds"] * 1000, original["val_loss"][ORIGINAL][alpha]
+    cost, loss = most["seconds"] * 1000, losses_of(original)[alpha]
     for gain in found["efficiency_gain"]:
         saved, lost = gain["seconds_saved"] * 1000, gain["nats_lost"]
         ratio = f"{gain['seconds_per_nat'] * 1000:,.0f} ms per nat" if lost > 0 else "no quality was lost"

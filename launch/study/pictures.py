@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from launch.study.findings import best_method, longest
+from launch.study.findings import longest, losses_of
 from launch.study.plan import ORIGINAL
 
 LINES = {ORIGINAL: "-", "mean": "-", "first": "--", "random": ":"}
@@ -57,7 +57,7 @@ def _tradeoff(found: dict[str, Any], path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     alpha = found["alpha"]
     for index, model in enumerate(found["models"]):
-        losses = model["val_loss"][ORIGINAL if index == 0 else best_method(model)]
+        losses = losses_of(model)
         milliseconds = longest(model)["seconds"] * 1000
         color = "black" if index == 0 else f"C{index - 1}"
         axes.plot(milliseconds, losses[alpha], "o", color=color, markersize=9)

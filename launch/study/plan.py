@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.compose import Composition, compose_overrides
+from conf.compose import Composition, compose_overrides, quoted
 from conf.errors import BadInput
 from conf.schema import Config
 from conf.settings import Rate
@@ -140,11 +139,6 @@ class Plan:
         ]
 
 
-def quoted(value: object) -> str:
-    """A text as Hydra's command line reads it."""
-    return QuotedString(str(value), Quote.single).with_quotes()
-
-
 def plan(overrides: Sequence[str]) -> Plan:
     """Check a study's command whole, and prepare its data.
 
@@ -161,18 +155,16 @@ def plan(overrides: Sequence[str]) -> Plan:
     if refused := sorted(given & {"hydra.run.dir", "resume", "name", "uptrain.alpha"}):
         where = "study.dir=… says where a study is kept, and study.alphas=[…] how long its uptrainings are"
         raise BadInput([*problems, f"{refused[0]}: is the study's to set; {where}"])
-    source = None
-    if "init_from" in given:
-        source = open_source(Path(str(compose_overrides(rest).config.init_from)))
-    elif "model" not in given:
+    if not given & {"init_from", "model"}:
         rest = ["model=tiny_mha", *rest]
+    composition = compose_overrides(rest)
+    source = open_source(Path(str(composition.config.init_from))) if "init_from" in given else None
     # Each uptraining takes its recipe from the weights.
     shared = [text for text in rest if text.startswith(_SHARED)]
     if not any(text.startswith("parallel.") for text in rest):
-        layout = [f"parallel.dp={replicas}"] if (replicas := _replicas(compose_overrides(rest), source)) > 1 else []
+        layout = [f"parallel.dp={replicas}"] if (replicas := _replicas(composition, source)) > 1 else []
         rest, shared = rest + layout, shared + layout
 
-    composition = compose_overrides(rest)
     folder = Path(settings.dir or f"runs/gqa-{_name_of(source) if source else composition.config.name}")
     pretrain = None
     if source is None:

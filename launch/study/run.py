@@ -74,8 +74,9 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
     found = findings(made, source, losses, times, device)
     pictures = draw(found, made.folder)
     (made.folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    (made.folder / TEXT).write_text(as_text(found) + "\n", "utf-8")
-    print(as_text(found))
+    text = as_text(found)
+    (made.folder / TEXT).write_text(text + "\n", "utf-8")
+    print(text)
     print(f"\n{made.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
     _log(made, found, pictures)
     return 0

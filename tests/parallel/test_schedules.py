@@ -48,6 +48,12 @@ def check(made, place, micro_batches):
     assert whole <= seen
 
 
+def even(place, seconds=1.0, link=0.0):
+    """The same for all stages, each pass as long as the others; `seconds` for all stages of a rank."""
+    each = [seconds / place.virtual] * place.num_stages
+    return Costs(each, each, each, link)
+
+
 def waiting(timeline):
     """The longest that a rank waits between its first pass and its last."""
     spans = [order[-1].end - order[0].start for order in timeline.blocks]
@@ -63,7 +69,7 @@ def test_every_pass_is_made_once_where_its_stage_is_and_no_rank_waits_forever(na
     check(order, place, m)
     # Whatever passes and messages take: a pipeline that stands still would stand still here.
     for costs in (
-        Costs.even(place, link=0.3),
+        even(place, link=0.3),
         Costs([3.0] * place.num_stages, [1.0] * place.num_stages, [0.1] * place.num_stages, 5.0),
         Costs([0.1] * place.num_stages, [1.0, *[2.0] * (place.num_stages - 1)], [4.0] * place.num_stages),
     ):
@@ -83,8 +89,8 @@ def test_evaluation_passes_each_stage_once(p, v, m, there_and_back):
     order = forward_orders(place, m)
     done = [action for rank in order for action in rank]
     assert sorted((a.stage, a.micro_batch) for a in done) == list(product(range(p * v), range(m)))
-    even = [1.0] * place.num_stages
-    assert simulate(order, place, Costs(even, even, even)).seconds >= m * v
+    each = [1.0] * place.num_stages
+    assert simulate(order, place, Costs(each, each, each)).seconds >= m * v
 
 
 F, B, W = 1.0, 1.25, 0.75
@@ -109,7 +115,7 @@ def test_waiting_is_what_the_papers_say(p, m):
     if m >= 2 * p:  # no bubble but that the last rank cannot begin before something has come to it
         for name in ("zbv", "dualpipev"):
             order, place = made(name, p, 2, m)
-            assert simulate(order, place, Costs.even(place, 2.0)).seconds == 6 * m + (p - 1)
+            assert simulate(order, place, even(place, 2.0)).seconds == 6 * m + (p - 1)
         assert seconds("zbv", 2, (1, 1, 1)) == pytest.approx(0)
 
 
@@ -129,7 +135,7 @@ def test_bubbles_and_kept_activations_of_4_and_8_ranks(name, v, at_4, at_8, kept
     """With passes of equal length; 4 ranks and 16 micro-batches, 8 and 32."""
     for p, bubble in ((4, at_4), (8, at_8)):
         order, place = made(name, p, v, 4 * p)
-        timeline = simulate(order, place, Costs.even(place))
+        timeline = simulate(order, place, even(place))
         assert timeline.bubble == pytest.approx(bubble)
     assert max(timeline.kept) == kept
 
@@ -153,7 +159,7 @@ def test_ranks_that_wait_for_each_other_are_found():
     b0, b1 = Action(Pass.B, 0, 0), Action(Pass.B, 1, 0)
     place = Placement(2)
     with pytest.raises(ValueError, match="wait for each other"):
-        simulate([[f0, b0], [b1, f1]], place, Costs.even(place))
+        simulate([[f0, b0], [b1, f1]], place, even(place))
 
 
 def test_stages_lie_there_and_back():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from parallel.schedules import Action, Block, Pass, Placement, Schedule, placement
-from train.timeline import Measured, as_record, draw, expected_bubble, seconds_by_rank
+from train.timeline import Measured, as_record, draw, expected, seconds_by_rank
 
 
 def row(*blocks):
@@ -57,9 +57,9 @@ def test_whole_backward_passes_are_no_measure_of_split_ones():
 @pytest.mark.parametrize(("name", "bubble"), [("1f1b", 3 / 19), ("zero_bubble", 3 / 51), ("zbv", 3 / 99)])
 def test_the_expected_bubble_is_the_closed_form_where_stages_are_even(name, bubble):
     place = placement(Schedule[name], 4, None)
-    assert expected_bubble(Schedule[name], place, 16, [0.1] * place.num_stages) == pytest.approx(bubble)
+    assert expected(Schedule[name], place, 16, [0.1] * place.num_stages).bubble == pytest.approx(bubble)
 
 
 def test_a_dear_stage_makes_the_others_wait():
     place = placement(Schedule["1f1b"], 2, None)
-    assert expected_bubble(Schedule["1f1b"], place, 8, [1.0, 2.0]) > 0.25
+    assert expected(Schedule["1f1b"], place, 8, [1.0, 2.0]).bubble > 0.25
