@@ -1,8 +1,7 @@
-"""A rank's stages on DeepSpeed's pipeline engine: ZeRO-1 over the replicas, fp32 gradient accumulation, clipping.
+"""A rank's stages on DeepSpeed's pipeline engine: the rank grid, the batch, and the loss that all ranks get.
 
-DeepSpeed reduces gradients, clips and takes the optimizer step. Ours are the passes before that
-(`parallel/pipeline.py`), which layers a rank holds, that each is built by itself and starts from (seed, full name), and
-the settings below that DeepSpeed gets wrong by default.
+Ours are the passes of a step (`parallel/pipeline.py`), the optimizer and its sharding over the replicas
+(`parallel/zero.py`), which layers a rank holds, and that each is built by itself and starts from (seed, full name).
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -31,7 +30,8 @@ from parallel.recompute import recomputing
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, splits_backward
 from parallel.sharding import kv_copies, vocabulary_shard
 from parallel.stages import Stage
-from parallel.tensor import TensorParallel, build_layer, sum_gradients
+from parallel.tensor import TensorParallel, build_layer
+from parallel.zero import BUCKET, MakeOptimizer, Replicas, Zero
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -54,6 +54,7 @@ class EngineSettings:
         recompute: what blocks compute again in the backward pass.
         schedule: the order of passes.
         place: which rank of a pipeline holds which stages; None for one on each.
+        bucket: elements of gradients that travel together, at least.
     """
 
     micro_batch: int
@@ -65,6 +66,12 @@ class EngineSettings:
     recompute: Recompute = Recompute.none
     schedule: Schedule = ONE_F_ONE_B
     place: Placement | None = None
+    bucket: int = BUCKET
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the stages compute in."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
 
 def start_process_group() -> torch.device:
@@ -100,7 +107,7 @@ def build_engine(
     layout: Layout,
     stages: Sequence[Stage],
     settings: EngineSettings,
-    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    make_optimizer: MakeOptimizer,
 ) -> "PipelineEngine":
     """This rank's stage, initialised, on its device, with its optimizer. All ranks call it together.
 
@@ -109,22 +116,29 @@ def build_engine(
         layout: the rank grid; `start_process_group` has been called on layout.world_size processes.
         stages: of all ranks, as `parallel.stages.split_for` made them for `settings.place`.
         settings: batch, precision, clipping, seed.
-        make_optimizer: from the stage's parameters to its optimizer; ZeRO-1 shards its state over the replicas.
+        make_optimizer: from this replica's share of the master weights, matrices and vectors, to its optimizer.
     """
     with quiet():
         import deepspeed
 
         place = settings.place or Placement(layout.pp)
         module = _stage_module(model, layout, stages, settings, place)
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module.parameters()), config=_deepspeed_config(layout, settings)
+        engine, *_ = deepspeed.initialize(model=module, config=_deepspeed_config(layout, settings))
+        engine.optimizer = Zero(
+            (layer for name, layer in module.named_children() if name.isdigit()),
+            make_optimizer,
+            dtype=settings.dtype,
+            micro_batches=settings.accumulation,
+            clip=settings.clip,
+            replicas=Replicas(engine.grid.get_data_parallel_group(), layout.replica(dist.get_rank()), layout.dp),
+            sharing=module.tp.sharing,
+            bucket=settings.bucket,
         )
         # Replicas, and within them tensor-parallel ranks, each have a pipeline of their own.
         step = layout.dp * layout.tp
         pipelines = [[first + stage * step for stage in range(layout.pp)] for first in range(step)]
         links = make_links(place, pipelines, engine.grid.get_pipe_parallel_group())
     length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
     engine.pipeline = Pipeline(
         module.stages,
         module.loss_fn,
@@ -133,7 +147,7 @@ def build_engine(
         engine.stage_id,
         pipelines[dist.get_rank() % step],
         links,
-        Hop((settings.micro_batch, length, model.d_model), dtype, engine.device),
+        Hop((settings.micro_batch, length, model.d_model), settings.dtype, engine.device),
     )
     # DeepSpeed's own schedules come in here; what of it is kept is what surrounds them.
     engine._exec_schedule = MethodType(_run_schedule, engine)
@@ -141,16 +155,11 @@ def build_engine(
 
 
 def _run_schedule(engine: "PipelineEngine", asked: Any) -> None:
-    """A step, or an evaluation, in the place of DeepSpeed's: our passes, then its reduction and optimizer step."""
+    """A step, or an evaluation, in the place of DeepSpeed's: our passes, and our optimizer's step."""
     from deepspeed.runtime.pipe.schedule import TrainSchedule
 
     pipeline, training = engine.pipeline, isinstance(asked, TrainSchedule)
-    engine._running_engine_backward = True  # or DeepSpeed takes a backward pass for one that it was not told of
-    try:
-        run = pipeline.train if training else pipeline.evaluate
-        losses = run(engine.data_iterator, asked.micro_batches)
-    finally:
-        engine._running_engine_backward = False
+    losses = (pipeline.train if training else pipeline.evaluate)(engine.data_iterator, asked.micro_batches)
     # DeepSpeed looks for the losses on the last rank of the pipeline, and they are where the last stage is.
     source, last = pipeline.loss_rank, engine.num_stages - 1
     if source != last:
@@ -161,10 +170,8 @@ def _run_schedule(engine: "PipelineEngine", asked: Any) -> None:
     if not training:
         return
     engine.total_loss = torch.stack(losses).sum() if losses else None
-    if engine.module.tp.size > 1:
-        sum_gradients(engine.module.parameters(), engine.module.tp)
-    engine._exec_reduce_grads()
-    engine._exec_optimizer_step()
+    engine.optimizer.step()
+    engine._global_grad_norm = engine.optimizer.norm
 
 
 def named_parameters(engine: "PipelineEngine", model: ModelConfig) -> Iterator[tuple[str, nn.Parameter]]:
@@ -243,17 +250,6 @@ def _deepspeed_config(layout: Layout, settings: EngineSettings) -> dict[str, Any
         "train_batch_size": settings.micro_batch * settings.accumulation * layout.dp,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulation,
-        "gradient_clipping": settings.clip or 0.0,
-        # Stage 1 in fp32 too: stage 0 leaves replicated parameters of later stages out of the norm that clips.
-        "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
-        # Without this, bf16 gradients are accumulated over micro-batches and reduced over replicas in bf16.
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": settings.bf16, "immediate_grad_update": settings.bf16},
-        # By default fp32 gradients would be averaged over the replicas in bf16.
-        "communication_data_type": "fp32",
-        # Both default to true, and would corrupt the tensors between stages once those are cut along the sequence.
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

@@ -16,6 +16,7 @@ from model.transformer import full_shapes
 from parallel.engine import named_parameters
 from parallel.layout import Layout
 from parallel.sharding import shard
+from parallel.zero import Zero
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 Flats = list[dict[str, torch.Tensor]]
-"""Per parameter group, this rank's range of the flattened group: the master weights and each moment, fp32, one size."""
+"""Per bucket, this replica's share of it: the master weights and each moment, fp32, one size."""
 
 
 @dataclass(frozen=True)
@@ -63,37 +64,37 @@ class OptimizerState:
     """
 
     def __init__(self, engine: "PipelineEngine", model: ModelConfig, layout: Layout, rank: int):
-        self._zero = engine.optimizer
-        self._adam = engine.optimizer.optimizer
+        self._zero: Zero = engine.optimizer
+        self._adam = self._zero.adam
         self._model, self._tp, self._tp_rank = model, layout.tp, layout.tp_rank(rank)
-        self._parameters = dict(named_parameters(engine, model))
+        self._names = {parameter: name for name, parameter in named_parameters(engine, model)}
         self._shapes = full_shapes(model)
 
     @property
     def adam_step(self) -> int:
         """Updates made so far: Adam's own count, which a step skipped for its gradients does not raise."""
-        states = [self._adam.state[group["params"][0]] for group in self._adam.param_groups]
-        return int(states[0]["step"]) if states[0] else 0
+        state = self._adam.state[self._zero.buckets[0].master]
+        return int(state["step"]) if state else 0
 
     def flats(self) -> Flats:
         """The state itself, not a copy; an optimizer step or `start_at` has been taken."""
-        found = []
-        for group in self._adam.param_groups:
-            (flat,) = group["params"]  # ZeRO keeps one flat tensor per group
-            state = self._adam.state[flat]
-            found.append({MASTER: flat.detach(), **{key: state[key] for key in MOMENTS}})
-        return found
+        masters = [bucket.master for bucket in self._zero.buckets]
+        states = [self._adam.state[master] for master in masters]
+        return [
+            {MASTER: master.detach(), **{key: state[key] for key in MOMENTS}}
+            for master, state in zip(masters, states, strict=True)
+        ]
 
     def start_at(self, adam_step: int) -> None:
         """Make the moments, which Adam would make at its first step, so that they can be loaded."""
-        for group in self._adam.param_groups:
-            (flat,) = group["params"]
-            count = torch.tensor(float(adam_step), device=flat.device)
-            self._adam.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        for master in (bucket.master for bucket in self._zero.buckets):
+            count = torch.tensor(float(adam_step), device=master.device)
+            moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+            self._adam.state[master] = {"step": count, **moments}
 
     def publish(self) -> None:
         """Give every replica the weights that the master weights now say, in the precision that stages compute in."""
-        self._zero.update_lp_params()
+        self._zero.publish()
 
     def pieces(self, flats: Flats) -> dict[str, Piece]:
         """What this rank owns of every tensor of its stage, as views of `flats`.
@@ -107,19 +108,17 @@ class OptimizerState:
             By name: a master weight has its parameter's full name, a moment ``exp_avg/`` and that.
         """
         found = {}
-        for name, parameter in self._parameters.items():
-            shape = self._shapes[name]
-            part = shard(name, shape, self._model, self._tp, self._tp_rank)
-            own = getattr(parameter, "_hp_mapping", None)  # what ZeRO gave this rank of the parameter; None for nothing
-            if own is None:
-                continue
-            origin = [0] * len(shape)
-            origin[part.dim] = part.start
-            address, place = own.lp_fragment_address, own.hp_fragment_address
-            for key, flat in flats[own.param_group_index].items():
-                values = flat.narrow(0, place.start, place.numel)
-                cut = boxes(address.start, values, part.of(torch.empty(shape, device="meta")).shape, origin)
-                found[name if key == MASTER else f"{key}/{name}"] = Piece(shape, list(cut))
+        for bucket, tensors in zip(self._zero.buckets, flats, strict=True):
+            for own in bucket.owned():
+                name = self._names[own.parameter]
+                shape = self._shapes[name]
+                part = shard(name, shape, self._model, self._tp, self._tp_rank)
+                origin = [0] * len(shape)
+                origin[part.dim] = part.start
+                for key, flat in tensors.items():
+                    values = flat.narrow(0, own.place, own.size)
+                    cut = boxes(own.start, values, own.parameter.shape, origin)
+                    found[name if key == MASTER else f"{key}/{name}"] = Piece(shape, list(cut))
         return found
 
 

@@ -10,7 +10,7 @@ Without it, the all-gather is nothing and the reduce-scatter an all-reduce. Back
 dropout needs no random state to be kept in step between ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -233,9 +233,8 @@ def build_layer(
             parameter.copy_(part.of(value(full_name, shapes[name])))
         if tp.size > 1:
             whole = cut_of(full_name) is Cut.WHOLE
-            # Counted in the norm once for each different part: DeepSpeed counts on every rank what bears this mark, and
-            # the rest on the group's first rank, which is the one that counts what all hold.
-            parameter.model_parallel = part.counts(tp.rank)  # type: ignore[attr-defined]
+            # In the norm of the gradient, once for each different part.
+            parameter.counted = part.counts(tp.rank)  # type: ignore[attr-defined]
             # Ranks that share key/value heads compute their gradients from different query heads; those that share a
             # norm weight, from different tokens, if the sequence is cut.
             parameter.sum_over = 1 if whole and not tp.sequence_parallel else part.copies  # type: ignore[attr-defined]
@@ -280,23 +279,3 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
     finally:
         for layer, tp in cut:
             layer.tp = tp
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter], tp: TensorParallel) -> None:
-    """Sum, in place, the gradients that ranks computed apart for parameters that they all hold.
-
-    To be called once a step, when gradients have been accumulated and before they are averaged over the replicas.
-    """
-    together: dict[int, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.sum_over > 1:  # type: ignore[attr-defined]
-            # In bf16 DeepSpeed accumulates into an fp32 gradient of its own.
-            gradient = getattr(parameter, "_hp_grad", None)
-            gradient = parameter.grad if gradient is None else gradient
-            assert gradient is not None, "every parameter of a stage is used"
-            together.setdefault(parameter.sum_over, []).append(gradient)  # type: ignore[attr-defined]
-    for sum_over, gradients in sorted(together.items()):
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=tp.sharing[sum_over])
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(summed.view_as(gradient))

@@ -1,5 +1,7 @@
 """Models and settings that several tests use."""
 
+from torch import nn
+
 from conf.compose import compose_overrides
 from conf.schema import Config
 from model.config import ModelConfig
@@ -18,3 +20,9 @@ def small(kv_heads: int = 2, **changes: object) -> ModelConfig:
         n_layers=2, d_model=64, n_heads=4, n_kv_heads=kv_heads, d_ff=160, vocab_size=300, max_seq_len=64, init_std=0.05
     )
     return ModelConfig(**{**shape, **changes})
+
+
+def matrices_and_vectors(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of a model on which weight decay acts, and the others."""
+    parameters = list(model.parameters())
+    return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]

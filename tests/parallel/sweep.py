@@ -17,7 +17,7 @@ from parallel.layout import Balance, Layout, Recompute
 from parallel.schedules import Schedule, placement
 from parallel.stages import split_for
 from tests.ranks import report
-from tests.shapes import small
+from tests.shapes import matrices_and_vectors, small
 from train.optimizer import adamw
 
 STEPS, BATCH, SEQ_LEN, SEED = 5, 12, 24, 3
@@ -135,7 +135,7 @@ def plain_loop(case):
     """Single-process PyTorch, no DeepSpeed: what every layout has to equal. Its layout fields are not read."""
     model = Transformer(case.model)
     initialise(model, "", SEED, case.model.init_std)
-    optimizer = adamw(model.parameters(), OPTIMIZER)
+    optimizer = adamw(*matrices_and_vectors(model), OPTIMIZER)
     curve = []
     for step in range(STEPS):
         tokens, labels = batches(step, case.vocab_size)
@@ -158,10 +158,18 @@ def digest(tensor):
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def masters(engine, parameters):
+    """Every fp32 master weight of this rank's layers, whole."""
+    found = {}
+    for bucket in engine.optimizer.buckets:
+        whole = torch.empty(bucket.gradients.shape)
+        dist.all_gather_into_tensor(whole, bucket.master.detach(), group=engine.grid.get_data_parallel_group())
+        found.update({p: whole[begin : begin + p.numel()].view_as(p).clone() for p, begin in bucket.parameters})
+    return {name: found[p] for name, p in parameters.items()}
+
+
 def train(case):
     """Train as a case says; what this rank held and saw."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     from parallel.decode import engine_decoder
     from parallel.engine import EngineSettings, build_engine, named_parameters
 
@@ -172,6 +180,7 @@ def train(case):
         recompute=Recompute(case.recompute),
         schedule=Schedule[case.schedule],
         place=case.place,
+        bucket=1000,  # many, as a large model has
     )
     stages = split_for(model.layer_flops(SEQ_LEN), case.place)
     engine = build_engine(model, case.layout, stages, settings, partial(adamw, settings=OPTIMIZER))
@@ -181,10 +190,11 @@ def train(case):
     for step in range(STEPS):
         loss = engine.train_batch(micro_batches(case, batches(step, case.vocab_size)))
         curve.append((float(loss), float(engine.get_global_grad_norm())))
+        engine.optimizer.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
     evaluated = engine.eval_batch(micro_batches(case, batches(99, case.vocab_size)), num_micro_batches=accumulation)
     tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
-    weights = {name: safe_get_full_fp32_param(p).clone() for name, p in parameters.items()}
+    weights = masters(engine, parameters)
     with engine_decoder(
         engine, model, [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)], 16
     ) as decoder:
@@ -194,6 +204,7 @@ def train(case):
     for group in engine.optimizer.param_groups:  # as the trainer sets the rate of each step
         group["lr"] = 0.0
     engine.train_batch(micro_batches(case, batches(0, case.vocab_size)))
+    after = masters(engine, parameters)
     return {
         "case": asdict(case),
         "curve": torch.tensor(curve),
@@ -202,9 +213,7 @@ def train(case):
         "weights": weights,
         "eval": float(evaluated),
         "logits": torch.stack(logits),
-        "moved_at_rate_0": [
-            n for n, p in parameters.items() if not torch.equal(safe_get_full_fp32_param(p), weights[n])
-        ],
+        "moved_at_rate_0": [name for name in parameters if not torch.equal(after[name], weights[name])],
     }
 
 

@@ -4,7 +4,7 @@ import torch
 from conf.settings import OptimizerConfig
 from model.init import initialise
 from model.transformer import Embedding, Transformer
-from tests.shapes import small
+from tests.shapes import matrices_and_vectors, small
 from train.optimizer import adamw
 
 
@@ -12,7 +12,7 @@ def test_decay_pulls_on_matrices_and_on_nothing_else():
     model = Transformer(small())
     initialise(model, "", 1, 0.05)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = adamw(model.parameters(), OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = adamw(*matrices_and_vectors(model), OptimizerConfig(lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -23,7 +23,7 @@ def test_decay_pulls_on_matrices_and_on_nothing_else():
 
 def test_one_step_is_adams():
     weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
-    optimizer = adamw([weight], OptimizerConfig(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0))
+    optimizer = adamw([weight], [], OptimizerConfig(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0))
     for gradient in ([[0.5, 3.0]], [[-0.25, 1.0]]):
         weight.grad = torch.tensor(gradient)
         optimizer.step()
@@ -35,5 +35,5 @@ def test_one_step_is_adams():
 
 
 def test_a_stage_without_a_norm():
-    groups = adamw(Embedding(small()).parameters(), OptimizerConfig()).param_groups
+    groups = adamw(*matrices_and_vectors(Embedding(small())), OptimizerConfig()).param_groups
     assert [group["weight_decay"] for group in groups] == pytest.approx([0.1])
