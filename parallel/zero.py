@@ -214,7 +214,9 @@ class Zero:
         return self.adam.param_groups
 
     def _arrived(self, bucket: Bucket, index: int, _: torch.Tensor) -> None:
-        if bucket.add(index) and bucket.kind.sum_over == 1:
+        parameter, _ = bucket.parameters[index]
+        # A backward pass that leaves a weight's gradient for later comes here as well, with none.
+        if parameter.grad is not None and bucket.add(index) and bucket.kind.sum_over == 1:
             bucket.reduce(self._replicas)
 
     @torch.no_grad()
