@@ -20,7 +20,7 @@ from conf.settings import (
     UptrainConfig,
     WandbConfig,
 )
-from model.config import ModelConfig
+from model.config import WAYS, ModelConfig
 from parallel.layout import ParallelConfig
 
 
@@ -53,7 +53,7 @@ class Config:
 _IDENTITY = ("model", "data", "optimizer", "schedule", "train")
 # What a run may change without becoming another run: where things lie, how long a trial is, what is looked at.
 _NOT_IDENTITY = {
-    "model": {"attention"},
+    "model": set(WAYS),
     "data": {"cache_dir"},
     "train": {"max_steps", "micro_batch", "precision", "timeline_at", "val_at", "val_every", "val_sequences"},
 }

@@ -15,8 +15,9 @@ from torch import nn
 
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.fused import rotary
 from model.kernels import cached_attention, causal_attention
-from model.layers import FanOut, apply_rotary, rotary_tables
+from model.layers import FanOut, rotary_tables
 
 
 class GroupedQueryAttention(nn.Module):
@@ -26,7 +27,7 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         d_model, self.d_head = config.d_model, config.d_head
         self.rope_theta = config.rope_theta
-        self.backend = config.attention
+        self.backend, self.kernels = config.attention, config.kernels
         d_q, d_kv = config.n_heads * self.d_head, config.n_kv_heads * self.d_head
         self.qkv = FanOut(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
@@ -44,7 +45,7 @@ class GroupedQueryAttention(nn.Module):
         cos, sin = rotary_tables(length, self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
         if past:  # each sequence's next position
             cos, sin = cos[past.lengths_B].unsqueeze(1), sin[past.lengths_B].unsqueeze(1)
-        q_BLHK, k_BLGK = apply_rotary(q_BLHK, cos, sin), apply_rotary(k_BLGK, cos, sin)
+        q_BLHK, k_BLGK = rotary(q_BLHK, k_BLGK, cos, sin, self.kernels)
         if cache is not None:
             cache.add(k_BLGK, v_BLGK)
         if past:

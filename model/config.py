@@ -12,9 +12,24 @@ class AttentionBackend(Enum):
     """Which attention kernel runs; see `model/kernels.py`."""
 
     auto = "auto"
-    flash = "flash"
+    flash4 = "flash4"
+    flash3 = "flash3"
+    flash2 = "flash2"
     sdpa = "sdpa"
     reference = "reference"
+
+
+class Kernels(Enum):
+    """What runs between the matrices and in the loss; see `model/fused.py`."""
+
+    auto = "auto"
+    plain = "plain"
+    compiled = "compiled"
+    liger = "liger"
+
+
+WAYS = ("attention", "kernels")
+"""Keys of a model's configuration that say how it runs and not what it computes."""
 
 
 @dataclass
@@ -48,7 +63,10 @@ class ModelConfig:
     init_std: float = 0.006
     """Standard deviation of every initial matrix (arXiv 2401.02954, section 2.3)."""
     attention: AttentionBackend = AttentionBackend.auto
-    """auto, flash, sdpa or reference."""
+    """auto, flash4, flash3, flash2, sdpa or reference: auto takes the fastest that is installed and runs."""
+    kernels: Kernels = Kernels.auto
+    """Norms, rotary positions, SwiGLU's product and the loss: auto, plain, compiled (torch.compile) or liger
+    (Liger-Kernel). auto compiles on a GPU."""
 
     @property
     def d_head(self) -> int:

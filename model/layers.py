@@ -1,23 +1,30 @@
-"""RMSNorm, rotary positions, SwiGLU. B batch, L sequence, D width, H heads, K head width, F inner width."""
+"""RMSNorm, rotary positions, SwiGLU. B batch, L sequence, D width, K head width, F inner width."""
 
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from model.config import Kernels
+from model.fused import add_rms_norm, rms_norm, silu_mul
+from model.remake import remade
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, with the mean square taken in fp32 (arXiv 1910.07467)."""
 
-    def __init__(self, d_model: int, eps: float):
+    def __init__(self, d_model: int, eps: float, kernels: Kernels = Kernels.auto):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D), same dtype."""
-        return F.rms_norm(x_BLD, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x_BLD, self.weight, self.eps, self.kernels)
+
+    def of_sum(self, x_BLD: torch.Tensor, y_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y and its norm, in one pass over both."""
+        return add_rms_norm(x_BLD, y_BLD, self.weight, self.eps, self.kernels)
 
 
 class FanOut(nn.Module):
@@ -44,15 +51,18 @@ class FanOut(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
-    def __init__(self, d_model: int, d_ff: int):
+    def __init__(self, d_model: int, d_ff: int, kernels: Kernels = Kernels.auto):
         super().__init__()
+        self.kernels = kernels
         self.gate_up = FanOut(d_model, gate_proj=d_ff, up_proj=d_ff)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
         gate_BLF, up_BLF = self.gate_up(x_BLD)
-        return self.down_proj(F.silu(gate_BLF) * up_BLF)
+        # Of a block's products these take most memory for what they cost.
+        remade([gate_BLF, up_BLF], self.gate_up, x_BLD, product=True)
+        return self.down_proj(silu_mul(gate_BLF, up_BLF, self.kernels))
 
 
 @lru_cache(maxsize=8)
@@ -68,9 +78,3 @@ def rotary_tables(
     frequencies = 1.0 / theta ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
     angles_LK = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
     return tuple(table.to(device, dtype).unsqueeze(1) for table in (angles_LK.cos(), angles_LK.sin()))  # type: ignore[return-value]
-
-
-def apply_rotary(x_BLHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its angle: the layout of Llama's released checkpoints on Hugging Face."""
-    a, b = x_BLHK.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -31,15 +31,15 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
         self.attention = GroupedQueryAttention(config)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config.d_model, config.d_ff)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
+        self.ffn = SwiGLU(config.d_model, config.d_ff, config.kernels)
 
     def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """(B, L, D) to (B, L, D); a cache holds the keys and values of tokens before (`model/cache.py`)."""
-        h_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), cache)
-        return h_BLD + self.ffn(self.ffn_norm(h_BLD))
+        h_BLD, normed_BLD = self.ffn_norm.of_sum(x_BLD, self.attention(self.attention_norm(x_BLD), cache))
+        return h_BLD + self.ffn(normed_BLD)
 
 
 class Head(nn.Module):
@@ -47,12 +47,13 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
         self.proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) to logits (B, L, V)."""
-        return self.proj(self.norm(x_BLD))
+    def forward(self, x_BLD: torch.Tensor, project: bool = True) -> torch.Tensor:
+        """(B, L, D) to logits (B, L, V), or no further than the norm, (B, L, D): `model.loss.head_loss` projects it."""
+        normed_BLD = self.norm(x_BLD)
+        return self.proj(normed_BLD) if project else normed_BLD
 
 
 def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.layers import FanOut
+
 Later = Callable[[], None]
 _later: list[Later] | None = None
 
@@ -62,21 +64,40 @@ def are_weights_later() -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: torch.Tensor, *weights: nn.Parameter) -> tuple[torch.Tensor, ...]:
+        ctx.weights = weights
         ctx.save_for_backward(x)
-        return F.linear(x, weight)
+        return tuple(F.linear(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (x,), (grad,) = ctx.saved_tensors, grads
-        grad_x = grad @ ctx.weight if ctx.needs_input_grad[0] else None
-        return grad_x, *weight_gradients([ctx.weight], lambda: [grad.flatten(0, -2).T @ x.flatten(0, -2)])
+        (x,) = ctx.saved_tensors
+        grad_x = input_gradient(grads, ctx.weights) if ctx.needs_input_grad[0] else None
+        return grad_x, *weight_gradients(
+            ctx.weights, lambda: [grad.flatten(0, -2).T @ x.flatten(0, -2) for grad in grads]
+        )
+
+
+def input_gradient(grads: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The gradient of what several linear maps read, summed as they are multiplied.
+
+    Args:
+        grads: (..., d_out) of each map's output.
+        weights: (d_out, d_in) of each.
+
+    Returns:
+        (..., d_in).
+    """
+    total = grads[0] @ weights[0]
+    flat = total.view(-1, total.shape[-1])
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        flat.addmm_(grad.flatten(0, -2), weight)
+    return total
 
 
 def linear(x: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
     """(..., d_in) to (..., d_out), with a weight gradient that can wait."""
-    return _Linear.apply(x, weight)
+    return _Linear.apply(x, weight)[0]
 
 
 class DeferringLinear(nn.Module):
@@ -89,3 +110,16 @@ class DeferringLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., d_in) to (..., d_out)."""
         return linear(x, self.weight)
+
+
+class DeferringFanOut(nn.Module):
+    """A `FanOut` whose weight gradients can wait."""
+
+    def __init__(self, plain: FanOut):
+        super().__init__()
+        for name, one in plain.named_children():
+            self.add_module(name, one)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(..., d_in) to one (..., width) for each map."""
+        return _Linear.apply(x, *self.parameters())

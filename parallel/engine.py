@@ -21,13 +21,12 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.init import initial_value
-from model.loss import cross_entropy
-from model.transformer import layer_builders
+from model.transformer import Block, Head, layer_builders
 from parallel.layout import Layout, Recompute
-from parallel.loss import vocab_parallel_cross_entropy
+from parallel.loss import loss_in_pieces, loss_of_logits, vocabulary_part
 from parallel.pipeline import Hop, Pipeline, make_links
 from parallel.recompute import recomputing
-from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, splits_backward
+from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
 from parallel.sharding import kv_copies, vocabulary_shard
 from parallel.stages import Stage
 from parallel.tensor import TensorParallel, build_layer
@@ -52,6 +51,7 @@ class EngineSettings:
         seed: of the initial weights.
         seq_len: tokens of a sequence.
         recompute: what blocks compute again in the backward pass.
+        head_pieces: of the logits, of which one is held at a time; 1 holds all, and computes none again.
         schedule: the order of passes.
         place: which rank of a pipeline holds which stages; None for one on each.
         bucket: elements of gradients that travel together, at least.
@@ -64,6 +64,7 @@ class EngineSettings:
     seed: int
     seq_len: int
     recompute: Recompute = Recompute.none
+    head_pieces: int = 1
     schedule: Schedule = ONE_F_ONE_B
     place: Placement | None = None
     bucket: int = BUCKET
@@ -205,21 +206,23 @@ def _stage_module(
         def _build(self) -> None:
             self.tp = _tensor_parallel(model, layout, self._grid.get_slice_parallel_group())
             builders, self.stages = list(layer_builders(model).items()), {}
-            deferring = splits_backward(settings.schedule)
+            part = vocabulary_part(vocabulary_shard(model, self.tp.size, self.tp.rank).start, self.tp)
+            self.loss_fn = loss_of_logits(part, model.kernels)
             for stage in place.stages_of(self.stage_id):
                 functions = self.stages[stage] = []
                 for index in range(stages[stage].start, stages[stage].stop):
                     name, build = builders[index]
-                    layer = build_layer(build, f"{name}.", model, self.tp, _device(), drawn, deferring)
+                    layer = build_layer(build, f"{name}.", model, self.tp, _device(), drawn)
                     self.add_module(str(index), layer)
-                    is_block = name.startswith("blocks.")
-                    functions.append(recomputing(layer, settings.recompute) if is_block else layer)
+                    if isinstance(layer, Block):
+                        functions.append(recomputing(layer, settings.recompute))
+                    elif isinstance(layer, Head) and settings.head_pieces > 1:
+                        functions.append(partial(layer, project=False))
+                        self.loss_fn = loss_in_pieces(layer, settings.head_pieces, part, model.kernels, self.tp)
+                    else:
+                        functions.append(layer)
             for parameter in self.parameters():
                 parameter.ds_pipe_replicated = False
-            self.loss_fn = cross_entropy
-            if layout.tp > 1:
-                first_token = vocabulary_shard(model, self.tp.size, self.tp.rank).start
-                self.loss_fn = partial(vocab_parallel_cross_entropy, first_token=first_token, tp=self.tp)
 
     # DeepSpeed only counts the list; each rank builds its own layers above, on its device, and no others.
     topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)

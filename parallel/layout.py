@@ -14,7 +14,9 @@ class Recompute(Enum):
     none = "none"
     """Nothing: fastest, most memory."""
     selective = "selective"
-    """All but matrix products and attention: norms, rotary positions and SwiGLU's product are cheap to make again."""
+    """What lies between matrices: the norms' outputs and SwiGLU's product, each one pass over what is kept anyway."""
+    ffn = "ffn"
+    """The feed-forward network's first two products as well, which take most of a block's memory."""
     full = "full"
     """All but the block's input."""
 
@@ -46,7 +48,9 @@ class ParallelConfig:
     virtual_stages: int | None = None
     """Stages on each rank; null is 2 for interleaved, zbv and dualpipev, and 1 for the others."""
     recompute: Recompute = Recompute.none
-    """none, selective or full."""
+    """none, selective, ffn or full: what a block's backward pass computes again."""
+    head_pieces: int = 1
+    """Pieces of the vocabulary of which one's logits exist at a time, computed once more in backward; 1 keeps all."""
     balance: Balance = Balance.flops
     """flops or measured: what the split into stages is balanced by."""
 

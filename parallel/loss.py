@@ -1,67 +1,48 @@
-"""Cross-entropy over logits whose vocabulary is cut over the tensor-parallel ranks."""
+"""The loss of a last stage, whose vocabulary may be cut over tensor-parallel ranks, and into pieces on each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.loss import IGNORED
-from parallel.tensor import TensorParallel
-
-_ROWS = 256  # of logits that are fp32 at a time
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """The logits are never gathered, and no second copy of them is held: fp32 exists for a few rows at a time, and the
-    gradient overwrites the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, tp: TensorParallel) -> torch.Tensor:
-        rows = logits.shape[0]
-        largest, total, target = (logits.new_zeros(rows, dtype=torch.float32) for _ in range(3))
-        local = labels - first
-        here = (local >= 0) & (local < logits.shape[1])
-        local = local.masked_fill(~here, 0)
-        for part in _chunks(rows):
-            largest[part] = logits[part].amax(-1).float()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp.group)
-        for part in _chunks(rows):
-            shifted = logits[part].float() - largest[part, None]
-            target[part] = shifted.gather(-1, local[part, None]).squeeze(-1) * here[part]
-            total[part] = shifted.exp_().sum(-1)
-        sums = torch.stack((total, target))
-        dist.all_reduce(sums, group=tp.group)
-        total, target = sums
-        ctx.save_for_backward(logits, local, here, largest, total, labels)
-        counted = labels != IGNORED
-        return ((total.log() - target) * counted).sum() / rows
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        logits, local, here, largest, total, labels = ctx.saved_tensors
-        rows = logits.shape[0]
-        scale = grads[0].float() / rows * (labels != IGNORED)
-        with torch.no_grad():
-            for part in _chunks(rows):
-                grad = logits[part].float().sub_(largest[part, None]).exp_().div_(total[part, None])
-                grad.scatter_add_(-1, local[part, None], -here[part, None].float())
-                logits[part] = grad.mul_(scale[part, None]).to(logits.dtype)
-        return logits, None, None, None
+from model.config import Kernels
+from model.loss import WHOLE, Part, cross_entropy, head_loss
+from model.transformer import Head
+from parallel.tensor import TensorParallel, whole_sequence
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, start + _ROWS) for start in range(0, rows, _ROWS)]
+def vocabulary_part(first_token: int, tp: TensorParallel) -> Part:
+    """A rank's part of the vocabulary. The logits are never gathered: three numbers of each token travel."""
+    if tp.size == 1:
+        return WHOLE
+
+    def over(op: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def reduced(values: torch.Tensor) -> torch.Tensor:
+            values = values.clone()
+            dist.all_reduce(values, op=op, group=tp.group)
+            return values
+
+        return reduced
+
+    return Part(first_token, over(dist.ReduceOp.MAX), over(dist.ReduceOp.SUM))
 
 
-def vocab_parallel_cross_entropy(
-    logits_BLV: torch.Tensor, labels_BL: torch.Tensor, first_token: int, tp: TensorParallel
-) -> torch.Tensor:
-    """`model.loss.cross_entropy` over logits whose vocabulary is cut over the ranks; the same value on each.
+def loss_of_logits(part: Part, kernels: Kernels) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """From a part's logits (B, L, V/tp) and labels (B, L) to the loss, the same on every rank."""
+    return lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, part, kernels)
 
-    Args:
-        logits_BLV: (B, L, V/tp), this rank's part of the vocabulary; overwritten by its gradient in backward.
-        labels_BL: int64 (B, L), whole on every rank.
-        first_token: where this rank's part of the vocabulary begins.
-        tp: the ranks.
+
+def loss_in_pieces(
+    head: Head, pieces: int, part: Part, kernels: Kernels, tp: TensorParallel
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """From what the head has normed (B, L/tp or L, D) and labels (B, L) to the loss; see `model.loss.head_loss`.
+
+    The gradient of the head's weight is made with that of its input, whatever waits elsewhere.
     """
-    return _VocabParallelCrossEntropy.apply(logits_BLV.flatten(0, 1), labels_BL.flatten(), first_token, tp)
+
+    def loss(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        x_BLD = whole_sequence(x_BlD, tp)
+        return head_loss(x_BLD, head.proj.weight, labels_BL, pieces, part, kernels)
+
+    return loss

@@ -2,26 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
+from model.remake import remaking
 from parallel.layout import Recompute
-
-aten = torch.ops.aten
-KEPT = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten.linear.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-}
-"""What selective recomputation keeps: nearly all of a block's FLOPs are in these."""
 
 
 def recomputing(block: nn.Module, recompute: Recompute) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -31,11 +18,11 @@ def recomputing(block: nn.Module, recompute: Recompute) -> Callable[[torch.Tenso
     """
     if recompute is Recompute.none:
         return block
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if recompute is Recompute.selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    return partial(checkpoint, block, **options)
+    if recompute is Recompute.full:
+        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
+    def forward(x_BLD: torch.Tensor) -> torch.Tensor:
+        with remaking(products=recompute is Recompute.ffn):
+            return block(x_BLD)
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return forward

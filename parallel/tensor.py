@@ -22,7 +22,14 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.layers import FanOut
-from parallel.deferral import DeferringLinear, are_weights_later, linear, weight_gradients
+from parallel.deferral import (
+    DeferringFanOut,
+    DeferringLinear,
+    are_weights_later,
+    input_gradient,
+    linear,
+    weight_gradients,
+)
 from parallel.sharding import Cut, cut_of, shard
 
 
@@ -96,6 +103,22 @@ class _ReducePartialSums(torch.autograd.Function):
         return _gather(grads[0], ctx.tp) if ctx.tp.sequence_parallel else grads[0], None
 
 
+class _WholeSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+        ctx.tp = tp
+        return _gather(x, tp) if tp.sequence_parallel else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return _reduce(grads[0], ctx.tp), None
+
+
+def whole_sequence(x_BlD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
+    """(B, L/tp or L, D) to (B, L, D), for what each rank does a part of: the gradients of the parts are summed."""
+    return _WholeSequence.apply(x_BlD, tp) if tp.size > 1 else x_BlD
+
+
 class _ColumnParallel(torch.autograd.Function):
     """y_i = gather(x) W_i^T for several W_i at once.
 
@@ -117,9 +140,7 @@ class _ColumnParallel(torch.autograd.Function):
         gather = None
         if tp.sequence_parallel and not are_weights_later():
             gathering, gather = _start_gather(x, tp)
-        grad_x = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x = torch.addmm(grad_x.flatten(0, -2), grad.flatten(0, -2), weight).view_as(grad_x)
+        grad_x = input_gradient(grads, weights)
         if gather:
             gather.wait()
             x = _gathered(gathering, tp)
@@ -200,7 +221,6 @@ def build_layer(
     tp: TensorParallel,
     device: torch.device,
     value: Callable[[str, torch.Size], torch.Tensor],
-    deferring: bool = False,
 ) -> nn.Module:
     """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, filled.
 
@@ -211,19 +231,21 @@ def build_layer(
         build: makes the plain layer.
         prefix: what stands before the names of its parameters, ``"blocks.3."``.
         model: the whole model's shape.
-        tp: the ranks to cut over; one rank leaves the layer plain.
+        tp: the ranks to cut over; for one, only how weight gradients are made differs from the plain layer.
         device: to hold it.
         value: from a parameter's full name and shape to all of it.
-        deferring: whether its weight gradients can be left for later (those of tensor-parallel layers always can).
     """
     with torch.device("meta"):
         layer = build()
     shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
     if tp.size > 1:
         _swap(layer, prefix, model, tp)
-    elif deferring:
+    else:
         for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, FanOut):
+                _place(layer, name, DeferringFanOut(module))
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFanOut):
                 _place(layer, name, DeferringLinear(module))
     layer = layer.to_empty(device=device)
     for name, parameter in layer.named_parameters():
@@ -262,9 +284,12 @@ def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel)
             _place(layer, name, ColumnParallelFanOut(module, tp))
 
 
+def _parent(layer: nn.Module, name: str) -> nn.Module:
+    return layer.get_submodule(name.rpartition(".")[0])
+
+
 def _place(layer: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(layer.get_submodule(parent), leaf, module)
+    setattr(_parent(layer, name), name.rpartition(".")[2], module)
 
 
 @contextmanager

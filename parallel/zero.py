@@ -213,8 +213,7 @@ class Zero:
         """The optimizer's, whose learning rate is set here."""
         return self.adam.param_groups
 
-    def _arrived(self, bucket: Bucket, index: int, _: torch.Tensor) -> None:
-        parameter, _ = bucket.parameters[index]
+    def _arrived(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
         # A backward pass that leaves a weight's gradient for later comes here as well, with none.
         if parameter.grad is not None and bucket.add(index) and bucket.kind.sum_over == 1:
             bucket.reduce(self._replicas)
@@ -276,12 +275,17 @@ def _grouped(layers: Sequence[nn.Module], dp: int, least: int) -> Iterator[tuple
     yield from open_ones.items()
 
 
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def _bucket(kind: Kind, parameters: Sequence[nn.Parameter], dtype: torch.dtype, replicas: Replicas) -> Bucket:
-    places, size = [], 0
+    places: list[tuple[nn.Parameter, int]] = []
+    size = 0
     for parameter in parameters:
         places.append((parameter, size))
-        size += -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
-    share = -(-size // (replicas.size * _ALIGNMENT)) * _ALIGNMENT
+        size = _aligned(size + parameter.numel())
+    share = _aligned(-(-size // replicas.size))
     own = slice(replicas.rank * share, (replicas.rank + 1) * share)
     buffer = partial(torch.zeros, share * replicas.size, device=parameters[0].device)
     weights, gradients = buffer(dtype=dtype), buffer(dtype=torch.float32)

@@ -90,6 +90,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
             seed=settings.seed,
             seq_len=settings.seq_len,
             recompute=config.parallel.recompute,
+            head_pieces=config.parallel.head_pieces,
             schedule=config.parallel.schedule,
             place=place,
         ),

@@ -14,7 +14,7 @@ import torch
 
 from conf.errors import BadInput
 from conf.schema import plain
-from model.config import AttentionBackend, ModelConfig
+from model.config import WAYS, ModelConfig
 from model.huggingface import open_huggingface, write_huggingface
 from model.weights import StoredWeights, Weights, entries, shards, streamed_logits, write_safetensors
 from train.checkpoint import manifest
@@ -191,8 +191,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _shape(run: Manifest) -> ModelConfig:
-    described = dict(run.config["model"])
-    return ModelConfig(**{**described, "attention": AttentionBackend[described["attention"]]})
+    """As the run had it, but for what may run elsewhere in another way."""
+    return ModelConfig(**{key: value for key, value in run.config["model"].items() if key not in WAYS})
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> list[str]:

@@ -180,7 +180,7 @@ def _stages(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> di
 
     return {
         index: [
-            build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn, deferring=True)
+            build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn)
             for name, build in builders[stages[index].start : stages[index].stop]
         ]
         for index in place.stages_of(rank)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.config import AttentionBackend
-from model.kernels import causal_attention, flash_obstacle
+from model.kernels import FLASH, causal_attention, chosen, obstacle
 
 SHAPES = [(2, 17, 4, 4, 16), (2, 64, 6, 2, 32), (1, 130, 8, 1, 64), (3, 1, 4, 2, 16)]
 
@@ -56,18 +56,43 @@ def test_no_position_sees_a_later_one(backend):
 
 def test_flash_where_it_cannot_run_says_why_and_auto_does_without():
     q, k, v, _ = inputs((1, 8, 4, 2, 16))
-    with pytest.raises(RuntimeError, match=r"model.attention=flash: .*GPU.*model.attention=auto"):
-        causal_attention(q, k, v, AttentionBackend.flash)
+    for backend in FLASH:
+        with pytest.raises(RuntimeError, match=rf"model.attention={backend.name}: .*GPU.*model.attention=auto"):
+            causal_attention(q, k, v, backend)
     assert causal_attention(q, k, v, AttentionBackend.auto).shape == q.shape
-    assert "16 bits" in (flash_obstacle("cuda", torch.float32) or "")
+    assert "16 bits" in (obstacle(AttentionBackend.flash2, torch.device("cuda"), torch.float32) or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs", "taken", "why"),
+    [
+        ((9, 0), {"flash2", "flash3", "flash4"}, "flash3", "fastest"),
+        ((9, 0), {"flash2", "flash4"}, "flash4", "flash3 is not there"),
+        ((9, 0), {"flash2"}, "sdpa", "flash3 is not there; flash4 is not there"),  # cuDNN's is faster there
+        ((8, 0), {"flash2", "flash3", "flash4"}, "flash2", "fastest"),
+        ((8, 0), set(), "sdpa", "flash2 is not there"),
+    ],
+)
+def test_what_auto_takes_on_a_gpu_and_why(monkeypatch, capability, runs, taken, why):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("model.kernels.obstacle", lambda b, *_: None if b.name in runs else f"{b.name} is not there")
+    backend, reason = chosen(AttentionBackend.auto, torch.device("cuda"), torch.bfloat16)
+    assert backend.name == taken and why in reason
+
+
+def test_a_flash_attention_that_is_installed_and_fails_is_passed_over(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("model.kernels.find_spec", lambda name: name)  # there is no GPU to run it on
+    reason = obstacle(AttentionBackend.flash3, torch.device("cuda", 0), torch.bfloat16)
+    assert reason and reason.startswith("flash-attn 3 is installed and fails (")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 128, 32, 32, 128), (1, 1000, 64, 8, 128), (1, 513, 8, 1, 64)])
-@pytest.mark.parametrize("backend", [AttentionBackend.flash, AttentionBackend.sdpa])
+@pytest.mark.parametrize("backend", [*FLASH, AttentionBackend.sdpa])
 def test_gpu_backends_agree_with_the_definition_in_bf16(backend, shape):
-    if backend is AttentionBackend.flash and (obstacle := flash_obstacle("cuda", torch.bfloat16)):
-        pytest.skip(obstacle)
+    if reason := obstacle(backend, torch.device("cuda", 0), torch.bfloat16):
+        pytest.skip(reason)
     tensors = inputs(shape, "cuda", torch.bfloat16)
     exact = attend(AttentionBackend.reference, *(x.double() for x in tensors))
     for got, want in zip(attend(backend, *tensors), exact, strict=True):

@@ -41,6 +41,7 @@ class Case:
     bf16: bool = False
     micro_batch: int = 1
     recompute: str = "none"
+    head_pieces: int = 1
     schedule: str = "1f1b"
     virtual: int | None = None
 
@@ -70,7 +71,7 @@ SCHEDULES = [
     *[("zbv", None), ("dualpipev", None)],
 ]
 TWO = ["interleaved", "zero_bubble", "zbv", "dualpipev"]
-RECOMPUTED = ["selective", "full"]
+RECOMPUTED = ["selective", "ffn", "full"]
 ANY_NUMBER = [("zero_bubble", 1), ("zero_bubble", 2), ("zbv", None)]
 CASES = {
     "4 ranks": [
@@ -87,7 +88,8 @@ CASES = {
             ]
             for pp in cuts
         ],
-        *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in ("selective", "full")],
+        *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in RECOMPUTED],
+        *[Case(pp=2, dp=2, head_pieces=3, bf16=bf16) for bf16 in (False, True)],
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
         *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
         *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv)],
@@ -96,7 +98,8 @@ CASES = {
         *both(pp=2, tp=2, vocab_size=1003),
         *both(tp=4, kv_heads=2, bf16=True),
         *both(dp=2, tp=2, kv_heads=1, bf16=True),
-        *both(pp=2, tp=2, recompute="selective"),
+        *both(pp=2, tp=2, recompute="selective", head_pieces=2),
+        *both(pp=2, tp=2, recompute="ffn"),
         Case(pp=2, tp=2, sequence_parallel=True, recompute="full", n_layers=2, micro_batch=4),
     ],
     "4 ranks, schedules": [
@@ -178,6 +181,7 @@ def train(case):
     settings = EngineSettings(
         *[case.micro_batch, accumulation, case.clip, case.bf16, SEED, SEQ_LEN],
         recompute=Recompute(case.recompute),
+        head_pieces=case.head_pieces,
         schedule=Schedule[case.schedule],
         place=case.place,
         bucket=1000,  # many, as a large model has

@@ -1,0 +1,108 @@
+"""The loss in place, whole and in pieces, against PyTorch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.config import Kernels
+from model.loss import cross_entropy, head_loss
+
+WAYS = [Kernels.plain, Kernels.compiled]
+SHAPES = [(1, 5), (255, 37), (600, 1003)]
+
+
+class Largest(TorchDispatchMode):
+    """The most values in any tensor that was newly made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.values = max(self.values, x.numel())
+        return out
+
+
+def logits_and_labels(rows, vocab_size, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, rows, vocab_size, generator=generator).mul(3).to(dtype)
+    labels = torch.randint(vocab_size, (1, rows), generator=generator)
+    labels[0, ::7] = -100
+    return logits, labels
+
+
+def pytorchs(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / labels.numel()
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_and_its_gradient_are_pytorchs(way, rows, vocab_size, dtype):
+    logits, labels = logits_and_labels(rows, vocab_size, dtype)
+    results = []
+    for loss in (pytorchs, lambda x, y: cross_entropy(x, y, kernels=way)):
+        source = logits.clone().requires_grad_()
+        value = loss(source * 1, labels)
+        (value * 0.5).backward()
+        results.append((value.detach(), source.grad.float()))
+    (plain, plain_grad), (ours, our_grad) = results
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    rounding = {} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-8}
+    torch.testing.assert_close(our_grad.to(dtype), plain_grad.to(dtype), **rounding)
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), SHAPES)
+@pytest.mark.parametrize("pieces", [1, 2, 4, 5])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_loss_in_pieces_is_the_same(way, pieces, rows, vocab_size):
+    _, labels = logits_and_labels(rows, vocab_size)
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(1, rows, 12, generator=generator), torch.randn(vocab_size, 12, generator=generator)
+    results = []
+    for loss in (
+        lambda x, w: pytorchs(x @ w.T, labels),
+        lambda x, w: head_loss(x, w, labels, pieces, kernels=way),
+    ):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(*inputs)
+        (value * 0.5).backward()
+        results.append((value.detach(), *(one.grad for one in inputs)))
+    for ours, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    logits = torch.tensor([[[1e4, -1e4, 9.99e3]]])
+    assert cross_entropy(logits, torch.tensor([[0]])).item() == pytest.approx(4.54e-5, rel=1e-2)
+
+
+def test_no_second_tensor_of_the_logits_size_is_made_and_the_gradient_overwrites_them():
+    source, labels = logits_and_labels(4096, 200, torch.bfloat16)
+    logits = source.requires_grad_() * 1
+    before = logits.detach().clone()
+    with Largest() as largest:
+        loss = cross_entropy(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert 0 < largest.values <= logits.numel() // 3
+    assert gradient.data_ptr() == logits.data_ptr() and not torch.equal(logits.detach(), before)
+
+
+def test_a_second_backward_pass_would_find_the_gradient_in_the_place_of_the_logits():
+    source, labels = logits_and_labels(3, 5)
+    loss = cross_entropy(source.requires_grad_() * 1, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="one backward pass"):
+        loss.backward()
+
+
+def test_in_pieces_only_one_piece_of_the_logits_exists():
+    _, labels = logits_and_labels(1024, 4000)
+    x, weight = torch.randn(1, 1024, 8), torch.randn(4000, 8).requires_grad_()
+    with Largest() as largest:
+        head_loss(x.requires_grad_(), weight, labels, 8).backward()
+    assert largest.values == 1024 * 500
