@@ -55,7 +55,8 @@ _IDENTITY = ("model", "data", "optimizer", "schedule", "train")
 _NOT_IDENTITY = {
     "model": set(WAYS),
     "data": {"cache_dir"},
-    "train": {"max_steps", "micro_batch", "precision", "timeline_at", "val_at", "val_every", "val_sequences"},
+    "train": {"max_steps", "micro_batch", "precision", "profile", "profile_ranks"}
+    | {"timeline_at", "val_at", "val_every", "val_sequences"},
 }
 
 

@@ -134,6 +134,10 @@ class TrainConfig:
     """Steps after which to validate as well."""
     timeline_at: list[int] = field(default_factory=lambda: [10])
     """Steps of which the timeline is kept and drawn, where there are pipeline stages."""
+    profile: list[int] = field(default_factory=list)
+    """Steps to trace operator by operator, for Perfetto; they take longer, and do not count in the run's speed."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Global ranks that trace them."""
     val_sequences: int = 2048
     """At most so many held-out sequences, always the same."""
 

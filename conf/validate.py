@@ -17,11 +17,13 @@ class Machine:
         gpus: of this host; 0 where it has none.
         local_processes: already started on this host by a launcher; None before launching.
         processes: started in all; None before launching.
+        elsewhere: nothing is started here, and how many replicas there will be is not known.
     """
 
     gpus: int
     local_processes: int | None = None
     processes: int | None = None
+    elsewhere: bool = False
 
 
 def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]]:
@@ -38,6 +40,8 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
     problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
+    if run_layout and not (machine.elsewhere and parallel.dp is None):
+        problems += _profile(config, run_layout)
     return run_layout, problems
 
 
@@ -121,7 +125,7 @@ def _lengths(config: Config) -> list[str]:
         problems.append(f"train.skip_samples={train.skip_samples}: must be at least 0")
     if train.val_every < 0:
         problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
-    for key in ("val_at", "timeline_at"):
+    for key in ("val_at", "timeline_at", "profile"):
         if any(step < 1 for step in getattr(train, key)):
             problems.append(f"train.{key}={getattr(train, key)}: steps count from 1")
     if config.sample.tokens < 0:
@@ -131,6 +135,14 @@ def _lengths(config: Config) -> list[str]:
             f"sample.temperature={config.sample.temperature}: must be 0 (the likeliest token) or above, and finite"
         )
     return problems
+
+
+def _profile(config: Config, run_layout: Layout) -> list[str]:
+    ranks, size = config.train.profile_ranks, run_layout.world_size
+    if all(0 <= rank < size for rank in ranks):
+        return []
+    works = f"0 to {size - 1} are those of {run_layout}" if size > 1 else "a run of one process has rank 0"
+    return [f"train.profile_ranks={ranks}: {works}"]
 
 
 def _recipe(config: Config) -> list[str]:

@@ -104,7 +104,7 @@ def prepare(options: argparse.Namespace) -> int:
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(options.overrides, machine=Machine(gpus=0), writes=False).data
+    data = preflight(options.overrides, machine=Machine(gpus=0, elsewhere=True), writes=False).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"
@@ -121,7 +121,7 @@ def describe(options: argparse.Namespace) -> int:
     overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
     composition = compose_overrides(overrides)
     config = composition.config
-    _, problems = validate(config, Machine(gpus=0))
+    _, problems = validate(config, Machine(gpus=0, elsewhere=True))
     if problems := [*composition.problems, *problems]:
         raise BadInput(problems)
     if options.picture:

@@ -2,12 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import profiler
 
 from parallel.deferral import Later, weights_later
 from parallel.schedules import (
@@ -201,7 +203,8 @@ class Pipeline:
             other = place.rank_of(source.stage)
             if other == self._rank:
                 return results.pop(source)
-            result = inboxes[other].take(source)
+            with _span(source, "wait for "):
+                result = inboxes[other].take(source)
             outbox.clear(other, plan.turn[source])
             return result
 
@@ -214,7 +217,7 @@ class Pipeline:
                 work = dist.isend(result, dst=self._ranks[to], group=self._links[self._rank, to])
                 outbox.add(to, plan.turn[user_of(action)], work, result)
 
-        for action in plan.own:
+        for action in _spanned(plan.own):
             stage, mb = action.stage, action.micro_batch
             source = source_of(action, place)
             if action.what is Pass.F:
@@ -263,6 +266,20 @@ class Pipeline:
             event.record()
             return event
         return time.perf_counter()
+
+
+def _span(action: Action, before: str = "") -> AbstractContextManager:
+    """A span of a profiler's trace, ``F stage 0 micro-batch 3`` with some words before it; nothing without one."""
+    if not profiler._is_profiler_enabled:  # record_function would take 5 us to find that out
+        return nullcontext()
+    return profiler.record_function(f"{before}{action.what.name} stage {action.stage} micro-batch {action.micro_batch}")
+
+
+def _spanned(actions: Iterable[Action]) -> Iterator[Action]:
+    """The actions, each in a span from when it is taken to when the next one is."""
+    for action in actions:
+        with _span(action):
+            yield action
 
 
 @dataclass(frozen=True)

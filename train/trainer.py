@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from train.data.packing import PackedSequences
 from train.metrics import peak_flops, peak_memory_by_stage
 from train.optimizer import adamw
 from train.preflight import Ready
+from train.profiling import profiled
 from train.sample import sample_text
 from train.schedule import length_of, rate_share
 from train.stopping import StopSignals
@@ -161,16 +163,20 @@ def train(ready: Ready, signals: StopSignals) -> None:
     # The loop.
     step, stopped = steps_before, False
     trained_seconds, timed_steps = 0.0, 0
+    say = tracker.say if tracker else log_text
     while step < length.steps and not stopped:
         step += 1
-        begin = time.perf_counter()
         rate = config.optimizer.lr * rate_share(step, length.schedule_steps, config.schedule)
         for parameters in engine.optimizer.param_groups:
             parameters["lr"] = rate
-        loss = float(engine.train_batch(batches))
-        grad_norm = float(engine.get_global_grad_norm())
-        seconds = time.perf_counter() - begin
-        if step > steps_before + 1 or length.steps == 1:  # the first step pays for allocations and kernel choices
+        traced = step in settings.profile and rank in settings.profile_ranks
+        with profiled(run_dir, step, rank, device, say) if traced else nullcontext():
+            begin = time.perf_counter()
+            loss = float(engine.train_batch(batches))
+            grad_norm = float(engine.get_global_grad_norm())
+            seconds = time.perf_counter() - begin
+        # The first step pays for allocations and kernel choices, one that is traced for its trace.
+        if (step > steps_before + 1 or length.steps == 1) and step not in settings.profile:
             trained_seconds, timed_steps = trained_seconds + seconds, timed_steps + 1
 
         blocks = engine.pipeline.blocks() if layout.pp > 1 else []
@@ -253,6 +259,11 @@ def train(ready: Ready, signals: StopSignals) -> None:
         dist.destroy_process_group()
     if lost:
         raise SystemExit(1)
+
+
+def log_text(text: str, level: int) -> None:
+    """Say something on a rank without a tracker: warnings reach the terminal."""
+    log.log(level, "%s", text)
 
 
 def validation_loss(

@@ -47,6 +47,12 @@ def problems(*overrides, machine=CPU):
             ["parallel.virtual_stages=3: 12 stages", "10 layers", "parallel.virtual_stages=2 is the most"],
         ),
         (["train.timeline_at=[0]"], ["train.timeline_at=[0]", "count from 1"]),
+        (["train.profile=[3,0]"], ["train.profile=[3, 0]", "count from 1"]),
+        (["train.profile_ranks=[0,-1]"], ["train.profile_ranks=[0, -1]", "a run of one process has rank 0"]),
+        (
+            ["parallel.pp=2", "train.profile_ranks=[2]"],
+            ["train.profile_ranks=[2]: 0 to 1 are those of dp1 x pp2 x tp1"],
+        ),
         (["train.val_at=[0]"], ["train.val_at=[0]", "count from 1"]),
         (["sample.temperature=nan"], ["sample.temperature=nan", "0 (the likeliest token) or above"]),
     ],
@@ -78,6 +84,16 @@ def test_processes_are_counted_from_the_layout_or_the_machine():
     assert layout("parallel.pp=2", "parallel.dp=2", machine=CPU).world_size == 4
     assert layout("parallel.pp=2", machine=Machine(gpus=8)).dp == 4
     assert layout("parallel.pp=2", machine=Machine(gpus=8, local_processes=8, processes=64)).dp == 32
+
+
+def test_ranks_to_profile_are_those_of_the_whole_layout():
+    profiled = ["tiny", "parallel.pp=2", "train.profile_ranks=[0,7]"]
+    assert problems(*profiled, machine=Machine(gpus=8)) == []
+    assert problems(*profiled, machine=Machine(gpus=4, local_processes=4, processes=8)) == []
+    assert "0 to 3 are those of dp2 x pp2 x tp1" in problems(*profiled, "parallel.dp=2")[0]
+    # a login node does not know how many replicas there will be, unless it is told
+    assert problems(*profiled, machine=Machine(gpus=0, elsewhere=True)) == []
+    assert "0 to 3" in problems(*profiled, "parallel.dp=2", machine=Machine(gpus=0, elsewhere=True))[0]
 
 
 def test_processes_that_do_not_fit_the_layout():

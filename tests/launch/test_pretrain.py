@@ -1,5 +1,6 @@
 """The cluster's command, run for real: DeepSpeed's launcher, two stages, a run folder."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -41,6 +42,19 @@ def launcher(num, *arguments, **environment):
     )
 
 
+def nested(spans):
+    """Whether of two spans of a thread one holds the other, if they overlap: else Perfetto drops one."""
+    under_way = {}
+    for span in sorted(spans, key=lambda span: (span["ts"], -span["dur"])):
+        outer = under_way.setdefault((span["pid"], span["tid"]), [])
+        while outer and outer[-1] <= span["ts"]:
+            outer.pop()
+        outer.append(span["ts"] + span["dur"])
+        if outer != sorted(outer, reverse=True):
+            return False
+    return True
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -51,6 +65,7 @@ def pipelined(overrides, tmp_path_factory):
     # A name that changes by the microsecond: there must be one folder all the same.
     named = f"hydra.run.dir={folder}/${{now:%f}}"
     schedule = ["parallel.pp=2", "parallel.schedule=zbv", "train.timeline_at=[2,5]"]
+    schedule += ["train.profile=[3]", "train.profile_ranks=[0,1]"]
     result = launcher(2, *overrides, *WATCHED, *schedule, named)
     assert result.returncode == 0, result.stderr[-4000:]
     (folder,) = folder.iterdir()
@@ -131,6 +146,31 @@ def test_the_timeline_of_a_step_is_kept_and_drawn(pipelined, tmp_path, capsys):
     assert "--out=a.gif: its end says what is drawn; a.svg or .png would work" in capsys.readouterr().err
     assert main(["timeline", str(tmp_path)]) == 2
     assert "no timeline is there; a run with parallel.pp above 1" in capsys.readouterr().err
+
+
+@pytest.mark.launch
+def test_chosen_ranks_keep_a_trace_of_a_chosen_step(pipelined):
+    folder, result = pipelined
+    paths = sorted((folder / "profiles").iterdir())
+    assert [path.name for path in paths] == [f"step-00000003-rank-{rank}.json.gz" for rank in (0, 1)]
+    for rank, (path, order) in enumerate(zip(paths, orders(Schedule["zbv"], Placement(2, 2, True), 4), strict=True)):
+        with gzip.open(path, "rt") as file:
+            events = json.load(file)["traceEvents"]
+        spans = [event for event in events if event.get("cat") == "user_annotation"]
+        passes = sorted(
+            (e for e in spans if e["name"][:8] in ("F stage ", "B stage ", "W stage ")), key=lambda e: e["ts"]
+        )
+        assert [event["name"] for event in passes] == [
+            f"{action.what.name} stage {action.stage} micro-batch {action.micro_batch}" for action in order
+        ]
+        assert nested([event for event in events if event["ph"] == "X"])
+        before = (2, 0)[rank]  # stages 0 and 3 are the first rank's, 1 and 2 the second's
+        assert f"wait for F stage {before} micro-batch 0" in {event["name"] for event in spans}
+    assert result.stderr.count(f"profile of step 3 on rank 0: {paths[0]}") == 1
+    assert "on rank 1" not in result.stderr
+    untraced = [record["seconds"] for record in metrics(folder) if record["step"] not in (1, 3)]
+    speed = json.loads((folder / "summary.json").read_text())["tokens_per_second"]
+    assert speed == pytest.approx(len(untraced) * 8 * 32 / sum(untraced))
 
 
 @pytest.mark.launch
