@@ -24,6 +24,8 @@ from conf.schema import Config, plain
 from conf.settings import WandbConfig, WandbMode
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
 from train.checkpoint.saver import Outcome
+from train.profiling import PROFILES
+from train.timeline import TIMELINES
 from train.wandb_file import last_offline_step
 
 log = logging.getLogger(__name__)
@@ -310,7 +312,7 @@ def set_aside(run_dir: Path, after: int | None = None) -> Path | None:
     target = earlier / str(max(taken, default=0) + 1)
     target.mkdir()
     if after is None:
-        moved = [METRICS, CHECKPOINTS]
+        moved = [METRICS, CHECKPOINTS, TIMELINES, PROFILES]
     else:
         moved = [f"{CHECKPOINTS}/{path.name}" for path in newer]
         (target / CHECKPOINTS).mkdir()

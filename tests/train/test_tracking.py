@@ -157,7 +157,8 @@ def test_what_an_earlier_run_wrote_is_moved_and_the_rest_stays(tmp_path):
     for attempt in (1, 2):
         (tmp_path / METRICS).write_text(json.dumps({"step": attempt}))
         (tmp_path / SUMMARY).write_text("{}")
-        (tmp_path / ".hydra").mkdir()
+        for folder in (".hydra", "timelines", "profiles"):
+            (tmp_path / folder).mkdir()
         (tmp_path / "notes.txt").write_text("mine")
         moved = set_aside(tmp_path)
         assert moved == tmp_path / "earlier" / str(attempt)
