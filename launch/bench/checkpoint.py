@@ -1,6 +1,5 @@
 """What a save costs: the seconds that training stands still, against those of a save that it waits for."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -12,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conf.compose import compose_overrides
-from conf.errors import BadInput
 from conf.schema import Config, plain
 from conf.settings import CheckpointConfig
-from conf.validate import Machine, validate
+from launch.bench.common import composed, device_name
 from parallel.engine import EngineSettings, build_engine, start_process_group
 from parallel.layout import Layout
 from parallel.stages import split
@@ -40,10 +37,8 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
         overrides: of the model, `DEFAULTS` first; the files go beside `hydra.run.dir` and are deleted.
         rounds: of one save of each kind.
     """
-    composition = compose_overrides([*DEFAULTS, *overrides])
+    composition = composed(DEFAULTS, overrides)
     config, layout = composition.config, Layout(dp=1, pp=1)
-    if problems := [*composition.problems, *validate(config, Machine(gpus=0))[1]]:
-        raise BadInput(problems)
     stand_alone_unless_launched()
     device = start_process_group()
     shape = config.model
@@ -86,7 +81,7 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
     median = {key: statistics.median(values) for key, values in times.items() if values}
     return {
         "parameters": shape.num_params,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "device": device_name(device),
         "seconds": {**median, "first_blocked": first_blocked},
         "blocked_share": median["blocked"] / median["waited"],
         "bytes_per_parameter": num_bytes / shape.num_params,

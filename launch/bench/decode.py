@@ -11,28 +11,16 @@ from typing import Any
 
 import torch
 
-from conf.compose import compose_overrides
 from conf.errors import BadInput
-from conf.validate import Machine, validate
-from model.config import ModelConfig
+from launch.bench.common import Drawn, composed
 from model.generate import Decoder
 from model.huggingface import write_huggingface
-from model.init import initial_value
-from model.transformer import full_shapes
 from model.weights import loaded_layers
 
 DEFAULTS = [
     *["model.n_layers=8", "model.d_model=512", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=1536"],
     *["model.vocab_size=8192", "model.max_seq_len=4096"],
 ]
-
-
-class _Drawn:
-    def __init__(self, config: ModelConfig):
-        self.config = config
-
-    def read(self, name: str) -> torch.Tensor:
-        return initial_value(name, full_shapes(self.config)[name], 1, 0.02)
 
 
 def measure(
@@ -47,10 +35,7 @@ def measure(
         tokens: timed steps of one round.
         rounds: of one run of each.
     """
-    composition = compose_overrides([*DEFAULTS, *overrides])
-    config = composition.config.model
-    if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0))[1]]:
-        raise BadInput(problems)
+    config = composed(DEFAULTS, overrides).config.model
     if context + tokens + 1 > config.max_seq_len:
         raise BadInput([f"model.max_seq_len={config.max_seq_len}: the benchmark needs {context + tokens + 1}"])
     try:
@@ -59,7 +44,7 @@ def measure(
     except ImportError:
         raise BadInput(["transformers is not installed, and is compared with; pip install transformers"]) from None
 
-    weights = _Drawn(config)
+    weights = Drawn(config)
     with tempfile.TemporaryDirectory() as folder:
         write_huggingface(weights, Path(folder), torch.float32, 10**10, 0, 0)
         progress.disable_progress_bar()

@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from conf.compose import compose_overrides
-from conf.errors import BadInput
-from conf.validate import Machine, validate
+from launch.bench.common import Drawn, composed, rendered
 from model.config import ModelConfig
-from model.init import initial_value
 from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.deferral import weight_gradients
@@ -56,10 +52,7 @@ def measure(
         nap: seconds that a sleeping rank takes for each of forward, input gradient and weight gradient.
         real, asleep: ranks, and for each the numbers of micro-batches.
     """
-    composition = compose_overrides([*DEFAULTS, *overrides])
-    if found := [*composition.problems, *validate(composition.config, Machine(gpus=0))[1]]:
-        raise BadInput(found)
-    config = composition.config
+    config = composed(DEFAULTS, overrides).config
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for naps, sizes in ((None, real), (nap, asleep)):
@@ -73,31 +66,35 @@ def measure(
 
 def as_text(found: dict[str, Any]) -> str:
     """`measure`'s findings for people."""
-    console = Console(width=118, highlight=False, color_system=None)
-    with console.capture() as capture:
-        for asleep, title in (
-            (False, "layers that compute"),
-            (True, f"stages that sleep {1000 * found['nap']:.0f} ms a pass"),
-        ):
-            columns = ["schedule", "s a step", "against 1f1b", "bubble", "expected", "busy", "1f1b's bound"]
-            table = Table("ranks", "micro-batches", *columns, title=f"{title}; {found['device']}", title_justify="left")
-            rows = [row for row in found["rows"] if row["asleep"] == asleep]
-            for row in rows:
-                size = (row["ranks"], row["micro_batches"])
-                base = next(one for one in rows if (one["ranks"], one["micro_batches"]) == size)
-                name = row["schedule"] + (f" x {row['virtual']}" if row["virtual"] > 1 else "")
-                table.add_row(
-                    *map(str, size),
-                    name,
-                    f"{row['seconds']:.3f}",
-                    f"{row['seconds'] / base['seconds']:.3f}",
-                    f"{row['bubble']:.1%}",
-                    f"{row['expected']:.1%}",
-                    f"{1 - row['bubble']:.1%}",
-                    f"{size[1] / (size[1] + size[0] - 1):.1%}",
-                )
-            console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    tables = []
+    for asleep, title in (
+        (False, "layers that compute"),
+        (True, f"stages that sleep {1000 * found['nap']:.0f} ms a pass"),
+    ):
+        columns = ["schedule", "s a step", "against 1f1b", "bubble", "expected", "busy", "1f1b's bound"]
+        table = Table("ranks", "micro-batches", *columns, title=f"{title}; {found['device']}", title_justify="left")
+        rows = [row for row in found["rows"] if row["asleep"] == asleep]
+        for row in rows:
+            size = (row["ranks"], row["micro_batches"])
+            base = next(one for one in rows if (one["ranks"], one["micro_batches"]) == size)
+            name = row["schedule"] + (f" x {row['virtual']}" if row["virtual"] > 1 else "")
+            table.add_row(
+                *map(str, size),
+                name,
+                f"{row['seconds']:.3f}",
+                f"{row['seconds'] / base['seconds']:.3f}",
+                f"{row['bubble']:.1%}",
+                f"{row['expected']:.1%}",
+                f"{1 - row['bubble']:.1%}",
+                f"{share_of_cores(*size):.1%}",
+            )
+        tables.append(rendered(table))
+    return "\n".join(tables)
+
+
+def share_of_cores(ranks: int, micro_batches: int) -> float:
+    """The most of all ranks' time that 1f1b can compute in, m / (m + p - 1), with stages of even cost."""
+    return micro_batches / (micro_batches + ranks - 1)
 
 
 def _rank(
@@ -117,12 +114,11 @@ def _rank(
     pipelines = {}
     for name, virtual in KINDS:
         place = placement(Schedule[name], ranks, virtual)
-        stages = _stages(model, seq_len, place, rank) if nap is None else _asleep(place, rank, nap)
-        shape = (1, seq_len, model.d_model) if nap is None else (1,)
-        hop = Hop(shape, torch.float32, torch.device("cpu"))
-        loss = cross_entropy if nap is None else _sum
-        links = make_links(place, [range(ranks)], dist.group.WORLD)
-        pipelines[name, virtual] = Pipeline(stages, loss, Schedule[name], place, rank, range(ranks), links, hop)
+        pipelines[name, virtual] = (
+            pipeline_of_layers(model, seq_len, Schedule[name], place, rank, range(ranks))
+            if nap is None
+            else _assembled(_asleep(place, rank, nap), _sum, Schedule[name], place, rank, range(ranks), (1,))
+        )
     seconds: dict[Any, list[float]] = {}
     bubbles: dict[Any, list[float]] = {}
     expected: dict[Any, list[float]] = {}
@@ -133,7 +129,7 @@ def _rank(
                 if batch_problems(Schedule[kind[0]], ranks, m, 1):
                     continue
                 dist.barrier()
-                pipeline.train(_data(model, seq_len, m), m)
+                pipeline.train(micro_batches_of(model, seq_len, m), m)
                 blocks = timeline.gather(pipeline, None, range(ranks))
                 if blocks and turn:
                     step = timeline.Measured(0, Schedule[kind[0]], pipeline.place, m, blocks)
@@ -163,28 +159,57 @@ def _expected(step: timeline.Measured, nap: float | None) -> float:
     return timeline.expected(step.schedule, step.place, step.micro_batches, even).bubble
 
 
-def _data(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Sequence[torch.Tensor]]:
+def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Random tokens and labels of a step, int64 (1, L) each; the same every time."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         tokens = torch.randint(model.vocab_size, (1, seq_len + 1), generator=generator)
         yield tokens[:, :-1], tokens[:, 1:]
 
 
-def _stages(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> dict[int, list[Any]]:
+def pipeline_of_layers(
+    model: ModelConfig, seq_len: int, schedule: Schedule, place: Placement, rank: int, ranks: Sequence[int]
+) -> Pipeline:
+    """One rank's part of a model on the CPU, drawn from one seed wherever it is cut.
+
+    Args:
+        model: the whole model's shape.
+        seq_len: of the micro-batches, of one sequence each.
+        schedule: the order of passes.
+        place: of the stages.
+        rank: this one's place in the pipeline.
+        ranks: global, by place; links are made here, so that with NCCL all processes would have to call it.
+    """
     alone = TensorParallel(None, 0, 1, False, {})
     builders = list(layer_builders(model).items())
     stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
+    weights = Drawn(model)
 
     def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        return initial_value(name, shape, 1, 0.02)
+        return weights.read(name)
 
-    return {
+    own = {
         index: [
             build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn)
             for name, build in builders[stages[index].start : stages[index].stop]
         ]
         for index in place.stages_of(rank)
     }
+    return _assembled(own, cross_entropy, schedule, place, rank, ranks, (1, seq_len, model.d_model))
+
+
+def _assembled(
+    stages: dict[int, list[Any]],
+    loss: Any,
+    schedule: Schedule,
+    place: Placement,
+    rank: int,
+    ranks: Sequence[int],
+    shape: tuple[int, ...],
+) -> Pipeline:
+    hop = Hop(shape, torch.float32, torch.device("cpu"))
+    links = make_links(place, [ranks], dist.group.WORLD)
+    return Pipeline(stages, loss, schedule, place, rank, ranks, links, hop)
 
 
 class _Nap(torch.autograd.Function):
