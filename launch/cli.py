@@ -5,7 +5,6 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from conf.errors import BadInput
@@ -31,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_abbrev=False,
         )
         if name == "bench":
-            verb.add_argument("subject", choices=["checkpoint", "decode", "schedules"], help="what to measure")
+            # Without `choices`: an override in its place gets a better answer from the benchmarks.
+            verb.add_argument(
+                "subject", nargs="?", metavar="SUBJECT", help="what to measure; without one, what is said above"
+            )
+            verb.add_argument(
+                "--out", type=Path, metavar="FILE", help="findings as JSON (bench.json without a subject)"
+            )
         if name == "inspect":
             verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
         elif name == "generate":
@@ -181,9 +186,9 @@ def gqa_study(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark."""
-    benchmark = import_module(f"launch.bench.{options.subject}")
-    found = benchmark.measure(options.overrides)
-    print(json.dumps(found, indent=2) if options.json else benchmark.as_text(found))
+    from launch.bench.suite import run
+
+    run(options.subject, options.overrides, options.out, options.json)
     return 0
 
 
@@ -270,7 +275,12 @@ VERBS = {
     "bench": (
         bench,
         "measure what things cost on this machine",
-        "Takes overrides of the model.\n\n"
+        "Takes overrides, with a subject. Without one: peers, pipeline and data, all findings in bench.json.\n\n"
+        "  deepnarrow bench peers           a forward and backward pass, against transformers, litgpt and torchtitan\n"
+        "                                   where they are installed, by turns\n"
+        "  deepnarrow bench pipeline        two stages with a core each against one process with both, by turns, and\n"
+        "                                   what the bubble allows\n"
+        "  deepnarrow bench data            tokens/s of preparation and of loading, against a cluster's consumption\n"
         "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
         "                                   waited for by turns; bytes per parameter on disk\n"
         "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate\n"

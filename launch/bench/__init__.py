@@ -1,1 +1,9 @@
-"""Benchmarks that anyone can run: each prints ratios against a peer or a bound of the same run."""
+"""Benchmarks that anyone can run: each prints ratios against a peer or a bound of the same run.
+
+A subject is a module here with ``measure(overrides) -> dict``, of what JSON can hold, and ``as_text(found) -> str``.
+"""
+
+ALL = ("peers", "pipeline", "data")
+"""What `deepnarrow bench` runs without a subject, in this order: minutes in all on two cores."""
+SUBJECTS = (*ALL, "checkpoint", "decode", "schedules")
+"""What it runs by name."""

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from model.config import ModelConfig
 from model.loss import cross_entropy
 from model.transformer import layer_builders
 from parallel.deferral import weight_gradients
-from parallel.pipeline import Hop, Pipeline, make_links
-from parallel.schedules import Placement, Schedule, batch_problems, placement
+from parallel.pipeline import Hop, Layers, Pipeline, make_links
+from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, batch_problems, placement
 from parallel.stages import split_for
 from parallel.tensor import TensorParallel, build_layer
 from train import timeline
@@ -114,11 +114,12 @@ def _rank(
     pipelines = {}
     for name, virtual in KINDS:
         place = placement(Schedule[name], ranks, virtual)
-        pipelines[name, virtual] = (
-            pipeline_of_layers(model, seq_len, Schedule[name], place, rank, range(ranks))
-            if nap is None
-            else _assembled(_asleep(place, rank, nap), _sum, Schedule[name], place, rank, range(ranks), (1,))
-        )
+        if nap is None:
+            hop = (1, seq_len, model.d_model)
+            pipeline = pipeline_of(layers_of(model, seq_len, place, rank), cross_entropy, place, rank, hop, name)
+        else:
+            pipeline = pipeline_of(_asleep(place, rank, nap), _sum, place, rank, (1,), name)
+        pipelines[name, virtual] = pipeline
     seconds: dict[Any, list[float]] = {}
     bubbles: dict[Any, list[float]] = {}
     expected: dict[Any, list[float]] = {}
@@ -167,19 +168,8 @@ def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> It
         yield tokens[:, :-1], tokens[:, 1:]
 
 
-def pipeline_of_layers(
-    model: ModelConfig, seq_len: int, schedule: Schedule, place: Placement, rank: int, ranks: Sequence[int]
-) -> Pipeline:
-    """One rank's part of a model on the CPU, drawn from one seed wherever it is cut.
-
-    Args:
-        model: the whole model's shape.
-        seq_len: of the micro-batches, of one sequence each.
-        schedule: the order of passes.
-        place: of the stages.
-        rank: this one's place in the pipeline.
-        ranks: global, by place; links are made here, so that with NCCL all processes would have to call it.
-    """
+def layers_of(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> dict[int, list[nn.Module]]:
+    """The layers of each stage of one rank, by its place in the pipeline, on the CPU, drawn alike for every cut."""
     alone = TensorParallel(None, 0, 1, False, {})
     builders = list(layer_builders(model).items())
     stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
@@ -188,28 +178,39 @@ def pipeline_of_layers(
     def drawn(name: str, shape: torch.Size) -> torch.Tensor:
         return weights.read(name)
 
-    own = {
+    return {
         index: [
             build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn)
             for name, build in builders[stages[index].start : stages[index].stop]
         ]
         for index in place.stages_of(rank)
     }
-    return _assembled(own, cross_entropy, schedule, place, rank, ranks, (1, seq_len, model.d_model))
 
 
-def _assembled(
-    stages: dict[int, list[Any]],
-    loss: Any,
-    schedule: Schedule,
+def pipeline_of(
+    stages: Mapping[int, Layers],
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     place: Placement,
     rank: int,
-    ranks: Sequence[int],
-    shape: tuple[int, ...],
+    hop: tuple[int, ...],
+    schedule: str = ONE_F_ONE_B.name,
+    first: int = 0,
 ) -> Pipeline:
-    hop = Hop(shape, torch.float32, torch.device("cpu"))
+    """One rank's `Pipeline` over gloo, without an engine around it.
+
+    Args:
+        stages: of this rank, by index.
+        loss: from the last stage's output and the labels.
+        place: of the stages.
+        rank: this one's place in the pipeline.
+        hop: the shape of what travels between stages, fp32.
+        schedule: the order of passes.
+        first: the global rank of the pipeline's first; the others follow it.
+    """
+    ranks = range(first, first + place.num_ranks)
     links = make_links(place, [ranks], dist.group.WORLD)
-    return Pipeline(stages, loss, schedule, place, rank, ranks, links, hop)
+    what = Hop(hop, torch.float32, torch.device("cpu"))
+    return Pipeline(stages, loss, Schedule[schedule], place, rank, ranks, links, what)
 
 
 class _Nap(torch.autograd.Function):

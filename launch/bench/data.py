@@ -1,0 +1,167 @@
+"""How fast a corpus is tokenised and its tokens are read, against what a cluster consumes."""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from conf.errors import BadInput
+from conf.schema import Config
+from conf.settings import DataConfig
+from launch.bench.common import composed, device_name, rendered
+from parallel.layout import layout_for
+from train.data.batches import train_micro_batches
+from train.data.corpus import list_files
+from train.data.order import SampleOrder
+from train.data.prepare import PreparedData, prepare
+from train.metrics import PEAK_BF16_FLOPS
+
+DEFAULTS = ["data=stdlib", "model.vocab_size=32000", "model.max_seq_len=4096", "train.seq_len=4096"]
+CLUSTER = ("model=67b", "parallel.pp=8", "parallel.tp=8", "parallel.dp=16")
+"""1024 GPUs: as many as the layout has ranks."""
+
+
+def measure(
+    overrides: Sequence[str],
+    cluster: Sequence[str] = CLUSTER,
+    gpu: str = "H100",
+    mfu: float = 0.4,
+    corpus_tokens: float = 2e12,
+    seconds: float = 3.0,
+) -> dict[str, Any]:
+    """Prepare a corpus in a temporary cache (TMPDIR moves it), read it as a rank does, and compare.
+
+    Args:
+        overrides: of the corpus, the vocabulary and `train.seq_len`, after `DEFAULTS`.
+        cluster: overrides that say what is trained there and on which layout.
+        gpu: a key of `train.metrics.PEAK_BF16_FLOPS`.
+        mfu: the share of that peak which the cluster is taken to reach.
+        corpus_tokens: of the corpus that is to be prepared for it.
+        seconds: to read for.
+
+    Returns:
+        ``preparation``: of this corpus, with the training of a tokenizer (where `data.tokenizer` is null) and with one
+        that is there. ``loading``: of one rank. ``cluster``: tokens/s in all and of each rank that reads; how many
+        times as fast loading is; how many cores tokenise what it consumes, and core-hours for `corpus_tokens`, where
+        more cores are taken to tokenise as much more.
+
+    Raises:
+        BadInput: settings that cannot work, or an unknown GPU.
+    """
+    config = composed(DEFAULTS, overrides).config
+    there = composed([], cluster).config
+    if gpu not in PEAK_BF16_FLOPS:
+        raise BadInput([f"gpu={gpu}: its peak is not known; one of {', '.join(PEAK_BF16_FLOPS)} would work"])
+    import datasets  # noqa: F401 - seconds that a preparation of hours does not notice
+
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+        data = replace(config.data, cache_dir=folder)
+        preparation = {}
+        if data.tokenizer is None:
+            prepared, preparation["tokenizer trained"] = _prepared(config, data)
+            data = replace(data, tokenizer=str(prepared.tokenizer_path), cache_dir=folder + "/again")
+        prepared, preparation["tokenizer there"] = _prepared(config, data)
+        loading = _loaded(config, there, prepared, seconds)
+        num_bytes = sum(path.stat().st_size for _, path in list_files(data))
+    tokenised = preparation["tokenizer there"]["tokens_per_second"] / cores
+    consumed = consumption(there, gpu, mfu)
+    return {
+        "device": device_name(torch.device("cpu")),
+        "cores": cores,
+        "corpus": {"source": config.data.source.value, "bytes": num_bytes, "tokens": _tokens(prepared)},
+        "vocabulary": prepared.tokenizer_size,
+        "preparation": preparation,
+        "loading": loading,
+        "cluster": {
+            **consumed,
+            "times_loading": loading["tokens_per_second"] / consumed["tokens_per_second_of_a_rank"],
+            "cores_to_tokenise": consumed["tokens_per_second"] / tokenised,
+            "corpus_tokens": corpus_tokens,
+            "core_hours": corpus_tokens / tokenised / 3600,
+        },
+    }
+
+
+def consumption(there: Config, gpu: str, mfu: float) -> dict[str, Any]:
+    """What a cluster trains on: tokens/s in all, and of each rank that reads.
+
+    Those are the ranks of the first and of the last stage; the tensor-parallel ones of a replica read the same.
+
+    Args:
+        there: model, `train.seq_len`, and a layout with its replicas.
+        gpu, mfu: as of `measure`.
+    """
+    parallel = there.parallel
+    layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
+    flops = there.model.flops_per_token(there.train.seq_len)
+    tokens = layout.world_size * PEAK_BF16_FLOPS[gpu] * mfu / flops
+    return {
+        "gpus": layout.world_size,
+        "gpu": gpu,
+        "mfu": mfu,
+        "model": there.preset,
+        "flops_per_token": flops,
+        "tokens_per_second": tokens,
+        "replicas": layout.dp,
+        "reading_ranks": layout.dp * layout.tp * min(2, layout.pp),
+        "tokens_per_second_of_a_rank": tokens / layout.dp,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    corpus, cluster = found["corpus"], found["cluster"]
+    table = Table("", "seconds", "tokens/s")
+    for name, one in found["preparation"].items():
+        table.add_row(f"preparation, {name}", f"{one['seconds']:.1f}", f"{one['tokens_per_second']:,.0f}")
+    loading = found["loading"]
+    table.add_row("loading, one rank", f"{loading['seconds']:.1f}", f"{loading['tokens_per_second']:,.0f}")
+    whole, each = cluster["tokens_per_second"], cluster["tokens_per_second_of_a_rank"]
+    name = f"{cluster['gpus']} x {cluster['gpu']} on {cluster['model']} at {cluster['mfu']:.0%} MFU"
+    table.add_row(name, "", f"{whole:,.0f}")
+    table.add_row(f"of that each of {cluster['reading_ranks']} ranks that read", "", f"{each:,.0f}")
+    size = f", {corpus['bytes'] / 1e6:.1f} MB" if corpus["bytes"] else ""
+    return "\n".join(
+        [
+            f"{corpus['source']}{size}, {corpus['tokens']:,} tokens of {found['vocabulary']:,}; {found['device']}",
+            rendered(table),
+            f"a rank loads {cluster['times_loading']:,.0f} times as fast as the cluster consumes",
+            f"{cluster['cores_to_tokenise']:,.1f} such cores tokenise as fast as it consumes; "
+            f"{cluster['corpus_tokens']:.3g} tokens take {cluster['core_hours']:,.0f} core-hours",
+        ]
+    )
+
+
+def _tokens(prepared: PreparedData) -> int:
+    return prepared.num_train_tokens + prepared.num_val_tokens
+
+
+def _prepared(config: Config, data: DataConfig) -> tuple[PreparedData, dict[str, float]]:
+    begin = time.perf_counter()
+    prepared = prepare(data, config.model.vocab_size, config.train.seq_len, progress=False)
+    seconds = time.perf_counter() - begin
+    return prepared, {"seconds": seconds, "tokens_per_second": _tokens(prepared) / seconds}
+
+
+def _loaded(config: Config, there: Config, prepared: PreparedData, limit: float) -> dict[str, float]:
+    """Micro-batches of one of the cluster's replicas for a while; the tokens lie in the page cache by then."""
+    sequences = prepared.train(config.train.seq_len)
+    batches = train_micro_batches(
+        sequences,
+        SampleOrder(len(sequences), config.train.seed),
+        global_batch=there.train.global_batch,
+        micro_batch=there.train.micro_batch,
+        dp_rank=0,
+        dp_size=there.parallel.dp or 1,
+    )
+    next(batches)
+    begin, tokens = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - begin) < limit:
+        tokens += next(batches)[0].numel()
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}

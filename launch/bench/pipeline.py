@@ -1,0 +1,167 @@
+"""Two pipeline stages with a core each against one process with both cores, and what the bubble allows.
+
+Real processes that pass real messages, on the CPU on every machine: one GPU has no room for two stages that compute at
+once. Passes and messages are those of training; no optimizer step follows.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from launch.bench import schedules
+from launch.bench.common import composed, device_name, rendered
+from launch.bench.schedules import layers_of, micro_batches_of, pipeline_of, share_of_cores
+from model.config import ModelConfig
+from model.loss import cross_entropy
+from parallel.schedules import ONE_F_ONE_B, placement
+from parallel.stages import split_for
+from train import timeline
+from train.pretrain import free_port
+
+DEFAULTS = [*schedules.DEFAULTS, "train.seq_len=256"]
+RANKS = 2
+"""Of the pipeline; one more process holds the whole model."""
+TURNS = {"two stages": 1, "both cores": RANKS, "one core": 1}
+"""What is measured by turns, and the threads of each of its processes; all but the first is one process."""
+
+
+def measure(overrides: Sequence[str], micro_batches: int = 8, rounds: int = 7, limit: float = 40.0) -> dict[str, Any]:
+    """Steps of 1f1b by turns; medians over the rounds, of which one more at first is not counted.
+
+    Args:
+        overrides: of the model and `train.seq_len`, after those of `deepnarrow bench schedules`.
+        micro_batches: of a step.
+        rounds: of one step of each.
+        limit: seconds after which no further round begins, but for the second: a busy machine gets fewer.
+
+    Returns:
+        ``seconds`` by the keys of `TURNS`. ``ratio`` is that of one process with both cores to two stages with a core
+        each, and ``ratios`` its extremes over the rounds; ``bound`` is what it can be where two threads are twice as
+        fast as one, m / (m + p - 1). ``speedup`` is that of two stages over one core, and ``speedup_bound`` the most
+        that this cut and its bubble allow, however well threads share work. ``loss_difference`` and
+        ``gradient_difference`` (of the norm, relative) say that the same was computed.
+
+    Raises:
+        BadInput: settings that cannot work.
+    """
+    config = composed(DEFAULTS, overrides).config
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        job = (free_port(), config.model, config.train.seq_len, micro_batches, rounds, limit, out)
+        torch.multiprocessing.spawn(_process, job, RANKS + 1)
+        found = json.loads(out.read_text("utf-8"))
+    (loss_cut, squares_cut), (loss_alone, squares_alone) = found["checks"]
+    rounds_of = found["seconds"]
+    seconds = {turn: statistics.median(values) for turn, values in rounds_of.items()}
+    ratios = [alone / cut for alone, cut in zip(rounds_of["both cores"], rounds_of["two stages"], strict=True)]
+    return {
+        "parameters": config.model.num_params,
+        "device": device_name(torch.device("cpu")),
+        "tokens": [micro_batches, config.train.seq_len],
+        "rounds": len(ratios),
+        "threads": TURNS,
+        "seconds": seconds,
+        "ratio": statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "bound": share_of_cores(RANKS, micro_batches),
+        "speedup": seconds["one core"] / seconds["two stages"],
+        "speedup_bound": speedup_bound(config.model, config.train.seq_len, micro_batches),
+        "bubble": found["bubble"],
+        "bubble_expected": found["bubble_expected"],
+        "loss": loss_alone,
+        "loss_difference": abs(loss_cut - loss_alone),
+        "gradient_difference": abs(math.sqrt(squares_cut / squares_alone) - 1),
+    }
+
+
+def speedup_bound(model: ModelConfig, seq_len: int, micro_batches: int) -> float:
+    """How many times as fast as one core 1f1b can be on two, with this model's cut: 2 m / (m + 1) for an even one."""
+    place = placement(ONE_F_ONE_B, RANKS, None)
+    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
+    return micro_batches / timeline.expected(ONE_F_ONE_B, place, micro_batches, [s.cost_share for s in stages]).seconds
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    micro_batches, seq_len = found["tokens"]
+    title = (
+        f"1f1b, {micro_batches} micro-batches of {seq_len} tokens, {found['parameters']:,} parameters, fp32; "
+        f"medians of {found['rounds']} rounds on {found['device']}"
+    )
+    table = Table("", "processes", "threads each", "s a step")
+    for turn, threads in found["threads"].items():
+        processes = RANKS if turn == "two stages" else 1
+        table.add_row(turn, str(processes), str(threads), f"{found['seconds'][turn]:.3f}")
+    low, high = found["ratios"]
+    return "\n".join(
+        [
+            title,
+            rendered(table),
+            f"two stages against one process with both cores  {found['ratio']:.2f} times as fast "
+            f"({low:.2f} to {high:.2f}); m / (m + p - 1) of two cores is {found['bound']:.2f}",
+            f"two stages against one core                     {found['speedup']:.2f} times as fast; "
+            f"this cut and its bubble allow {found['speedup_bound']:.2f}",
+            f"bubble                                          {found['bubble']:.1%}; "
+            f"{found['bubble_expected']:.1%} expected",
+            f"the same loss to {found['loss_difference']:.1e}, "
+            f"the same gradient norm to {found['gradient_difference']:.1e}",
+        ]
+    )
+
+
+def _process(
+    rank: int, port: int, model: ModelConfig, seq_len: int, micro_batches: int, rounds: int, limit: float, out: Path
+) -> None:
+    """One process: a stage, or on the last one the whole model; what was found to a file."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS + 1)
+    alone = rank == RANKS
+    place = placement(ONE_F_ONE_B, 1 if alone else RANKS, None)
+    own, first = (0, RANKS) if alone else (rank, 0)
+    layers = layers_of(model, seq_len, place, own)
+    pipeline = pipeline_of(layers, cross_entropy, place, own, (1, seq_len, model.d_model), first=first)
+    parameters = [parameter for stage in layers.values() for layer in stage for parameter in layer.parameters()]
+    seconds: dict[str, list[float]] = {turn: [] for turn in TURNS}
+    bubbles, ideals = [], []
+    losses: list[torch.Tensor] = []
+    begin, late = time.perf_counter(), torch.zeros(1)
+    for number in range(rounds + 1):
+        if rank == 0 and number > 2:
+            late.fill_(time.perf_counter() - begin > limit)
+        dist.broadcast(late, 0)
+        if late:
+            break
+        for turn, threads in TURNS.items():
+            cut = turn == "two stages"
+            dist.barrier()  # who has no turn waits for a message, which takes no core
+            if alone != cut:
+                torch.set_num_threads(threads)
+                for parameter in parameters:
+                    parameter.grad = None
+                losses = pipeline.train(micro_batches_of(model, seq_len, micro_batches), micro_batches)
+            dist.barrier()
+            blocks = timeline.gather(pipeline, None, range(RANKS) if cut else [RANKS])
+            if blocks and number:
+                seconds[turn].append(max(row[-1].end for row in blocks))
+                if cut:
+                    step = timeline.Measured(0, ONE_F_ONE_B, place, micro_batches, blocks)
+                    bubbles.append(step.bubble)
+                    ideals.append(step.ideal().bubble)
+    # The first stage has no loss, and each its own gradients: sums over ranks are those of a model.
+    checks = torch.zeros(2, 2, dtype=torch.float64)
+    checks[int(alone), 0] = sum(float(loss) for loss in losses) / micro_batches
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    checks[int(alone), 1] = sum(float(gradient.square().sum()) for gradient in gradients)
+    dist.all_reduce(checks)
+    if rank == 0:
+        bubble = {"bubble": statistics.median(bubbles), "bubble_expected": statistics.median(ideals)}
+        out.write_text(json.dumps({"seconds": seconds, **bubble, "checks": checks.tolist()}), "utf-8")
+    dist.destroy_process_group()
