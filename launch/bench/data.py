@@ -59,13 +59,15 @@ def measure(
         raise BadInput([f"gpu={gpu}: its peak is not known; one of {', '.join(PEAK_BF16_FLOPS)} would work"])
     import datasets  # noqa: F401 - seconds that a preparation of hours does not notice
 
-    cores = len(os.sched_getaffinity(0))
+    cores, parallelism = len(os.sched_getaffinity(0)), os.environ.get("TOKENIZERS_PARALLELISM")
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         data = replace(config.data, cache_dir=folder)
         preparation = {}
         if data.tokenizer is None:
             prepared, preparation["tokenizer trained"] = _prepared(config, data)
             data = replace(data, tokenizer=str(prepared.tokenizer_path), cache_dir=folder + "/again")
+            if parallelism is None:  # a preparation leaves it at false, and the next one would take one core
+                os.environ.pop("TOKENIZERS_PARALLELISM", None)
         prepared, preparation["tokenizer there"] = _prepared(config, data)
         loading = _loaded(config, there, prepared, seconds)
         num_bytes = sum(path.stat().st_size for _, path in list_files(data))

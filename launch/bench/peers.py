@@ -28,7 +28,7 @@ DEFAULTS = [
 ]
 
 
-def measure(overrides: Sequence[str], rounds: int = 7, limit: float = 40.0) -> dict[str, Any]:
+def measure(overrides: Sequence[str], rounds: int = 5, limit: float = 40.0) -> dict[str, Any]:
     """Passes by turns, ours first; medians over the rounds, of which one more at first is not counted.
 
     Args:

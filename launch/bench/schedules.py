@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the world of the moment they are defined in as a default, and PyTorch imports it when a layer is
+# built: a group kept so is never taken down, and its threads may abort a process that ends.
+import torch.distributed.nn.functional
 from rich.table import Table
 from torch import nn
 

@@ -50,12 +50,13 @@ def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json
 
 
 def facts() -> dict[str, Any]:
-    """What findings are worth nothing without: device, PyTorch, date, threads; and no ``subjects`` yet."""
+    """What findings are worth nothing without: device, PyTorch, date, threads, load; and no ``subjects`` yet."""
     return {
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],  # where others compute too, only what was taken by turns means anything
         "subjects": {},
     }
 
