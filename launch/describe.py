@@ -13,8 +13,10 @@ from conf.errors import BadInput
 from conf.schema import Config
 from launch.timeline import picture
 from model.config import ModelConfig
+from parallel.layout import Layout
+from parallel.memory import Step, stage_memory
 from parallel.schedules import Timeline
-from parallel.stages import split_for, stage_rows, stage_table
+from parallel.stages import Stage, split_for, stage_rows, stage_table
 from train.timeline import draw_rows, expected, named
 
 
@@ -23,11 +25,13 @@ def facts(config: Config) -> dict[str, Any]:
 
     Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
     seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share;
-    pipeline, what its schedule makes of them, null for one stage; attention_choices, the same model with other
+    pipeline, what its schedule makes of them, null for one stage; memory, bytes of each rank of the pipeline in bf16:
+    state, kept (activations), passing (of the greediest pass) and peak; attention_choices, the same model with other
     key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
     stages = split_for(model.layer_flops(seq_len), config.parallel.place)
+    shares = [stage.cost_share for stage in stages]
     return {
         "preset": config.preset,
         "attention": model.attention_name,
@@ -38,7 +42,8 @@ def facts(config: Config) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
         "stages": stage_rows(model, stages, config.parallel.place),
-        "pipeline": _pipeline(config, [stage.cost_share for stage in stages]),
+        "pipeline": _pipeline(config, shares),
+        "memory": _memory(config, stages, shares),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 
@@ -57,6 +62,21 @@ def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
         "bubble": timeline.bubble,
         "activations_kept": max(timeline.kept),
     }
+
+
+def _memory(config: Config, stages: Sequence[Stage], shares: Sequence[float]) -> list[dict[str, float]]:
+    """Bytes of each rank of the pipeline at the worst moment of a step, in bf16 and with fused kernels, as on a GPU."""
+    parallel, train = config.parallel, config.train
+    step, _ = _step(config, shares)
+    sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
+    layout = Layout(parallel.dp or 1, parallel.pp, parallel.tp, sequence_parallel)
+    what = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces, fused=True)
+    rows = []
+    for rank, kept in enumerate(step.kept):
+        own = [stages[stage] for stage in parallel.place.stages_of(rank)]
+        found = stage_memory(config.model, layout, own, kept, what)
+        rows.append({"state": found.state, "kept": found.kept, "passing": found.passing, "peak": found.peak})
+    return rows
 
 
 def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
@@ -144,6 +164,14 @@ def as_text(config: Config) -> str:
             )
         console.print(choices)
     text = capture.get() + stage_table(found["stages"])
+    most = max(found["memory"], key=lambda rank: rank["peak"])
+    state, kept, passing, peak = (f"{most[key] / 2**30:,.1f}" for key in ("state", "kept", "passing", "peak"))
+    parallel, train = config.parallel, config.train
+    text += (
+        f"\nmemory in bf16, tp {parallel.tp}, dp {parallel.dp or 1}, micro-batches of {train.micro_batch} x "
+        f"{train.seq_len} tokens, recompute {parallel.recompute.name}: {peak} GiB on the rank that needs most\n"
+        f"({state} weights, gradients and optimizer; {kept} activations; {passing} besides, in the greediest pass)"
+    )
     if line := found["pipeline"]:
         text += (
             f"\n{line['schedule']}, dp {line['dp']}: {line['micro_batches']:,} micro-batches a step, a bubble of "

@@ -114,6 +114,9 @@ def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
         )
     if parallel.dp is not None and parallel.dp < 1:
         found.append(f"parallel.dp={parallel.dp}: must be at least 1, or null for processes / (pp x tp)")
+    if not 1 <= parallel.head_pieces <= max(model.vocab_size, 1):
+        works = f"1 to {model.vocab_size}, the vocabulary, would work"
+        found.append(f"parallel.head_pieces={parallel.head_pieces}: {works}")
     if not model.problems():
         found += sharding.problems(model, parallel.tp)
     return found

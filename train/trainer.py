@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from conf.schema import Config, plain
 from conf.settings import Precision
+from model import fused, kernels
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
 from parallel.processes import use_cpus_fairly
@@ -24,7 +25,7 @@ from train.agreement import control_group, from_rank_0, highest
 from train.checkpoint import resume
 from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.saver import Outcome, Saver
-from train.data.batches import eval_micro_batches, train_micro_batches
+from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
 from train.metrics import peak_flops, peak_memory_by_stage
@@ -109,12 +110,15 @@ def train(ready: Ready, signals: StopSignals) -> None:
     # The data: which sequences a step sees depends on the seed and the step alone.
     replica = dict(micro_batch=settings.micro_batch, dp_rank=layout.replica(rank), dp_size=layout.dp)
     sequences = data.train(settings.seq_len)
-    batches = train_micro_batches(
-        sequences,
-        SampleOrder(len(sequences), settings.seed),
-        global_batch=settings.global_batch,
-        start_sample=settings.skip_samples + steps_before * settings.global_batch,
-        **replica,
+    batches = ahead(
+        train_micro_batches(
+            sequences,
+            SampleOrder(len(sequences), settings.seed),
+            global_batch=settings.global_batch,
+            start_sample=settings.skip_samples + steps_before * settings.global_batch,
+            **replica,
+        ),
+        pinned=device.type == "cuda",
     )
     held_out = data.val(settings.seq_len)
 
@@ -127,6 +131,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
         "flops_per_token": flops_per_token,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": "bf16" if bf16 else "fp32",
+        "kernels": kernels_chosen(config, device, torch.bfloat16 if bf16 else torch.float32),
         "data": {"train_tokens": data.num_train_tokens, "val_tokens": data.num_val_tokens},
     }
     tracker = None
@@ -282,13 +287,25 @@ def validation_loss(
 
 
 def header(config: Config, facts: dict[str, Any], layout: str, steps: int, train_tokens: int, val_count: int) -> str:
-    """What is about to run, in three lines."""
+    """What is about to run, in four lines."""
     batch = config.train
     return (
         f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, {layout}\n"
         f"{train_tokens:,} training tokens, {val_count:,} held-out sequences; vocabulary {config.model.vocab_size:,}\n"
-        f"{steps:,} steps of {batch.global_batch} x {batch.seq_len} tokens, micro-batches of {batch.micro_batch}"
+        f"{steps:,} steps of {batch.global_batch} x {batch.seq_len} tokens, micro-batches of {batch.micro_batch}\n"
+        f"{facts['kernels']}"
     )
+
+
+def kernels_chosen(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels run, and why.
+
+    Raises:
+        RuntimeError: one that was asked for by name cannot.
+    """
+    attention, why = kernels.chosen(config.model.attention, device, dtype)
+    between, reason = fused.chosen(config.model.kernels, device.type)
+    return f"attention: {attention.name} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 
 def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: Path, last_save: Outcome | None) -> str:

@@ -3,7 +3,7 @@
 A subject is a module here with ``measure(overrides) -> dict``, of what JSON can hold, and ``as_text(found) -> str``.
 """
 
-ALL = ("peers", "pipeline", "data")
+ALL = ("stage", "kernels", "peers", "pipeline", "data")
 """What `deepnarrow bench` runs without a subject, in this order: minutes in all on two cores."""
 SUBJECTS = (*ALL, "checkpoint", "decode", "schedules")
 """What it runs by name."""

@@ -1,11 +1,18 @@
 """What several benchmarks need: settings, weights, and how a finding is printed."""
 
+import json
 import os
-from collections.abc import Sequence
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
 from conf.errors import BadInput
@@ -60,3 +67,70 @@ def rendered(table: Table) -> str:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def synchronised(device: torch.device) -> float:
+    """The time in seconds once a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+    """Median seconds of a call, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(rounds):
+        begin = synchronised(device)
+        run()
+        times.append(synchronised(device) - begin)
+    return statistics.median(times)
+
+
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of one large square matrix product: what a model's products could reach here and now."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, device, rounds=9)
+
+
+def copy_bytes(device: torch.device) -> float:
+    """Bytes per second read and written by a copy that no cache holds."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, rounds=9)
+
+
+class PeakBytes:
+    """The most bytes of tensors held while this is entered, beyond those held before.
+
+    A GPU's allocator counts them; on the CPU PyTorch's profiler notes every allocation.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.bytes = 0
+
+    def __enter__(self) -> "PeakBytes":
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+            return
+        self._profile.__exit__(*error)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json")
+            self._profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_bytes())["traceEvents"]
+        found = [event["args"] for event in events if event.get("name") == "[memory]"]
+        before = found[0]["Total Allocated"] - found[0]["Bytes"]
+        self.bytes = max(one["Total Allocated"] for one in found) - before

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.errors import BadInput
-from launch.bench import ALL, SUBJECTS, contenders, data, peers, pipeline, suite
+from launch.bench import ALL, SUBJECTS, contenders, data, kernels, peers, pipeline, stage, suite
 from launch.bench.common import Drawn
 from launch.bench.schedules import micro_batches_of
 from launch.cli import main
@@ -39,6 +39,9 @@ def all_found(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(stage, "ON_CPU", [("8x512", 2, True)])
+        patch.setattr(stage, "SMALL", SHAPE)
+        patch.setattr(kernels, "ON_CPU", [*SHAPE, "model.head_dim=16"])
         patch.setattr(peers, "DEFAULTS", SHAPE)
         patch.setattr(pipeline, "DEFAULTS", SHAPE)
         patch.setattr(data, "DEFAULTS", [*SHAPE, "data=files", f"data.path={corpus}", "data.val_fraction=0.2"])
@@ -57,7 +60,10 @@ def test_without_a_subject_all_run_into_one_file(all_found):
     assert record["torch"] == torch.__version__ and record["threads"] == torch.get_num_threads()
     assert abs((datetime.now().astimezone() - datetime.fromisoformat(record["date"])).total_seconds()) < 3600
     assert record["device"].startswith("cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name())
-    places = [printed.index(said) for said in ("forward and backward of 2 x 32", "1f1b, 8 micro", "a rank loads")]
+    places = [
+        printed.index(said)
+        for said in ("training a stage", "ms", "forward and backward of 2 x 32", "1f1b, 8 micro", "a rank loads")
+    ]
     assert places == sorted(places)
     for found in record["subjects"].values():
         assert found["wall_seconds"] > 0
@@ -85,13 +91,14 @@ def test_an_interruption_keeps_what_there_is(monkeypatch, tmp_path):
         assert list(overrides) == []
         return {"seconds": 2.0}
 
-    monkeypatch.setattr(peers, "measure", measured)
-    monkeypatch.setattr(peers, "as_text", str)
+    for module in (stage, kernels, peers):
+        monkeypatch.setattr(module, "measure", measured)
+        monkeypatch.setattr(module, "as_text", str)
     monkeypatch.setattr(pipeline, "measure", interrupted)
     out = tmp_path / "found.json"
     assert main(["bench", "--out", str(out)]) == 130
     record = json.loads(out.read_text("utf-8"))
-    assert list(record["subjects"]) == ["peers"] and record["subjects"]["peers"]["seconds"] == 2.0
+    assert list(record["subjects"]) == ["stage", "kernels", "peers"] and record["subjects"]["peers"]["seconds"] == 2.0
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -108,7 +115,7 @@ def test_a_subject_alone_takes_overrides_and_writes_only_when_asked(monkeypatch,
 
 
 def test_json_of_all_is_what_the_file_holds(monkeypatch, tmp_path, capsys):
-    for module in (peers, pipeline, data):
+    for module in (stage, kernels, peers, pipeline, data):
         monkeypatch.setattr(module, "measure", lambda overrides, name=module.__name__: {"of": name})
     assert main(["bench", "--json", "--out", str(tmp_path / "all.json")]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -275,3 +282,46 @@ def test_an_unknown_gpu_is_refused():
 
 def test_facts_of_the_record():
     assert suite.facts()["subjects"] == {} and suite.facts()["load_before"] >= 0
+
+
+# ---- stage, kernels ----
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("recompute", "pieces"), [("none", 1), ("none", 4), ("selective", 1), ("ffn", 1), ("ffn", 4), ("full", 1)]
+)
+def test_the_memory_of_a_step_is_what_is_predicted(precision, recompute, pieces):
+    shape = ["model.d_model=256", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=768", "model.vocab_size=4096"]
+    how = [f"train.precision={precision}", f"parallel.recompute={recompute}", f"parallel.head_pieces={pieces}"]
+    cases = [("8x512", 4, True), ("8x512", 3, False)]
+    found = stage.measure([*shape, *how, "train.seq_len=1024"], cases, micro_batches=2, rounds=1)
+    for row in found["rows"]:
+        assert 0.95 < row["predicted_bytes"] / row["peak_bytes"] < 1.05, row
+        assert row["tokens_per_second"] == pytest.approx(2 * 1024 / row["seconds"])
+    assert "sdpa" in found["kernels"] and "8x512, 3 blocks" in stage.as_text(found).replace("\n", " ")
+
+
+def test_the_flops_of_a_stage_are_those_of_its_layers():
+    from model.config import ModelConfig
+
+    shape = ["model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=128", "model.vocab_size=512"]
+    found = stage.measure([*shape, "train.seq_len=64"], [("8x512", 2, True), ("8x512", 2, False)], 1, rounds=1)
+    config = ModelConfig(d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, vocab_size=512)
+    blocks = 3 * 2 * config.block_flops(64)
+    whole, middle = (row["flops"] * row["seconds"] / 64 for row in found["rows"])
+    assert whole == pytest.approx(blocks + 3 * config.head_flops) and middle == pytest.approx(blocks)
+
+
+def test_kernels_are_measured_each_way_and_say_what_is_absent():
+    shape = ["model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2", "model.head_dim=16", "model.d_ff=128"]
+    found = kernels.measure([*shape, "model.vocab_size=64", "train.seq_len=32"], models=["7b"], rounds=1)
+    ways = {}
+    for row in found["rows"]:
+        ways.setdefault(row["kernel"], []).append(row["way"])
+        assert row["rate"] > 0 and row["share"] > 0
+    assert ways.pop("attention, 4 heads on 2") == ["sdpa"]
+    between = ["norm", "add, norm", "rotary", "SwiGLU", "loss"]
+    assert ways == {name: ["pytorch", "plain", "compiled"] for name in between}
+    assert found["absent"].keys() == {"flash2", "flash3", "flash4", "liger"}
+    assert "flash-attn 2 runs on GPUs" in kernels.as_text(found)

@@ -1,13 +1,16 @@
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.init import initialise
+from model.config import Kernels
+from model.init import initial_value
 from model.transformer import Block
 from parallel.layout import Recompute
 from parallel.recompute import recomputing
+from parallel.tensor import TensorParallel, build_layer
 from tests.shapes import small
 
 
@@ -23,17 +26,27 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def forward_and_backward(recompute):
-    config = small(n_heads=8)
-    block = Block(config)
-    initialise(block, "blocks.0.", 1, config.init_std)
+ALONE = TensorParallel(None, 0, 1, False, {})
+
+
+def forward_and_backward(recompute, kernels=Kernels.plain):
+    config = small(n_heads=8, kernels=kernels)
+    block = build_layer(
+        lambda: Block(config),
+        "blocks.0.",
+        config,
+        ALONE,
+        torch.device("cpu"),
+        lambda name, shape: initial_value(name, shape, 1, config.init_std),
+    )
     x = torch.randn(2, 16, config.d_model, generator=torch.Generator().manual_seed(0), requires_grad=True)
     run = recomputing(block, recompute)
-    with Counted() as counted:
+    # A function that is compiled runs under no such mode.
+    with (counted := Counted()) if kernels is Kernels.plain else nullcontext():
         out = run(x)
         out.square().sum().backward()
     gradients = [x.grad, *(parameter.grad for parameter in block.parameters())]
-    return out.detach(), gradients, counted.ran
+    return out.detach(), gradients, counted.ran if kernels is Kernels.plain else None
 
 
 @pytest.mark.parametrize("how", [Recompute.selective, Recompute.ffn, Recompute.full])
@@ -55,3 +68,29 @@ def test_what_is_computed_again():
     assert attention == {Recompute.none: 1, Recompute.selective: 1, Recompute.ffn: 1, Recompute.full: 2}
     # the gradient of SwiGLU's product computes it once in any case
     assert [ran[how]["silu"] for how in Recompute] == [2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("how", list(Recompute))
+def test_compiled_kernels_agree_under_every_recomputation(how):
+    expected_out, expected, _ = forward_and_backward(Recompute.none)
+    out, gradients, _ = forward_and_backward(how, Kernels.compiled)
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-6)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+def test_a_place_in_memory_that_another_tensor_has_taken_is_not_remade():
+    from model.remake import remade, remaking
+
+    x = torch.ones(1000, requires_grad=True)
+    with remaking(products=False):
+        first = x.detach() * 2
+        place = first.data_ptr()
+        remade([first], lambda: [torch.full((1000,), 2.0)], product=False)
+        del first
+        others = [torch.full((1000,), 5.0) for _ in range(50)]
+        taken = [one for one in others if one.data_ptr() == place]
+        y = sum((x * one).sum() for one in others)
+    assert taken, "the allocator gave the place to no other"
+    y.backward()
+    assert torch.equal(x.grad, torch.full((1000,), 250.0))

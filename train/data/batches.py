@@ -1,6 +1,8 @@
 """Sequences to the micro-batches of one data-parallel rank."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -53,6 +55,26 @@ def train_micro_batches(
         for start in range(dp_rank * micro_batch, global_batch, dp_size * micro_batch):
             yield _batch(sequences, order.take(np.arange(micro_batch) + (step_start + start)))
         step_start += global_batch
+
+
+def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator[Batch]:
+    """The same micro-batches, read by a thread while those before are trained on.
+
+    Args:
+        batches: without end, or with one.
+        pinned: in memory that a GPU copies from by itself, while it computes.
+        depth: how many are read ahead.
+    """
+
+    def read() -> Batch | None:
+        batch = next(batches, None)
+        return (batch[0].pin_memory(), batch[1].pin_memory()) if pinned and batch else batch
+
+    with ThreadPoolExecutor(1, thread_name_prefix="micro-batches") as thread:  # one, so that their order stays
+        coming = deque(thread.submit(read) for _ in range(depth))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(thread.submit(read))
+            yield batch
 
 
 class EvalMicroBatches:

@@ -1,0 +1,210 @@
+"""Each kernel by itself, forward and backward: attention backends, the loss, and what lies between the matrices.
+
+Attention is measured in FLOP/s against a matrix product of the same run, the rest in bytes that have to move, against a
+copy; each also against plain PyTorch, by turns.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from launch.bench.common import composed, copy_bytes, device_name, product_flops, rendered, synchronised
+from model.config import AttentionBackend, Kernels, ModelConfig
+from model.fused import add_rms_norm, rms_norm, rotary, silu_mul
+from model.kernels import causal_attention, obstacle
+from model.layers import rotary_tables
+from model.loss import cross_entropy
+
+ON_CPU = ["train.seq_len=256", "model.vocab_size=16384"]
+"""What is smaller on a CPU than in the presets."""
+
+Call = Callable[..., Any]
+"""From leaves to one tensor or several."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure.
+
+    Attributes:
+        name: of it.
+        ways: functions of `inputs` that do the same, by name; the first is the one that others are compared with.
+        inputs: leaves with gradients.
+        amount: FLOPs or bytes of a forward and a backward pass.
+        in_flops: which of the two.
+    """
+
+    name: str
+    ways: dict[str, Call]
+    inputs: list[torch.Tensor]
+    amount: float
+    in_flops: bool
+
+
+def measure(overrides: Sequence[str], models: Sequence[str] = ("7b", "67b"), rounds: int = 5) -> dict[str, Any]:
+    """Forward and backward passes of every way by turns; medians over the rounds, of which one more is not counted.
+
+    Args:
+        overrides: after the presets.
+        models: the presets whose shapes are measured.
+        rounds: of one pass of each way.
+
+    Returns:
+        The ``bounds`` and, in ``rows``, for each way its ``seconds``, ``rate`` (FLOP/s or bytes/s), ``share`` of the
+        bound, and ``speedup`` over plain PyTorch; ``absent`` says what could not run, and why.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bounds = {"flops": product_flops(device, dtype), "bytes": copy_bytes(device)}
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    for name in models:
+        config = composed([f"model={name}", *(ON_CPU if device.type == "cpu" else [])], overrides).config
+        size = (config.train.micro_batch, config.train.seq_len)
+        subjects = [_attention(config.model, size, device, dtype, absent)]
+        subjects += _between(config.model, size, device, dtype, absent)
+        for subject in subjects:
+            rows += [{"model": name, **row} for row in _rows(subject, device, rounds, bounds)]
+    precision = str(dtype).removeprefix("torch.")
+    return {
+        "device": device_name(device),
+        "precision": precision,
+        "bounds": bounds,
+        "rows": rows,
+        "absent": absent,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    bounds = found["bounds"]
+    title = f"forward and backward, {found['precision']} on {found['device']}; a matrix product "
+    title += f"{bounds['flops'] / 1e12:.3g} TFLOP/s, a copy beyond all caches {bounds['bytes'] / 1e9:.3g} GB/s"
+    table = Table(
+        "model", "kernel", "way", "ms", "rate", "of the bound", "times as fast", title=title, title_justify="left"
+    )
+    for row in found["rows"]:
+        rate = f"{row['rate'] / 1e12:.3g} TFLOP/s" if row["in_flops"] else f"{row['rate'] / 1e9:.3g} GB/s"
+        ms = f"{1000 * row['seconds']:.3f}"
+        table.add_row(row["model"], row["kernel"], row["way"], ms, rate, f"{row['share']:.1%}", f"{row['speedup']:.2f}")
+    return "\n".join([rendered(table), *(f"{name}: {why}" for name, why in found["absent"].items())])
+
+
+def _rows(subject: Subject, device: torch.device, rounds: int, bounds: dict[str, float]) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {way: [] for way in subject.ways}
+    for turn in range(rounds + 1):
+        for way, call in subject.ways.items():
+            begin = synchronised(device)
+            out = call(*subject.inputs)
+            outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+            torch.autograd.grad(outputs, subject.inputs, [torch.ones_like(one) for one in outputs])
+            if turn:
+                seconds[way].append(synchronised(device) - begin)
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    base = next(iter(medians.values()))
+    bound = bounds["flops" if subject.in_flops else "bytes"]
+    return [
+        {
+            "kernel": subject.name,
+            "way": way,
+            "seconds": one,
+            "rate": subject.amount / one,
+            "share": subject.amount / one / bound,
+            "speedup": base / one,
+            "in_flops": subject.in_flops,
+        }
+        for way, one in medians.items()
+    ]
+
+
+def _attention(
+    model: ModelConfig, size: tuple[int, int], device: torch.device, dtype: torch.dtype, absent: dict[str, str]
+) -> Subject:
+    def of(backend: AttentionBackend) -> Call:
+        return lambda q, k, v: causal_attention(q, k, v, backend)
+
+    ways = {"sdpa": of(AttentionBackend.sdpa)}
+    for backend in (AttentionBackend.flash2, AttentionBackend.flash3, AttentionBackend.flash4):
+        if reason := obstacle(backend, device, dtype):
+            absent[backend.name] = reason
+        else:
+            ways[backend.name] = of(backend)
+    shape = (*size, model.n_heads, model.d_head), (*size, model.n_kv_heads, model.d_head)
+    q, kv = (_leaf(*one, device=device, dtype=dtype) for one in shape)
+    # Two products forward, and five backward, which makes the scores again; a causal half of each.
+    flops = 3.5 * 2 * size[0] * size[1] ** 2 * model.n_heads * model.d_head
+    name = f"attention, {model.n_heads} heads on {model.n_kv_heads}"
+    return Subject(name, ways, [q, kv, kv.detach().clone().requires_grad_()], flops, True)
+
+
+def _between(
+    model: ModelConfig, size: tuple[int, int], device: torch.device, dtype: torch.dtype, absent: dict[str, str]
+) -> list[Subject]:
+    def leaf(*shape: int) -> torch.Tensor:
+        return _leaf(*shape, device=device, dtype=dtype)
+
+    wide, ff, eps = model.d_model, model.d_ff, model.norm_eps
+    x, y, weight = leaf(*size, wide), leaf(*size, wide), leaf(wide)
+    gate, up, logits = leaf(*size, ff), leaf(*size, ff), leaf(*size, model.vocab_size)
+    q, k = leaf(*size, model.n_heads, model.d_head), leaf(*size, model.n_kv_heads, model.d_head)
+    cos, sin = rotary_tables(size[1], model.d_head, model.rope_theta, dtype, device)
+    labels = torch.randint(model.vocab_size, size, device=device)
+    ways = [Kernels.plain, Kernels.compiled]
+    if device.type != "cuda":
+        absent["liger"] = "Liger-Kernel runs on GPUs"
+    elif find_spec("liger_kernel") is None:
+        absent["liger"] = "liger-kernel is not installed"
+    else:
+        ways.append(Kernels.liger)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (wide,), weight, eps)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    def added(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + y, norm(x + y, weight)
+
+    def pytorchs_loss(logits: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy((logits * 1).flatten(0, 1).float(), labels.flatten())
+
+    def our_loss(way: Kernels) -> Call:
+        return lambda logits: cross_entropy(logits * 1, labels, kernels=way)
+
+    def turned_both(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return turned(q), turned(k)
+
+    def subject(
+        name: str, theirs: Call, ours: Callable[[Kernels], Call], inputs: list[torch.Tensor], passes: float
+    ) -> Subject:
+        found = {"pytorch": theirs, **{way.name: ours(way) for way in ways}}
+        return Subject(name, found, inputs, passes * inputs[0].nbytes, False)
+
+    heads = (q.numel() + k.numel()) / q.numel()
+    # Passes over a tensor of the first input's size: what a kernel has to read and write, forward and backward.
+    return [
+        subject("norm", norm, lambda way: lambda x, w: rms_norm(x, w, eps, way), [x, weight], 5),
+        subject("add, norm", added, lambda way: lambda x, y, w: add_rms_norm(x, y, w, eps, way), [x, y, weight], 8),
+        subject(
+            "rotary",
+            turned_both,
+            lambda way: lambda q, k: rotary(q, k, cos, sin, way),
+            [q, k],
+            4 * heads,
+        ),
+        subject("SwiGLU", lambda g, u: F.silu(g) * u, lambda way: lambda g, u: silu_mul(g, u, way), [gate, up], 8),
+        # The loss writes on its logits: a copy of them is made for each.
+        subject("loss", pytorchs_loss, our_loss, [logits], 7),
+    ]
+
+
+def _leaf(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()

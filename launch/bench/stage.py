@@ -1,0 +1,211 @@
+"""Training a pipeline stage that fits one device: tokens per second, model FLOPs utilisation, memory.
+
+A step is what a rank of a pipeline does for it: forward and backward passes of its micro-batches, fp32 accumulation,
+clipping and AdamW, without the messages to its neighbours, which a bench of one device cannot have.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from conf.schema import Config
+from launch.bench.common import SEED, STD, PeakBytes, composed, device_name, product_flops, rendered, seconds_of
+from model import fused, kernels
+from model.config import Kernels
+from model.init import initial_value
+from model.loss import WHOLE
+from model.transformer import Head, layer_builders
+from parallel.layout import Layout
+from parallel.loss import loss_in_pieces, loss_of_logits
+from parallel.memory import Step, stage_memory
+from parallel.recompute import recomputing
+from parallel.stages import Stage
+from parallel.tensor import TensorParallel, build_layer
+from parallel.zero import Replicas, Zero
+from train.metrics import peak_flops
+from train.optimizer import adamw
+
+# What fits 80 GB at 18 bytes per parameter (name, blocks, whether embedding and head are with them), and what a CPU
+# trains in seconds.
+ON_GPU = [("7b", 15, False), ("7b", 8, True), ("67b", 5, False), ("67b", 2, True)]
+ON_CPU = [("8x512", 4, False), ("8x512", 2, True)]
+SMALL = ["model.vocab_size=8192", "train.seq_len=512"]
+"""What is smaller on a CPU than in the preset."""
+
+
+def measure(
+    overrides: Sequence[str], cases: Sequence[tuple[str, int, bool]] = (), micro_batches: int = 0, rounds: int = 3
+) -> dict[str, Any]:
+    """Steps of each stage, one stage after another; medians.
+
+    Args:
+        overrides: after the presets: `parallel.recompute`, `parallel.head_pieces`, `model.kernels`, `model.attention`,
+            `train.micro_batch`, `train.seq_len`, `train.precision`.
+        cases: model, blocks, and whether embedding and head are with them; empty for those that fit the device.
+        micro_batches: of a step; 0 for 8 on a GPU and 2 on a CPU.
+        rounds: steps that are timed.
+
+    Returns:
+        ``product_flops``, of a large matrix product in this run; ``rows``, for each case with ``tokens_per_second``,
+        ``flops`` a second by true model FLOPs (arithmetic of `ModelConfig`; causal attention counted half) and
+        ``flops_by_m`` by the paper's M, ``mfu`` and ``mfu_by_m`` of the device's nominal peak where that is known,
+        ``share`` of the matrix product's, ``peak_bytes`` and ``predicted_bytes``.
+
+    Raises:
+        BadInput: settings that cannot work.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    cases = cases or (ON_GPU if on_gpu else ON_CPU)
+    configs = [composed([f"model={name}", *([] if on_gpu else SMALL)], overrides).config for name, _, _ in cases]
+    dtype = torch.bfloat16 if on_gpu or configs[0].train.precision.name == "bf16" else torch.float32
+    if alone := not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        bound = product_flops(device, dtype)
+        rows = [
+            _row(name, config, blocks, whole, device, dtype, micro_batches or (8 if on_gpu else 2), rounds, bound)
+            for (name, blocks, whole), config in zip(cases, configs, strict=True)
+        ]
+    finally:
+        if alone:
+            dist.destroy_process_group()
+    attention, why = kernels.chosen(configs[0].model.attention, device, dtype)
+    between, reason = fused.chosen(configs[0].model.kernels, device.type)
+    return {
+        "device": device_name(device),
+        "precision": str(dtype).removeprefix("torch."),
+        "kernels": f"attention {attention.name} ({why}), between matrices {between.name} ({reason})",
+        "product_flops": bound,
+        "rows": rows,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """`measure`'s findings for people."""
+    title = (
+        f"training a stage (ends: embedding and head), {found['precision']} on {found['device']}; {found['kernels']}; "
+    )
+    title += f"a matrix product alone: {found['product_flops'] / 1e12:.3g} TFLOP/s"
+    columns = ["tokens/s", "TFLOP/s", "of product", "MFU", "by M", "peak GiB", "predicted", "ratio"]
+    table = Table("stage", "recompute", *columns, title=title, title_justify="left")
+    for row in found["rows"]:
+        table.add_row(
+            row["stage"],
+            row["recompute"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['flops'] / 1e12:.3g}",
+            f"{row['share']:.1%}",
+            *(f"{row[key]:.1%}" if row[key] else "-" for key in ("mfu", "mfu_by_m")),
+            f"{row['peak_bytes'] / 2**30:.3f}",
+            f"{row['predicted_bytes'] / 2**30:.3f}",
+            f"{row['predicted_bytes'] / row['peak_bytes']:.3f}",
+        )
+    return rendered(table)
+
+
+def _row(
+    name: str,
+    config: Config,
+    blocks: int,
+    whole: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batches: int,
+    rounds: int,
+    bound: float,
+) -> dict[str, Any]:
+    model = replace(config.model, n_layers=blocks)
+    config = replace(config, model=model)
+    train, parallel = config.train, config.parallel
+    stage = Stage(0, 0, blocks + 2, 1.0) if whole else Stage(0, 1, blocks + 1, 1.0)
+    built: list[Callable[[], None]] = []
+
+    def build_and_train() -> None:
+        built.append(_step(config, stage, device, dtype, micro_batches))
+        for _ in range(2):  # the moments are made in the first
+            built[0]()
+
+    with PeakBytes(device) as peak:
+        build_and_train()
+    seconds = seconds_of(built[0], device, rounds)
+    compiled = fused.chosen(model.kernels, device.type)[0] is not Kernels.plain
+    step = Step(
+        train.micro_batch, train.seq_len, dtype == torch.bfloat16, parallel.recompute, parallel.head_pieces, compiled
+    )
+    tokens = micro_batches * train.micro_batch * train.seq_len
+    per_token = 3 * sum(model.layer_flops(train.seq_len)[stage.start : stage.stop])
+    flops, by_m = (tokens * one / seconds for one in (per_token, model.scaling_m(train.seq_len)))
+    nominal = peak_flops(device)
+    return {
+        "stage": f"{name}, {blocks} blocks" + (" + ends" if whole else ""),
+        "recompute": parallel.recompute.name + (f", head in {parallel.head_pieces}" * (parallel.head_pieces > 1)),
+        "micro_batches": micro_batches,
+        "tokens_per_micro_batch": train.micro_batch * train.seq_len,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops": flops,
+        "flops_by_m": by_m,
+        "mfu": flops / nominal if nominal else None,
+        "mfu_by_m": by_m / nominal if nominal else None,
+        "share": flops / bound,
+        "peak_bytes": peak.bytes,
+        "predicted_bytes": stage_memory(model, Layout(1, 1), [stage], 1, step).peak,
+    }
+
+
+def _step(
+    config: Config, stage: Stage, device: torch.device, dtype: torch.dtype, micro_batches: int
+) -> Callable[[], None]:
+    """A stage, and a step of it."""
+    model, train, parallel = config.model, config.train, config.parallel
+    alone = TensorParallel(None, 0, 1, False, {})
+    builders = list(layer_builders(model).items())[stage.start : stage.stop]
+
+    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+        return initial_value(name, shape, SEED, STD)
+
+    layers = [build_layer(build, f"{name}.", model, alone, device, drawn) for name, build in builders]
+    optimizer = Zero(
+        layers,
+        partial(adamw, settings=config.optimizer),
+        dtype=dtype,
+        micro_batches=micro_batches,
+        clip=config.optimizer.clip,
+        replicas=Replicas(None, 0, 1),
+        sharing={},
+    )
+    run: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        recomputing(layer, parallel.recompute) if name.startswith("blocks.") else layer
+        for (name, _), layer in zip(builders, layers, strict=True)
+    ]
+    shape = (train.micro_batch, train.seq_len)
+    tokens_BL = torch.randint(model.vocab_size, shape, device=device)
+    if isinstance(head := layers[-1], Head):
+        loss = loss_of_logits(WHOLE, model.kernels)
+        if parallel.head_pieces > 1:
+            run[-1] = partial(head, project=False)
+            loss = loss_in_pieces(head, parallel.head_pieces, WHOLE, model.kernels, alone)
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            if isinstance(head, Head):
+                x = tokens_BL
+            else:
+                x = torch.randn(*shape, model.d_model, device=device, dtype=dtype).requires_grad_()
+            y = x
+            for layer in run:
+                y = layer(y)
+            if isinstance(head, Head):
+                y = loss(y, tokens_BL) / micro_batches  # and no name for the logits, which would keep them
+                y.backward()
+            else:
+                y.backward(torch.ones_like(y).div_(y.numel()))
+        optimizer.step()
+
+    return step

@@ -1,0 +1,155 @@
+"""ZeRO-1's buckets in one process; the sweeps have them over several."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from conf.settings import OptimizerConfig
+from parallel.zero import Replicas, Zero
+from tests.shapes import matrices_and_vectors
+from train.optimizer import adamw
+
+SETTINGS = OptimizerConfig(lr=0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def layers():
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9)) for _ in range(3)]
+
+
+def zero(model, bucket=1, dp=1, rank=0, **changes):
+    settings = dict(dtype=torch.float32, micro_batches=2, clip=1.0, sharing={}) | changes
+    return Zero(model, partial(adamw, settings=SETTINGS), replicas=Replicas(None, rank, dp), bucket=bucket, **settings)
+
+
+def backward(model, seed, scale=1.0):
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(seed))
+    x = x.to(next(model[0].parameters()).dtype)
+    for layer in model:
+        x = layer(x)
+    (x.float().square().sum() * scale).backward()
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 10**9])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_steps_are_those_of_adamw_whatever_the_buckets(bucket, clip):
+    ours, plain = layers(), nn.ModuleList(layers())
+    optimizer, reference = zero(ours, bucket, clip=clip), adamw(*matrices_and_vectors(plain), SETTINGS)
+    for step in range(3):
+        reference.zero_grad()
+        for micro_batch in range(2):
+            backward(ours, 10 * step + micro_batch)
+            backward(plain, 10 * step + micro_batch)
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), clip or float("inf"))
+        reference.step()
+        optimizer.step()
+        torch.testing.assert_close(optimizer.norm, norm)
+    for got, want in zip(nn.ModuleList(ours).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_bucket_holds_as_few_layers_as_fill_it_and_one_kind_of_parameter():
+    optimizer = zero(layers(), bucket=100)
+    names = [[tuple(p.shape) for p, _ in bucket.parameters] for bucket in optimizer.buckets]
+    # a matrix has 81 elements and a layer 27 in vectors
+    assert names == [[(9, 9)] * 2, [(9,)] * 9, [(9, 9)]]
+    assert [bucket.kind.matrix for bucket in optimizer.buckets] == [True, False, True]
+
+
+def test_gradients_are_taken_and_let_go_at_once_and_the_last_micro_batch_completes_a_bucket(monkeypatch):
+    model = layers()
+    optimizer = zero(model)
+    reduced = []
+    monkeypatch.setattr("parallel.zero.Bucket.reduce", lambda bucket, replicas: reduced.append(bucket))
+    backward(model, 1)
+    assert all(p.grad is None for p in nn.ModuleList(model).parameters()) and not reduced
+    x = torch.randn(4, 9)
+    first, middle, last = model
+    y = first(x).detach().requires_grad_()
+    last(middle(y)).sum().backward()
+    done = {id(p) for bucket in reduced for p, _ in bucket.parameters}
+    assert done == {id(p) for layer in (middle, last) for p in layer.parameters()}  # while the first has yet to begin
+    assert len(reduced) == len({id(bucket) for bucket in reduced}) < len(optimizer.buckets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dp", [1, 2, 8])
+def test_bytes_per_parameter(dtype, dp):
+    model = [nn.Linear(256, 512, bias=False) for _ in range(3)]
+    optimizer = zero(model, dtype=dtype, dp=dp)
+    held = {}
+    for bucket in optimizer.buckets:
+        for tensor in (bucket.weights, bucket.gradients, bucket.master):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        held[id(bucket)] = 2 * bucket.master.nbytes  # Adam's moments
+    from parallel.memory import state_bytes_per_parameter
+
+    assert sum(held.values()) == 3 * 256 * 512 * state_bytes_per_parameter(dtype == torch.bfloat16, dp)
+
+
+@pytest.mark.parametrize("dp", [1, 3, 4])
+def test_every_element_is_owned_by_one_replica(dp):
+    seen = {}
+    for rank in range(dp):
+        model = layers()
+        names = {parameter: name for name, parameter in nn.ModuleList(model).named_parameters()}
+        for bucket in zero(model, 100, dp=dp, rank=rank).buckets:
+            for own in bucket.owned():
+                drawn = own.parameter.flatten()[own.start : own.start + own.size]
+                assert torch.equal(bucket.master[own.place : own.place + own.size], drawn)
+                seen.setdefault(names[own.parameter], []).extend(range(own.start, own.start + own.size))
+    sizes = {name: parameter.numel() for name, parameter in nn.ModuleList(layers()).named_parameters()}
+    assert {name: sorted(found) for name, found in seen.items()} == {n: list(range(size)) for n, size in sizes.items()}
+
+
+def test_gradients_that_are_not_finite_move_nothing_and_are_not_counted():
+    model = layers()
+    optimizer = zero(model)
+    for scale in (1.0, float("nan")):
+        before = [p.detach().clone() for p in nn.ModuleList(model).parameters()]
+        backward(model, 1, scale)
+        backward(model, 2, scale)
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(nn.ModuleList(model).parameters(), before, strict=True))
+    assert optimizer.norm.isnan()
+    assert {float(optimizer.adam.state[bucket.master]["step"]) for bucket in optimizer.buckets} == {1.0}
+    backward(model, 3)
+    backward(model, 4)
+    optimizer.step()
+    assert not torch.equal(next(model[0].parameters()), before[0])
+
+
+def test_a_parameter_that_saw_no_gradient_has_none():
+    model = layers()
+    optimizer = zero(model, 10**9)
+    for _ in range(2):
+        backward(model, 1)
+    optimizer.step()
+    for _ in range(2):
+        backward(model[1:], 1)  # the first layer takes no part
+    optimizer.step()
+    for bucket in optimizer.buckets:
+        for parameter, begin in bucket.parameters:
+            unused = any(parameter is one for one in model[0].parameters())
+            assert bucket.gradients[begin : begin + parameter.numel()].eq(0).all() == unused
+
+
+def test_master_weights_are_what_was_drawn_and_not_rounded():
+    drawn = [p.detach().clone() for p in nn.ModuleList(layers()).parameters()]
+    model = layers()
+    optimizer = zero(model, dtype=torch.bfloat16)
+    kept = {}
+    for bucket in optimizer.buckets:
+        kept |= {own.parameter: bucket.master.narrow(0, own.place, own.size) for own in bucket.owned()}
+    for parameter, exact in zip(nn.ModuleList(model).parameters(), drawn, strict=True):
+        assert torch.equal(kept[parameter], exact.flatten()) and torch.equal(parameter, exact.bfloat16())
