@@ -100,7 +100,7 @@ def as_text(found: dict[str, Any]) -> str:
     table = Table("", "s a pass", "MiB", "times ours", "in each round", "loss - ours", "gradient norm")
     for name, one in {"ours": found["ours"], **found["peers"]}.items():
         memory = f"{one['bytes'] / 2**20:.0f}" if one["bytes"] else ""
-        row = [f"{name} {one.get('version', '')}".strip(), f"{one['seconds']:.3f}", memory]
+        row = [f"{name} {one.get('version') or ''}".strip(), f"{one['seconds']:.3f}", memory]
         if "ratio" in one:
             low, high = one["ratios"]
             row += [f"{one['ratio']:.2f}", f"{low:.2f} to {high:.2f}", f"{one['loss_difference']:+.1e}"]
