@@ -6,7 +6,8 @@ gradient, which keep the least for backward that will do, and run in one of thre
     plain      PyTorch's operators one after another
     compiled   each formula as one kernel by torch.compile: compiled once for a shape, shared by all layers, and under
                any schedule, recomputation or cut, since the matrices and their messages lie outside
-    liger      Liger-Kernel's Triton kernels
+    liger      Liger-Kernel's Triton kernels (the loss compiled: theirs waits for the GPU in backward, and keeps fp32
+               logits where the vocabulary is cut)
 
 B batch, L sequence, D width, F inner width, H query heads, G key/value heads, K head width.
 """
@@ -48,8 +49,8 @@ def _chosen(kernels: Kernels, device_type: str) -> Kernels:
 
 
 def runs_compiled(kernels: Kernels, x: torch.Tensor) -> bool:
-    """Whether to run a formula compiled: in training, whose shapes do not change."""
-    return x.requires_grad and _chosen(kernels, x.device.type) is Kernels.compiled
+    """Whether the loss runs compiled: in training, whose shapes do not change."""
+    return x.requires_grad and _chosen(kernels, x.device.type) is not Kernels.plain
 
 
 def rms_norm(x_BLD: torch.Tensor, weight_D: torch.Tensor, eps: float, kernels: Kernels) -> torch.Tensor:

@@ -20,8 +20,8 @@ from model.fused import compiled, runs_compiled
 IGNORED = -100
 """A label that is not predicted."""
 
-_CHUNK = 2**18
-"""Logits that are fp32 at a time where no kernel converts them: few enough for a CPU's cache."""
+_CHUNK = {"cpu": 2**18, "cuda": 2**26}
+"""Logits that are fp32 at a time where no kernel converts them: few enough for a CPU's cache, enough for a GPU."""
 
 
 def _alone(values_N: torch.Tensor) -> torch.Tensor:
@@ -181,16 +181,17 @@ def _cuts(whole: int, length: int) -> Iterator[slice]:
     return (slice(start, min(start + length, whole)) for start in range(0, whole, length))
 
 
+def _row_cuts(logits_NV: torch.Tensor) -> Iterator[slice]:
+    return _cuts(len(logits_NV), max(_CHUNK.get(logits_NV.device.type, 2**26) // logits_NV.shape[1], 1))
+
+
 # ---- the kernels; labels count from the first token of the part, and those of other parts lie outside it ----
 
 
 def _sums(logits_NV: torch.Tensor, local_N: torch.Tensor, fused: bool) -> Sums:
     if fused:
         return compiled(_row_sums)(logits_NV, local_N)
-    found = [
-        _row_sums(logits_NV[rows], local_N[rows])
-        for rows in _cuts(len(logits_NV), max(_CHUNK // logits_NV.shape[1], 1))
-    ]
+    found = [_row_sums(logits_NV[rows], local_N[rows]) for rows in _row_cuts(logits_NV)]
     largest, total, target = (torch.cat(values) for values in zip(*found, strict=True))
     return largest, total, target
 
@@ -215,7 +216,7 @@ def _to_gradient(
     if fused:
         compiled(_overwrite)(logits_NV, local_N, largest_N, total_N, scale_N)
         return
-    for rows in _cuts(len(logits_NV), max(_CHUNK // logits_NV.shape[1], 1)):
+    for rows in _row_cuts(logits_NV):
         logits, local, scale = logits_NV[rows], local_N[rows], scale_N[rows, None]
         in_fp32 = logits if logits.dtype == torch.float32 else logits.float()
         in_fp32.sub_(largest_N[rows, None]).exp_().mul_(scale / total_N[rows, None])

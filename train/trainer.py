@@ -237,6 +237,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
         if saves:
             saver.save(step, tokens=step * length.tokens_per_step)
 
+    engine.optimizer.wait()  # for what travels to a step that does not come
+
     # The end: a few lines from the model while the last save is written, and a summary.
     texts: list[str] = []
     if not stopped and config.sample.tokens and config.sample.prompts:

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import Kernels
 from model.loss import cross_entropy, head_loss
 
-WAYS = [Kernels.plain, Kernels.compiled]
+WAYS = [Kernels.plain, Kernels.compiled, Kernels.liger]
 SHAPES = [(1, 5), (255, 37), (600, 1003)]
 
 
