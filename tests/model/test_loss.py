@@ -106,3 +106,15 @@ def test_in_pieces_only_one_piece_of_the_logits_exists():
     with Largest() as largest:
         head_loss(x.requires_grad_(), weight, labels, 8).backward()
     assert largest.values == 1024 * 500
+
+
+def test_in_pieces_large_logits_do_not_overflow_wherever_they_are():
+    labels = torch.tensor([[3, 0]])
+    for large in range(4):
+        weight = torch.zeros(4, 1)
+        weight[large] = 500.0
+        x = torch.ones(1, 2, 1, requires_grad=True)
+        loss = head_loss(x, weight.requires_grad_(), labels, 4)
+        torch.testing.assert_close(loss, pytorchs(x @ weight.T, labels))
+        loss.backward()
+        assert x.grad.isfinite().all() and weight.grad.isfinite().all()
