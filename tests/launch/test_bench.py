@@ -288,17 +288,15 @@ def test_facts_of_the_record():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("recompute", "pieces"), [("none", 1), ("none", 4), ("selective", 1), ("ffn", 1), ("ffn", 4), ("full", 1)]
-)
+@pytest.mark.parametrize(("recompute", "pieces"), [("none", 1), ("selective", 4), ("ffn", 1), ("full", 4)])
 def test_the_memory_of_a_step_is_what_is_predicted(precision, recompute, pieces):
     shape = ["model.d_model=256", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=768", "model.vocab_size=4096"]
     how = [f"train.precision={precision}", f"parallel.recompute={recompute}", f"parallel.head_pieces={pieces}"]
     cases = [("8x512", 4, True), ("8x512", 3, False)]
-    found = stage.measure([*shape, *how, "train.seq_len=1024"], cases, micro_batches=2, rounds=1)
+    found = stage.measure([*shape, *how, "train.seq_len=512"], cases, micro_batches=2, rounds=1)
     for row in found["rows"]:
         assert 0.95 < row["predicted_bytes"] / row["peak_bytes"] < 1.05, row
-        assert row["tokens_per_second"] == pytest.approx(2 * 1024 / row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(2 * 512 / row["seconds"])
     assert "sdpa" in found["kernels"] and "8x512, 3 blocks" in stage.as_text(found).replace("\n", " ")
 
 
