@@ -65,12 +65,12 @@ def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _memory(config: Config, stages: Sequence[Stage], shares: Sequence[float]) -> list[dict[str, float]]:
-    """Bytes of each rank of the pipeline at the worst moment of a step, in bf16 and with fused kernels, as on a GPU."""
+    """Bytes of each rank of the pipeline at the worst moment of a step, in bf16 as on a GPU."""
     parallel, train = config.parallel, config.train
     step, _ = _step(config, shares)
     sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
     layout = Layout(parallel.dp or 1, parallel.pp, parallel.tp, sequence_parallel)
-    what = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces, fused=True)
+    what = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
     rows = []
     for rank, kept in enumerate(step.kept):
         own = [stages[stage] for stage in parallel.place.stages_of(rank)]

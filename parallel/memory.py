@@ -49,7 +49,6 @@ class Step:
         bf16: whether the stages compute in bf16, else fp32.
         recompute: what blocks compute again.
         head_pieces: of the logits.
-        fused: whether what lies between matrices runs as single kernels, without intermediate results.
     """
 
     micro_batch: int
@@ -57,7 +56,6 @@ class Step:
     bf16: bool
     recompute: Recompute = Recompute.none
     head_pieces: int = 1
-    fused: bool = False
 
 
 def state_bytes_per_parameter(bf16: bool, dp: int) -> float:
@@ -140,9 +138,9 @@ class _Part:
         remade_gate_up = 2 * ff + deep if keeps is Recompute.ffn else 0
         # The gradient of down's output, of its input, and of its weight.
         down = self._of_tokens(deep + gathered + ff + remade_product + remade_gate_up) + weights
-        # The product's own gradient: those of gate and up, and on the way to them two more where kernels are not fused.
+        # The product's own gradient, and those of gate and up.
         let_go = ff if keeps is Recompute.none else 0
-        silu = self._of_tokens(deep + ff + remade_gate_up + (2 if self._step.fused else 3) * ff - let_go)
+        silu = self._of_tokens(deep + ff + remade_gate_up + 2 * ff - let_go)
         # Both weights' gradients at once, and the input's.
         let_go += 2 * ff if keeps is not Recompute.ffn else 0
         remade_norm = deep if keeps is not Recompute.none else 0

@@ -16,7 +16,6 @@ from rich.table import Table
 from conf.schema import Config
 from launch.bench.common import SEED, STD, PeakBytes, composed, device_name, product_flops, rendered, seconds_of
 from model import fused, kernels
-from model.config import Kernels
 from model.init import initial_value
 from model.loss import WHOLE
 from model.transformer import Head, layer_builders
@@ -134,10 +133,8 @@ def _row(
     with PeakBytes(device) as peak:
         build_and_train()
     seconds = seconds_of(built[0], device, rounds)
-    compiled = fused.chosen(model.kernels, device.type)[0] is not Kernels.plain
-    step = Step(
-        train.micro_batch, train.seq_len, dtype == torch.bfloat16, parallel.recompute, parallel.head_pieces, compiled
-    )
+    bf16 = dtype == torch.bfloat16
+    step = Step(train.micro_batch, train.seq_len, bf16, parallel.recompute, parallel.head_pieces)
     tokens = micro_batches * train.micro_batch * train.seq_len
     per_token = 3 * sum(model.layer_flops(train.seq_len)[stage.start : stage.stop])
     flops, by_m = (tokens * one / seconds for one in (per_token, model.scaling_m(train.seq_len)))
