@@ -118,3 +118,18 @@ def test_in_pieces_large_logits_do_not_overflow_wherever_they_are():
         torch.testing.assert_close(loss, pytorchs(x @ weight.T, labels))
         loss.backward()
         assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "vocab_size"), [*SHAPES, (2048, 102400)])
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_the_loss_in_bf16_is_pytorchs(way, rows, vocab_size):
+    logits, labels = (one.cuda() for one in logits_and_labels(rows, vocab_size, torch.bfloat16))
+    results = []
+    for loss in (pytorchs, lambda x, y: cross_entropy(x, y, kernels=way)):
+        source = logits.clone().requires_grad_()
+        value = loss(source * 1, labels)
+        value.backward()
+        results.append((value.detach(), source.grad))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1][1], results[0][1])
