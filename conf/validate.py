@@ -40,6 +40,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
     problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
     return run_layout, problems
@@ -135,6 +136,16 @@ def _lengths(config: Config) -> list[str]:
             f"sample.temperature={config.sample.temperature}: must be 0 (the likeliest token) or above, and finite"
         )
     return problems
+
+
+def _kernels(config: Config) -> list[str]:
+    """What was asked for by name and runs on GPUs, on a machine that has none."""
+    model = config.model
+    return [
+        f"model.{key}={way.name}: runs on GPUs, and this machine has none; model.{key}=auto takes what there is"
+        for key, way in (("attention", model.attention), ("kernels", model.kernels))
+        if way.needs_gpu
+    ]
 
 
 def _profile(config: Config, run_layout: Layout) -> list[str]:

@@ -18,6 +18,11 @@ class AttentionBackend(Enum):
     sdpa = "sdpa"
     reference = "reference"
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it runs on GPUs alone."""
+        return self.name.startswith("flash")
+
 
 class Kernels(Enum):
     """What runs between the matrices and in the loss; see `model/fused.py`."""
@@ -26,6 +31,11 @@ class Kernels(Enum):
     plain = "plain"
     compiled = "compiled"
     liger = "liger"
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it runs on GPUs alone."""
+        return self is Kernels.liger
 
 
 WAYS = ("attention", "kernels")

@@ -33,7 +33,13 @@ def compiled(formula: Formula) -> Formula:
 
 
 def chosen(kernels: Kernels, device_type: str) -> tuple[Kernels, str]:
-    """What `auto` means on a device, and why, in a few words."""
+    """What `auto` means on a device, and why, in a few words.
+
+    Raises:
+        RuntimeError: Liger-Kernel was asked for and is not installed.
+    """
+    if kernels is Kernels.liger and find_spec("liger_kernel") is None:
+        raise RuntimeError("model.kernels=liger: Liger-Kernel is not installed (pip install 'deepnarrow[gpu]')")
     if kernels is not Kernels.auto:
         return kernels, f"model.kernels={kernels.name}"
     if device_type != "cuda":

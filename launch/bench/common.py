@@ -32,7 +32,7 @@ def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
         BadInput: with every problem found.
     """
     composition = compose_overrides([*defaults, *overrides])
-    if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0))[1]]:
+    if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0, elsewhere=True))[1]]:
         raise BadInput(problems)
     return composition
 

@@ -86,6 +86,16 @@ def test_processes_are_counted_from_the_layout_or_the_machine():
     assert layout("parallel.pp=2", machine=Machine(gpus=8, local_processes=8, processes=64)).dp == 32
 
 
+def test_kernels_of_gpus_are_refused_where_there_is_none():
+    asked = ["tiny", "model.attention=flash3", "model.kernels=liger"]
+    assert problems(*asked) == [
+        "model.attention=flash3: runs on GPUs, and this machine has none; model.attention=auto takes what there is",
+        "model.kernels=liger: runs on GPUs, and this machine has none; model.kernels=auto takes what there is",
+    ]
+    assert problems(*asked, machine=Machine(gpus=0, elsewhere=True)) == []
+    assert problems(*asked, machine=Machine(gpus=1)) == problems("tiny", "model.attention=sdpa") == []
+
+
 def test_ranks_to_profile_are_those_of_the_whole_layout():
     profiled = ["tiny", "parallel.pp=2", "train.profile_ranks=[0,7]"]
     assert problems(*profiled, machine=Machine(gpus=8)) == []

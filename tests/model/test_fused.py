@@ -104,12 +104,15 @@ def test_all_agree_with_their_definitions(way, shape, dtype, device):
     )
 
 
-def test_what_auto_takes_and_why():
-    assert chosen(Kernels.liger, "cpu") == (Kernels.liger, "model.kernels=liger")
+def test_what_auto_takes_and_why(monkeypatch):
+    assert chosen(Kernels.plain, "cpu") == (Kernels.plain, "model.kernels=plain")
     way, reason = chosen(Kernels.auto, "cpu")
     assert way is Kernels.plain and "CPU" in reason
     if find_spec("triton"):
         assert chosen(Kernels.auto, "cuda")[0] is Kernels.compiled
+    monkeypatch.setattr("model.fused.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"model.kernels=liger: .* not installed"):
+        chosen(Kernels.liger, "cuda")
 
 
 def test_without_gradients_all_run_plain_and_the_same():
