@@ -82,15 +82,12 @@ def test_compiled_kernels_agree_under_every_recomputation(how):
 def test_a_place_in_memory_that_another_tensor_has_taken_is_not_remade():
     from model.remake import remade, remaking
 
-    x = torch.ones(1000, requires_grad=True)
+    x, room = torch.ones(1000, requires_grad=True), torch.full((1000,), 2.0)
     with remaking(products=False):
-        first = x.detach() * 2
-        place = first.data_ptr()
+        first = room[:]
         remade([first], lambda: [torch.full((1000,), 2.0)], product=False)
         del first
-        others = [torch.full((1000,), 5.0) for _ in range(50)]
-        taken = [one for one in others if one.data_ptr() == place]
-        y = sum((x * one).sum() for one in others)
-    assert taken, "the allocator gave the place to no other"
+        second = room[:].fill_(5.0)  # as an allocator does, where the one before stood
+        y = (x * second).sum()
     y.backward()
-    assert torch.equal(x.grad, torch.full((1000,), 250.0))
+    assert torch.equal(x.grad, torch.full((1000,), 5.0))
