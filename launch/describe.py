@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from conf.errors import BadInput
 from conf.schema import Config
 from launch.timeline import picture
 from model.config import ModelConfig
-from parallel.layout import Layout
+from parallel.layout import layout_for
 from parallel.memory import Step, stage_memory
 from parallel.schedules import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
@@ -31,7 +31,7 @@ def facts(config: Config) -> dict[str, Any]:
     """
     model, seq_len = config.model, config.train.seq_len
     stages = split_for(model.layer_flops(seq_len), config.parallel.place)
-    shares = [stage.cost_share for stage in stages]
+    step, micro_batches = _step(config, [stage.cost_share for stage in stages])
     return {
         "preset": config.preset,
         "attention": model.attention_name,
@@ -42,18 +42,17 @@ def facts(config: Config) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
         "stages": stage_rows(model, stages, config.parallel.place),
-        "pipeline": _pipeline(config, shares),
-        "memory": _memory(config, stages, shares),
+        "pipeline": _pipeline(config, step, micro_batches),
+        "memory": _memory(config, stages, step),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 
 
-def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
+def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[str, Any] | None:
     """Micro-batches, the bubble, and the most activations that a rank keeps, in micro-batches of all its layers."""
     parallel = config.parallel
     if parallel.pp == 1:
         return None
-    timeline, micro_batches = _step(config, shares)
     return {
         "schedule": parallel.schedule.name,
         "virtual_stages": parallel.place.virtual,
@@ -64,18 +63,16 @@ def _pipeline(config: Config, shares: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
-def _memory(config: Config, stages: Sequence[Stage], shares: Sequence[float]) -> list[dict[str, float]]:
+def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list[dict[str, float]]:
     """Bytes of each rank of the pipeline at the worst moment of a step, in bf16 as on a GPU."""
     parallel, train = config.parallel, config.train
-    step, _ = _step(config, shares)
-    sequence_parallel = parallel.tp > 1 and parallel.sequence_parallel is not False
-    layout = Layout(parallel.dp or 1, parallel.pp, parallel.tp, sequence_parallel)
-    what = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
+    layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
+    step = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
     rows = []
-    for rank, kept in enumerate(step.kept):
+    for rank, kept in enumerate(timeline.kept):
         own = [stages[stage] for stage in parallel.place.stages_of(rank)]
-        found = stage_memory(config.model, layout, own, kept, what)
-        rows.append({"state": found.state, "kept": found.kept, "passing": found.passing, "peak": found.peak})
+        found = stage_memory(config.model, layout, own, kept, step)
+        rows.append({**asdict(found), "peak": found.peak})
     return rows
 
 

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from model.config import AttentionBackend
+from model import fused
+from model.config import AttentionBackend, ModelConfig
 
 AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -60,6 +61,17 @@ def chosen(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) 
             return one, "the fastest that is installed" if not reasons else "; ".join(reasons)
         reasons.append(reason)
     return AttentionBackend.sdpa, "; ".join(reasons)
+
+
+def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels a model runs on a device, those of `model/fused.py` among them, and why.
+
+    Raises:
+        RuntimeError: one that was asked for by name cannot.
+    """
+    attention, why = chosen(model.attention, device, dtype)
+    between, reason = fused.chosen(model.kernels, device.type)
+    return f"attention: {attention.name} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 
 @cache

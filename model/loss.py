@@ -9,6 +9,7 @@ N tokens (B x L), V vocabulary or a part of it, D width.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -122,13 +123,12 @@ class _HeadLoss(torch.autograd.Function):
         part: Part,
         kernels: Kernels,
     ) -> torch.Tensor:
-        sums, fused = None, runs_compiled(kernels, x_ND)
-        for rows in _cuts(len(weight_VD), -(-len(weight_VD) // pieces)):
-            logits_NV = F.linear(x_ND, weight_VD[rows])
-            more = _sums(logits_NV, labels_N - (part.first_token + rows.start), fused)
-            sums = _together(sums, more) if sums else more
-        assert sums is not None
-        sums = _of_all_parts(sums, part)
+        fused = runs_compiled(kernels, x_ND)
+        found = (
+            _sums(F.linear(x_ND, weight_VD[rows]), labels_N - (part.first_token + rows.start), fused)
+            for rows in _cuts(len(weight_VD), -(-len(weight_VD) // pieces))
+        )
+        sums = _of_all_parts(reduce(_together, found), part)
         ctx.save_for_backward(x_ND, labels_N, sums[0], sums[1])
         # The parameter itself: under recomputation a saved one comes back as another.
         ctx.weight, ctx.pieces, ctx.part, ctx.fused = weight_VD, pieces, part, fused

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from model.config import ModelConfig
 from model.init import initial_value
 from model.transformer import Block, Head, layer_builders
 from parallel.layout import Layout, Recompute
-from parallel.loss import loss_in_pieces, loss_of_logits, vocabulary_part
+from parallel.loss import head_and_loss, vocabulary_part
 from parallel.pipeline import Hop, Pipeline, make_links
 from parallel.recompute import recomputing
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
@@ -206,8 +205,6 @@ def _stage_module(
         def _build(self) -> None:
             self.tp = _tensor_parallel(model, layout, self._grid.get_slice_parallel_group())
             builders, self.stages = list(layer_builders(model).items()), {}
-            part = vocabulary_part(vocabulary_shard(model, self.tp.size, self.tp.rank).start, self.tp)
-            self.loss_fn = loss_of_logits(part, model.kernels)
             for stage in place.stages_of(self.stage_id):
                 functions = self.stages[stage] = []
                 for index in range(stages[stage].start, stages[stage].stop):
@@ -216,9 +213,10 @@ def _stage_module(
                     self.add_module(str(index), layer)
                     if isinstance(layer, Block):
                         functions.append(recomputing(layer, settings.recompute))
-                    elif isinstance(layer, Head) and settings.head_pieces > 1:
-                        functions.append(partial(layer, project=False))
-                        self.loss_fn = loss_in_pieces(layer, settings.head_pieces, part, model.kernels, self.tp)
+                    elif isinstance(layer, Head):
+                        part = vocabulary_part(vocabulary_shard(model, self.tp.size, self.tp.rank).start, self.tp)
+                        last, self.loss_fn = head_and_loss(layer, settings.head_pieces, part, self.tp)
+                        functions.append(last)
                     else:
                         functions.append(layer)
             for parameter in self.parameters():

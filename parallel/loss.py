@@ -1,15 +1,18 @@
 """The loss of a last stage, whose vocabulary may be cut over tensor-parallel ranks, and into pieces on each."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from model.config import Kernels
 from model.loss import WHOLE, Part, cross_entropy, head_loss
 from model.transformer import Head
 from parallel.tensor import TensorParallel, whole_sequence
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def vocabulary_part(first_token: int, tp: TensorParallel) -> Part:
@@ -28,21 +31,23 @@ def vocabulary_part(first_token: int, tp: TensorParallel) -> Part:
     return Part(first_token, over(dist.ReduceOp.MAX), over(dist.ReduceOp.SUM))
 
 
-def loss_of_logits(part: Part, kernels: Kernels) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """From a part's logits (B, L, V/tp) and labels (B, L) to the loss, the same on every rank."""
-    return lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, part, kernels)
+def head_and_loss(head: Head, pieces: int, part: Part, tp: TensorParallel) -> tuple[Forward, Loss]:
+    """The last function of a last stage, and what makes the loss, the same on every rank, of its result and the labels.
 
+    For one piece that result is the logits (B, L, V/tp). For more it is no further than the norm (B, L/tp or L, D), and
+    the gradient of the head's weight is made with that of its input, whatever waits elsewhere.
 
-def loss_in_pieces(
-    head: Head, pieces: int, part: Part, kernels: Kernels, tp: TensorParallel
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """From what the head has normed (B, L/tp or L, D) and labels (B, L) to the loss; see `model.loss.head_loss`.
-
-    The gradient of the head's weight is made with that of its input, whatever waits elsewhere.
+    Args:
+        head: this rank's part.
+        pieces: of the logits, of which one is held at a time; see `model.loss.head_loss`.
+        part: of the vocabulary.
+        tp: the ranks.
     """
+    kernels = head.norm.kernels
+    if pieces == 1:
+        return head, lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, part, kernels)
 
     def loss(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        x_BLD = whole_sequence(x_BlD, tp)
-        return head_loss(x_BLD, head.proj.weight, labels_BL, pieces, part, kernels)
+        return head_loss(whole_sequence(x_BlD, tp), head.proj.weight, labels_BL, pieces, part, kernels)
 
-    return loss
+    return partial(head, project=False), loss

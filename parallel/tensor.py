@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the world of the moment they are defined in as a default, and PyTorch imports it when a layer is
+# built: a group kept so is never taken down, and its threads may abort a process that ends.
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import nn
 
@@ -244,8 +248,7 @@ def build_layer(
         for name, module in list(layer.named_modules()):
             if isinstance(module, FanOut):
                 _place(layer, name, DeferringFanOut(module))
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFanOut):
+            elif isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFanOut):
                 _place(layer, name, DeferringLinear(module))
     layer = layer.to_empty(device=device)
     for name, parameter in layer.named_parameters():

@@ -189,9 +189,7 @@ class Zero:
         self._micro_batches, self._clip = micro_batches, clip
         self._replicas, self._sharing = replicas, sharing
         layers = list(layers)
-        self.buckets = [
-            _bucket(kind, parameters, dtype, replicas) for kind, parameters in _grouped(layers, replicas.size, bucket)
-        ]
+        self.buckets = [_bucket(kind, parameters, dtype, replicas) for kind, parameters in _grouped(layers, bucket)]
         of_parameter = {}
         for one in self.buckets:
             one.expect(micro_batches)
@@ -262,7 +260,7 @@ def _wait(buckets: Sequence[Bucket], *_: Any) -> None:
         bucket.wait()
 
 
-def _grouped(layers: Sequence[nn.Module], dp: int, least: int) -> Iterator[tuple[Kind, list[nn.Parameter]]]:
+def _grouped(layers: Sequence[nn.Module], least: int) -> Iterator[tuple[Kind, list[nn.Parameter]]]:
     """The parameters of each bucket: of one kind, in order, from as few layers as are enough."""
     open_ones: dict[Kind, list[nn.Parameter]] = {}
     for layer in layers:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from conf.schema import Config, plain
 from conf.settings import Precision
-from model import fused, kernels
+from model.kernels import which_and_why
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
 from parallel.processes import use_cpus_fairly
@@ -131,7 +131,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
         "flops_per_token": flops_per_token,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": "bf16" if bf16 else "fp32",
-        "kernels": kernels_chosen(config, device, torch.bfloat16 if bf16 else torch.float32),
+        "kernels": which_and_why(shape, device, torch.bfloat16 if bf16 else torch.float32),
         "data": {"train_tokens": data.num_train_tokens, "val_tokens": data.num_val_tokens},
     }
     tracker = None
@@ -297,17 +297,6 @@ def header(config: Config, facts: dict[str, Any], layout: str, steps: int, train
         f"{steps:,} steps of {batch.global_batch} x {batch.seq_len} tokens, micro-batches of {batch.micro_batch}\n"
         f"{facts['kernels']}"
     )
-
-
-def kernels_chosen(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels run, and why.
-
-    Raises:
-        RuntimeError: one that was asked for by name cannot.
-    """
-    attention, why = kernels.chosen(config.model.attention, device, dtype)
-    between, reason = fused.chosen(config.model.kernels, device.type)
-    return f"attention: {attention.name} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 
 def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: Path, last_save: Outcome | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
@@ -19,10 +20,13 @@ from conf.errors import BadInput
 from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
-from model.transformer import full_shapes
+from model.transformer import full_shapes, layer_builders
+from parallel.stages import Stage
+from parallel.tensor import TensorParallel, build_layer
 
 SEED, STD = 1, 0.02
 """Of weights that are drawn for a benchmark."""
+ALONE = TensorParallel(None, 0, 1, False, {})
 
 
 def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
@@ -52,6 +56,15 @@ class Drawn:
     def read(self, name: str) -> torch.Tensor:
         """A parameter by its full name, fp32 on the CPU: what `model.init.initialise` draws with seed `SEED`."""
         return initial_value(name, self._shapes[name], SEED, self._std)
+
+
+def stage_layers(model: ModelConfig, stage: Stage, device: torch.device) -> list[nn.Module]:
+    """The layers of a stage as one rank trains them, fp32, with the weights of `Drawn`."""
+    weights = Drawn(model)
+    return [
+        build_layer(build, f"{name}.", model, ALONE, device, lambda name, _: weights.read(name))
+        for name, build in list(layer_builders(model).items())[stage.start : stage.stop]
+    ]
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import SEED, composed, device_name, rendered
+from launch.bench.common import SEED, composed, device_name, rendered, synchronised
 from launch.bench.contenders import PEERS, Contender, ours
 
 DEFAULTS = [
@@ -140,12 +140,10 @@ def _pass(one: Contender, tokens_BL: torch.Tensor, labels_BL: torch.Tensor) -> _
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-    begin = time.perf_counter()
+    begin = synchronised(tokens_BL.device)
     loss = one.loss(tokens_BL, labels_BL)
     loss.backward()
-    if gpu:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
+    seconds = synchronised(tokens_BL.device) - begin
     return _Pass(seconds, float(loss.detach()), torch.cuda.max_memory_allocated() - held if gpu else None)
 
 

@@ -12,22 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Its functions take the world of the moment they are defined in as a default, and PyTorch imports it when a layer is
-# built: a group kept so is never taken down, and its threads may abort a process that ends.
-import torch.distributed.nn.functional
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import Drawn, composed, rendered
+from launch.bench.common import composed, rendered, stage_layers
 from model.config import ModelConfig
 from model.loss import cross_entropy
-from model.transformer import layer_builders
 from parallel.deferral import weight_gradients
 from parallel.pipeline import Hop, Layers, Pipeline, make_links
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, batch_problems, placement
 from parallel.stages import split_for
-from parallel.tensor import TensorParallel, build_layer
 from train import timeline
 from train.pretrain import free_port
 
@@ -174,21 +168,8 @@ def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> It
 
 def layers_of(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> dict[int, list[nn.Module]]:
     """The layers of each stage of one rank, by its place in the pipeline, on the CPU, drawn alike for every cut."""
-    alone = TensorParallel(None, 0, 1, False, {})
-    builders = list(layer_builders(model).items())
     stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
-    weights = Drawn(model)
-
-    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        return weights.read(name)
-
-    return {
-        index: [
-            build_layer(build, f"{name}.", model, alone, torch.device("cpu"), drawn)
-            for name, build in builders[stages[index].start : stages[index].stop]
-        ]
-        for index in place.stages_of(rank)
-    }
+    return {index: stage_layers(model, stages[index], torch.device("cpu")) for index in place.stages_of(rank)}
 
 
 def pipeline_of(

@@ -14,17 +14,24 @@ import torch.distributed as dist
 from rich.table import Table
 
 from conf.schema import Config
-from launch.bench.common import SEED, STD, PeakBytes, composed, device_name, product_flops, rendered, seconds_of
-from model import fused, kernels
-from model.init import initial_value
+from launch.bench.common import (
+    ALONE,
+    PeakBytes,
+    composed,
+    device_name,
+    product_flops,
+    rendered,
+    seconds_of,
+    stage_layers,
+)
+from model.kernels import which_and_why
 from model.loss import WHOLE
-from model.transformer import Head, layer_builders
+from model.transformer import Block, Head
 from parallel.layout import Layout
-from parallel.loss import loss_in_pieces, loss_of_logits
+from parallel.loss import head_and_loss
 from parallel.memory import Step, stage_memory
 from parallel.recompute import recomputing
 from parallel.stages import Stage
-from parallel.tensor import TensorParallel, build_layer
 from parallel.zero import Replicas, Zero
 from train.metrics import peak_flops
 from train.optimizer import adamw
@@ -74,12 +81,10 @@ def measure(
     finally:
         if alone:
             dist.destroy_process_group()
-    attention, why = kernels.chosen(configs[0].model.attention, device, dtype)
-    between, reason = fused.chosen(configs[0].model.kernels, device.type)
     return {
         "device": device_name(device),
         "precision": str(dtype).removeprefix("torch."),
-        "kernels": f"attention {attention.name} ({why}), between matrices {between.name} ({reason})",
+        "kernels": which_and_why(configs[0].model, device, dtype),
         "product_flops": bound,
         "rows": rows,
     }
@@ -123,16 +128,11 @@ def _row(
     config = replace(config, model=model)
     train, parallel = config.train, config.parallel
     stage = Stage(0, 0, blocks + 2, 1.0) if whole else Stage(0, 1, blocks + 1, 1.0)
-    built: list[Callable[[], None]] = []
-
-    def build_and_train() -> None:
-        built.append(_step(config, stage, device, dtype, micro_batches))
-        for _ in range(2):  # the moments are made in the first
-            built[0]()
-
     with PeakBytes(device) as peak:
-        build_and_train()
-    seconds = seconds_of(built[0], device, rounds)
+        run = _step(config, stage, device, dtype, micro_batches)
+        for _ in range(2):  # the moments are made in the first
+            run()
+    seconds = seconds_of(run, device, rounds)
     bf16 = dtype == torch.bfloat16
     step = Step(train.micro_batch, train.seq_len, bf16, parallel.recompute, parallel.head_pieces)
     tokens = micro_batches * train.micro_batch * train.seq_len
@@ -161,13 +161,7 @@ def _step(
 ) -> Callable[[], None]:
     """A stage, and a step of it."""
     model, train, parallel = config.model, config.train, config.parallel
-    alone = TensorParallel(None, 0, 1, False, {})
-    builders = list(layer_builders(model).items())[stage.start : stage.stop]
-
-    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        return initial_value(name, shape, SEED, STD)
-
-    layers = [build_layer(build, f"{name}.", model, alone, device, drawn) for name, build in builders]
+    layers = stage_layers(model, stage, device)
     optimizer = Zero(
         layers,
         partial(adamw, settings=config.optimizer),
@@ -178,16 +172,12 @@ def _step(
         sharing={},
     )
     run: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        recomputing(layer, parallel.recompute) if name.startswith("blocks.") else layer
-        for (name, _), layer in zip(builders, layers, strict=True)
+        recomputing(layer, parallel.recompute) if isinstance(layer, Block) else layer for layer in layers
     ]
     shape = (train.micro_batch, train.seq_len)
     tokens_BL = torch.randint(model.vocab_size, shape, device=device)
     if isinstance(head := layers[-1], Head):
-        loss = loss_of_logits(WHOLE, model.kernels)
-        if parallel.head_pieces > 1:
-            run[-1] = partial(head, project=False)
-            loss = loss_in_pieces(head, parallel.head_pieces, WHOLE, model.kernels, alone)
+        run[-1], loss = head_and_loss(head, parallel.head_pieces, WHOLE, ALONE)
 
     def step() -> None:
         for _ in range(micro_batches):

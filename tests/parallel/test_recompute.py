@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import Kernels
 from model.init import initial_value
+from model.remake import remade, remaking
 from model.transformer import Block
 from parallel.layout import Recompute
 from parallel.recompute import recomputing
@@ -80,8 +81,6 @@ def test_compiled_kernels_agree_under_every_recomputation(how):
 
 
 def test_a_place_in_memory_that_another_tensor_has_taken_is_not_remade():
-    from model.remake import remade, remaking
-
     x, room = torch.ones(1000, requires_grad=True), torch.full((1000,), 2.0)
     with remaking(products=False):
         first = room[:]

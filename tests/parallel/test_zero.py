@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.settings import OptimizerConfig
+from parallel.memory import state_bytes_per_parameter
 from parallel.zero import Replicas, Zero
 from tests.shapes import matrices_and_vectors
 from train.optimizer import adamw
@@ -92,8 +93,6 @@ def test_bytes_per_parameter(dtype, dp):
         for tensor in (bucket.weights, bucket.gradients, bucket.master):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         held[id(bucket)] = 2 * bucket.master.nbytes  # Adam's moments
-    from parallel.memory import state_bytes_per_parameter
-
     assert sum(held.values()) == 3 * 256 * 512 * state_bytes_per_parameter(dtype == torch.bfloat16, dp)
 
 
