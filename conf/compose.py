@@ -16,8 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import BadInput
 from conf.schema import Config, register
+from model.problems import BadInput
 
 
 class Composition:

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from conf.settings import (
+from conf.train_settings import (
     CheckpointConfig,
     DataConfig,
     OptimizerConfig,
@@ -20,7 +20,7 @@ from conf.settings import (
     UptrainConfig,
     WandbConfig,
 )
-from model.config import WAYS, ModelConfig
+from model.config import EXECUTION_KEYS, ModelConfig
 from parallel.layout import ParallelConfig
 
 
@@ -50,26 +50,26 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-_IDENTITY = ("model", "data", "optimizer", "schedule", "train")
+_RECIPE_SECTIONS = ("model", "data", "optimizer", "schedule", "train")
 # What a run may change without becoming another run: where things lie, how long a trial is, what is looked at.
-_NOT_IDENTITY = {
-    "model": set(WAYS),
+_NOT_RECIPE = {
+    "model": set(EXECUTION_KEYS),
     "data": {"cache_dir"},
     "train": {"max_steps", "micro_batch", "precision", "profile", "profile_ranks"}
     | {"timeline_at", "val_at", "val_every", "val_sequences"},
 }
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """Nested settings, such as `dataclasses.asdict` makes, with enums as their names: what JSON can hold."""
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
+        return {key: to_jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [plain(inner) for inner in value]
+        return [to_jsonable(inner) for inner in value]
     return value.name if isinstance(value, Enum) else value
 
 
-def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_fields(sections: Mapping[str, Any]) -> dict[str, Any]:
     """What shapes the loss curve, by dotted key: model, data, optimizer, schedule, seed, batch, length, first weights.
 
     Args:
@@ -77,9 +77,9 @@ def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {
         f"{section}.{key}": value
-        for section in _IDENTITY
+        for section in _RECIPE_SECTIONS
         for key, value in sections[section].items()
-        if key not in _NOT_IDENTITY.get(section, set())
+        if key not in _NOT_RECIPE.get(section, set())
     }
     begins = sections.get("init_from")
     return found if begins is None else {**found, "init_from": begins}
@@ -88,10 +88,10 @@ def identity(sections: Mapping[str, Any]) -> dict[str, Any]:
 def run_name(root: DictConfig) -> str:
     """``67b-files-f6aa340``: preset, corpus, and a fingerprint of what shapes the loss curve."""
     sections: dict[str, Any] = {
-        section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _IDENTITY
+        section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _RECIPE_SECTIONS
     }
     sections["init_from"] = root.init_from
-    fingerprint = hashlib.sha256(json.dumps(identity(sections), sort_keys=True).encode()).hexdigest()[:7]
+    fingerprint = hashlib.sha256(json.dumps(recipe_fields(sections), sort_keys=True).encode()).hexdigest()[:7]
     return f"{root.preset}-{sections['data']['source']}-{fingerprint}"
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config
-from model.config import either, nearest_multiples
+from model.problems import either, nearest_multiples
 from parallel import layout, schedules
 from parallel.layout import Layout
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from conf.errors import BadInput
+from model.problems import BadInput
 from parallel.layout import Layout
 from train.checkpoint import manifest
 from train.checkpoint.folder import below, step_of

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from conf.errors import BadInput
+from model.problems import BadInput
 
 OVERRIDES = "Hydra overrides, such as model=7b parallel.pp=4 train.max_steps=100"
 
@@ -94,13 +94,12 @@ def train(options: argparse.Namespace) -> int:
         pretrain.main(arguments)
         return 0
     hydra_options, overrides = pretrain.hydra_options(arguments)
-    ready = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
-    if ready.complete:
-        print(ready.complete, file=sys.stderr)
+    prepared = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
+    if prepared.complete:
+        print(prepared.complete, file=sys.stderr)
         return 0
-    return launch(
-        pretrain.for_hydra(hydra_options, ready.overrides, ready.run_dir), ready.layout.world_size, ready.run_dir
-    )
+    arguments = pretrain.for_hydra(hydra_options, prepared.overrides, prepared.run_dir)
+    return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 
 def prepare(options: argparse.Namespace) -> int:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from conf.errors import BadInput
 from model.huggingface import open_huggingface
+from model.problems import BadInput
 from model.regroup import Method, Regrouped
 from model.weights import StoredWeights, Weights
-from train import weights as trained
+from train import pretrained as trained
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far logits may be off for the rounding of the weights, of the largest logit."""

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import BadInput
 from conf.schema import Config
 from launch.timeline import picture
 from model.config import ModelConfig
+from model.problems import BadInput
 from parallel.layout import layout_for
 from parallel.memory import Step, stage_memory
 from parallel.schedules import Timeline

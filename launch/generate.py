@@ -11,16 +11,15 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from conf.errors import BadInput
 from model.generate import Sampling, generate
+from model.problems import BadInput
 from model.weights import Weights
 from parallel import layout as layouts
 from parallel.decode import StageDecoder, load_stage
 from parallel.layout import Layout, ParallelConfig
-from parallel.processes import local_processes, use_cpus_fairly
+from parallel.processes import free_port, local_processes, use_cpus_fairly
 from train.data.tokenizer import eos_id, load_tokenizer
-from train.pretrain import free_port
-from train.weights import open_source
+from train.pretrained import open_source
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from types import FrameType
 import psutil
 
 from parallel.engine import name_accelerator
-from train.pretrain import SUPERVISOR, free_port
+from parallel.processes import SUPERVISOR, free_port
 from train.tracking import SUMMARY
 
 PRETRAIN = Path(__file__).resolve().parent.parent / "train" / "pretrain.py"

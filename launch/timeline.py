@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conf.errors import BadInput
+from model.problems import BadInput
 from train.timeline import Measured, draw, kept
 
 

@@ -17,7 +17,7 @@ from model.cache import KVCache
 from model.config import ModelConfig
 from model.fused import rotary
 from model.kernels import cached_attention, causal_attention
-from model.layers import FanOut, rotary_tables
+from model.layers import FusedLinears, rotary_tables
 
 
 class GroupedQueryAttention(nn.Module):
@@ -29,7 +29,7 @@ class GroupedQueryAttention(nn.Module):
         self.rope_theta = config.rope_theta
         self.backend, self.kernels = config.attention, config.kernels
         d_q, d_kv = config.n_heads * self.d_head, config.n_kv_heads * self.d_head
-        self.qkv = FanOut(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
+        self.qkv = FusedLinears(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
 
     def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:

@@ -3,9 +3,10 @@
 Nothing here needs PyTorch, so that a configuration can be judged before anything heavy is imported.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+
+from model.problems import either, nearest_divisors
 
 
 class AttentionBackend(Enum):
@@ -38,7 +39,7 @@ class Kernels(Enum):
         return self is Kernels.liger
 
 
-WAYS = ("attention", "kernels")
+EXECUTION_KEYS = ("attention", "kernels")
 """Keys of a model's configuration that say how it runs and not what it computes."""
 
 
@@ -192,26 +193,3 @@ class ModelConfig:
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Bytes of keys and values that each token of context keeps, over all layers (2 bytes a value: bf16)."""
         return 2 * self.n_layers * self.n_kv_heads * self.d_head * bytes_per_value
-
-
-def nearest_divisors(number: int, wanted: int) -> list[int]:
-    """The divisors of `number` just below and just above `wanted`, whichever exist."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = [d for d in divisors if d < wanted]
-    above = [d for d in divisors if d > wanted]
-    return below[-1:] + above[:1]
-
-
-def nearest_multiples(number: int, unit: int) -> list[int]:
-    """The positive multiples of `unit` just below and just above `number`, which is none itself."""
-    return [multiple for multiple in (number // unit * unit, -(-number // unit) * unit) if multiple]
-
-
-def nearest(candidates: Iterable[int], wanted: int) -> list[int]:
-    """The two candidates nearest to `wanted`, ascending."""
-    return sorted(sorted(candidates, key=lambda candidate: abs(candidate - wanted))[:2])
-
-
-def either(key: str, values: Sequence[object]) -> str:
-    """``key=4 or key=8``, for a sentence that says what would work."""
-    return " or ".join(f"{key}={value}" for value in values)

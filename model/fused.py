@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import Kernels
-from model.remake import remade
+from model.rematerialization import remade
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])
 

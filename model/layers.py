@@ -7,7 +7,7 @@ from torch import nn
 
 from model.config import Kernels
 from model.fused import add_rms_norm, rms_norm, silu_mul
-from model.remake import remade
+from model.rematerialization import remade
 
 
 class RMSNorm(nn.Module):
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x_BLD, y_BLD, self.weight, self.eps, self.kernels)
 
 
-class FanOut(nn.Module):
+class FusedLinears(nn.Module):
     """Several linear maps of one input, without biases.
 
     Together they read their input once, which is what a fused kernel and a tensor-parallel cut want; apart by name,
@@ -54,7 +54,7 @@ class SwiGLU(nn.Module):
     def __init__(self, d_model: int, d_ff: int, kernels: Kernels = Kernels.auto):
         super().__init__()
         self.kernels = kernels
-        self.gate_up = FanOut(d_model, gate_proj=d_ff, up_proj=d_ff)
+        self.gate_up = FusedLinears(d_model, gate_proj=d_ff, up_proj=d_ff)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:

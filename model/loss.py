@@ -30,7 +30,7 @@ def _alone(values_N: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class VocabularyShard:
     """Where a part of the vocabulary lies, and how its sums become those of all of it.
 
     Attributes:
@@ -43,11 +43,14 @@ class Part:
     total: Callable[[torch.Tensor], torch.Tensor] = _alone
 
 
-WHOLE = Part()
+WHOLE_VOCABULARY = VocabularyShard()
 
 
 def cross_entropy(
-    logits_BLV: torch.Tensor, labels_BL: torch.Tensor, part: Part = WHOLE, kernels: Kernels = Kernels.auto
+    logits_BLV: torch.Tensor,
+    labels_BL: torch.Tensor,
+    part: VocabularyShard = WHOLE_VOCABULARY,
+    kernels: Kernels = Kernels.auto,
 ) -> torch.Tensor:
     """Sum of the token losses, in nats and fp32, over the number of labels, ignored ones included.
 
@@ -70,7 +73,7 @@ def head_loss(
     weight_VD: torch.Tensor,
     labels_BL: torch.Tensor,
     pieces: int,
-    part: Part = WHOLE,
+    part: VocabularyShard = WHOLE_VOCABULARY,
     kernels: Kernels = Kernels.auto,
 ) -> torch.Tensor:
     """`cross_entropy` of the logits ``x W^T``, of which there is one piece at a time.
@@ -92,7 +95,7 @@ def head_loss(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, part: Part, kernels: Kernels
+        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, part: VocabularyShard, kernels: Kernels
     ) -> torch.Tensor:
         fused = runs_compiled(kernels, logits_NV)
         sums = _of_all_parts(_sums(logits_NV, labels_N - part.first_token, fused), part)
@@ -120,7 +123,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_VD: torch.Tensor,
         labels_N: torch.Tensor,
         pieces: int,
-        part: Part,
+        part: VocabularyShard,
         kernels: Kernels,
     ) -> torch.Tensor:
         fused = runs_compiled(kernels, x_ND)
@@ -160,8 +163,8 @@ def _together(a: Sums, b: Sums) -> Sums:
     return largest, a[1] * (a[0] - largest).exp() + b[1] * (b[0] - largest).exp(), a[2] + b[2]
 
 
-def _of_all_parts(sums: Sums, part: Part) -> Sums:
-    if part is WHOLE:
+def _of_all_parts(sums: Sums, part: VocabularyShard) -> Sums:
+    if part is WHOLE_VOCABULARY:
         return sums
     largest = part.maximum(sums[0])
     total, target = part.total(torch.stack((sums[1] * (sums[0] - largest).exp(), sums[2])))

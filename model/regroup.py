@@ -5,8 +5,9 @@ from enum import Enum
 
 import torch
 
-from model.config import ModelConfig, either, nearest
+from model.config import ModelConfig
 from model.init import initial_value
+from model.problems import either, nearest
 from model.weights import Weights
 
 

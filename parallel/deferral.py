@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.layers import FanOut
+from model.layers import FusedLinears
 
 Later = Callable[[], None]
 _later: list[Later] | None = None
@@ -112,10 +112,10 @@ class DeferringLinear(nn.Module):
         return linear(x, self.weight)
 
 
-class DeferringFanOut(nn.Module):
-    """A `FanOut` whose weight gradients can wait."""
+class DeferringFusedLinears(nn.Module):
+    """A `FusedLinears` whose weight gradients can wait."""
 
-    def __init__(self, plain: FanOut):
+    def __init__(self, plain: FusedLinears):
         super().__init__()
         for name, one in plain.named_children():
             self.add_module(name, one)

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.init import initial_value
 from model.transformer import Block, Head, layer_builders
 from parallel.layout import Layout, Recompute
-from parallel.loss import head_and_loss, vocabulary_part
+from parallel.loss import head_and_loss, vocabulary_shard_of_rank
 from parallel.pipeline import Hop, Pipeline, make_links
 from parallel.recompute import recomputing
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
@@ -214,7 +214,9 @@ def _stage_module(
                     if isinstance(layer, Block):
                         functions.append(recomputing(layer, settings.recompute))
                     elif isinstance(layer, Head):
-                        part = vocabulary_part(vocabulary_shard(model, self.tp.size, self.tp.rank).start, self.tp)
+                        part = vocabulary_shard_of_rank(
+                            vocabulary_shard(model, self.tp.size, self.tp.rank).start, self.tp
+                        )
                         last, self.loss_fn = head_and_loss(layer, settings.head_pieces, part, self.tp)
                         functions.append(last)
                     else:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from model.config import ModelConfig, either, nearest, nearest_multiples
+from model.config import ModelConfig
+from model.problems import either, nearest, nearest_multiples
 from parallel import schedules, sharding
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.loss import WHOLE, Part, cross_entropy, head_loss
+from model.loss import WHOLE_VOCABULARY, VocabularyShard, cross_entropy, head_loss
 from model.transformer import Head
 from parallel.tensor import TensorParallel, whole_sequence
 
@@ -15,10 +15,10 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def vocabulary_part(first_token: int, tp: TensorParallel) -> Part:
+def vocabulary_shard_of_rank(first_token: int, tp: TensorParallel) -> VocabularyShard:
     """A rank's part of the vocabulary. The logits are never gathered: three numbers of each token travel."""
     if tp.size == 1:
-        return WHOLE
+        return WHOLE_VOCABULARY
 
     def over(op: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def reduced(values: torch.Tensor) -> torch.Tensor:
@@ -28,10 +28,10 @@ def vocabulary_part(first_token: int, tp: TensorParallel) -> Part:
 
         return reduced
 
-    return Part(first_token, over(dist.ReduceOp.MAX), over(dist.ReduceOp.SUM))
+    return VocabularyShard(first_token, over(dist.ReduceOp.MAX), over(dist.ReduceOp.SUM))
 
 
-def head_and_loss(head: Head, pieces: int, part: Part, tp: TensorParallel) -> tuple[Forward, Loss]:
+def head_and_loss(head: Head, pieces: int, part: VocabularyShard, tp: TensorParallel) -> tuple[Forward, Loss]:
     """The last function of a last stage, and what makes the loss, the same on every rank, of its result and the labels.
 
     For one piece that result is the logits (B, L, V/tp). For more it is no further than the norm (B, L/tp or L, D), and

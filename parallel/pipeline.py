@@ -14,10 +14,10 @@ from torch.autograd import profiler
 from parallel.deferral import Later, weights_later
 from parallel.schedules import (
     Action,
-    Block,
     Pass,
     Placement,
     Schedule,
+    Span,
     forward_orders,
     orders,
     receiver_of,
@@ -148,16 +148,16 @@ class Pipeline:
         """As `train`, forward only."""
         return self._run(self._plan(False, micro_batches), data, None)
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[Span]:
         """What was done in the last step, and when, in seconds after it began here; waits for the device."""
         if not self._marks:
             return []
         first = self._begin
         if self._hop.device.type != "cuda":
-            return [Block(action, begin - first, end - first) for action, begin, end in self._marks]
+            return [Span(action, begin - first, end - first) for action, begin, end in self._marks]
         self._marks[-1][2].synchronize()
         since = [(action, first.elapsed_time(begin), first.elapsed_time(end)) for action, begin, end in self._marks]
-        return [Block(action, begin / 1000, end / 1000) for action, begin, end in since]
+        return [Span(action, begin / 1000, end / 1000) for action, begin, end in since]
 
     def _plan(self, training: bool, micro_batches: int) -> "_Plan":
         """Made once; the steps of a run are all alike."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.remake import remaking
+from model.rematerialization import remaking
 from parallel.layout import Recompute
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from model.config import either, nearest_multiples
+from model.problems import either, nearest_multiples
 
 Schedule = Enum("Schedule", {name: name for name in ("1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev")})  # type: ignore[misc]
 ONE_F_ONE_B = Schedule["1f1b"]
@@ -278,7 +278,7 @@ class _Order:
 
 
 @dataclass(frozen=True)
-class Block:
+class Span:
     """An action and the seconds at which it began and ended."""
 
     action: Action
@@ -296,7 +296,7 @@ class Timeline:
             of the model.
     """
 
-    blocks: list[list[Block]]
+    blocks: list[list[Span]]
     kept: list[float]
 
     @property
@@ -338,7 +338,7 @@ def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
     """
     split = {key for order in made for key in split_off(order)}
     ended: dict[Action, float] = {}
-    blocks: list[list[Block]] = [[] for _ in made]
+    blocks: list[list[Span]] = [[] for _ in made]
     kept, most = [0] * len(made), [0] * len(made)
     moved = True
     while moved:
@@ -358,7 +358,7 @@ def simulate(made: Orders, place: Placement, costs: Costs) -> Timeline:
                 whole = action.what is Pass.B and (action.stage, action.micro_batch) not in split
                 start = max(ready, blocks[rank][-1].end if blocks[rank] else 0.0)
                 end = start + seconds + (costs.weights[action.stage] if whole else 0.0)
-                blocks[rank].append(Block(action, start, end))
+                blocks[rank].append(Span(action, start, end))
                 ended[action] = end
                 kept[rank] += 1 if action.what is Pass.F else -1 if whole or action.what is Pass.W else 0
                 most[rank] = max(most[rank], kept[rank])

@@ -10,7 +10,8 @@ from enum import Enum
 
 import torch
 
-from model.config import ModelConfig, either, nearest
+from model.config import ModelConfig
+from model.problems import either, nearest
 
 
 class Cut(Enum):

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.config import ModelConfig
-from model.layers import FanOut
+from model.layers import FusedLinears
 from parallel.deferral import (
-    DeferringFanOut,
+    DeferringFusedLinears,
     DeferringLinear,
     are_weights_later,
     input_gradient,
@@ -165,10 +165,10 @@ class _ColumnParallel(torch.autograd.Function):
 # ---- layers; their parameters bear the names of the plain ones ----
 
 
-class ColumnParallelFanOut(nn.Module):
-    """`FanOut` with some output features of each map on each rank."""
+class ColumnParallelFusedLinears(nn.Module):
+    """`FusedLinears` with some output features of each map on each rank."""
 
-    def __init__(self, plain: FanOut, tp: TensorParallel):
+    def __init__(self, plain: FusedLinears, tp: TensorParallel):
         super().__init__()
         self.tp = tp
         for name, one in plain.named_children():
@@ -246,9 +246,9 @@ def build_layer(
         _swap(layer, prefix, model, tp)
     else:
         for name, module in list(layer.named_modules()):
-            if isinstance(module, FanOut):
-                _place(layer, name, DeferringFanOut(module))
-            elif isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFanOut):
+            if isinstance(module, FusedLinears):
+                _place(layer, name, DeferringFusedLinears(module))
+            elif isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFusedLinears):
                 _place(layer, name, DeferringLinear(module))
     layer = layer.to_empty(device=device)
     for name, parameter in layer.named_parameters():
@@ -283,8 +283,8 @@ def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel)
         elif isinstance(module, nn.Linear) and cut is Cut.VOCABULARY:
             _place(layer, name, ColumnParallelLinear(module, tp))
     for name, module in list(layer.named_modules()):
-        if isinstance(module, FanOut):
-            _place(layer, name, ColumnParallelFanOut(module, tp))
+        if isinstance(module, FusedLinears):
+            _place(layer, name, ColumnParallelFusedLinears(module, tp))
 
 
 def _parent(layer: nn.Module, name: str) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from train.pretrain import free_port
+from parallel.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 

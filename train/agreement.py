@@ -18,7 +18,7 @@ def control_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
-def highest(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
     """The largest of each value over all ranks, on every rank. All ranks call it together, with equally many."""
     most = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from conf.settings import OptimizerConfig
+from conf.train_settings import OptimizerConfig
 
 
 def adamw(

@@ -11,9 +11,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from conf.compose import compose_overrides
-from conf.errors import BadInput
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
+from model.problems import BadInput
 from parallel.layout import Layout
 from parallel.processes import local_processes
 from train import uptrain
@@ -22,14 +22,14 @@ from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
 from train.data import corpus
 from train.data.prepare import PreparedData, prepare
-from train.schedule import length_of
+from train.learning_rate import length_of
+from train.pretrained import Source, open_source
 from train.tracking import SUMMARY
 from train.uptrain import implied
-from train.weights import Source, open_source
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedRun:
     """A run that can start.
 
     Attributes:
@@ -62,7 +62,7 @@ def preflight(
     config_dir: str | None = None,
     machine: Machine | None = None,
     writes: bool = True,
-) -> Ready:
+) -> PreparedRun:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
 
     Args:
@@ -92,7 +92,7 @@ def preflight(
         problems += unusable
         try:
             if run_dir.is_dir() and not unusable:
-                with held(run_dir):
+                with locked(run_dir):
                     pass
             start = resume.find(config.resume, run_dir)
             problems += resume.check(config, start)
@@ -105,7 +105,7 @@ def preflight(
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
         raise BadInput(problems)
     complete = _complete(config, composition.run_dir, start)
-    return Ready(
+    return PreparedRun(
         config,
         layout,
         data,
@@ -135,7 +135,7 @@ def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Hold a run folder while it is written, as far as its file system can; it is made where it is not there.
 
     Raises:

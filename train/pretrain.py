@@ -5,11 +5,7 @@ A launcher starts this file once per process. `deepnarrow train` is the friendli
 
 import argparse
 import os
-import select
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +20,13 @@ if __name__ == "__main__":
 import hydra  # noqa: E402
 
 from conf.compose import quoted  # noqa: E402
-from conf.errors import BadInput  # noqa: E402
 from conf.schema import register  # noqa: E402
+from model.problems import BadInput  # noqa: E402
+from parallel.processes import SUPERVISOR, die_with, free_port  # noqa: E402
 from train.stopping import StopSignals  # noqa: E402
 
 if TYPE_CHECKING:
-    from train.preflight import Ready
+    from train.preflight import PreparedRun
 
 SPEAK_AFTER = 30.0
 """Seconds after which a rank other than 0 says what is wrong: by then rank 0 has said it and the launcher has ended
@@ -50,23 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     stand_alone_unless_launched()
     die_with(os.environ.get(SUPERVISOR))
     rank = int(os.environ["RANK"])
-    from train.preflight import held, preflight
+    from train.preflight import locked, preflight
 
     options, overrides = hydra_options(arguments)
     try:
-        ready = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0)
+        prepared = preflight(
+            overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0
+        )
         with StopSignals() as signals:
             from train.trainer import train
 
             if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
-                train(ready, signals)
-            elif ready.complete:
-                print(ready.complete, file=sys.stderr)
-                train(ready, signals)
+                train(prepared, signals)
+            elif prepared.complete:
+                print(prepared.complete, file=sys.stderr)
+                train(prepared, signals)
             else:
-                with held(ready.run_dir):
-                    make_room(ready)
-                    _hydra_main(for_hydra(options, ready.overrides, ready.run_dir), lambda node: train(ready, signals))
+                with locked(prepared.run_dir):
+                    clear_run_dir(prepared)
+                    _hydra_main(
+                        for_hydra(options, prepared.overrides, prepared.run_dir), lambda node: train(prepared, signals)
+                    )
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)
@@ -74,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
 
 
-def make_room(ready: "Ready") -> None:
+def clear_run_dir(prepared: "PreparedRun") -> None:
     """Clear the run folder of what this run does not go on from; only half-written checkpoints are deleted."""
     from train.checkpoint import folder
     from train.tracking import set_aside
 
-    start = ready.start
-    folder.clean(ready.run_dir / folder.CHECKPOINTS)
+    start = prepared.start
+    folder.clean(prepared.run_dir / folder.CHECKPOINTS)
     if start.own and not start.rewind:
         return
-    if earlier := set_aside(ready.run_dir, after=folder.step_of(start.candidates[0]) if start.own else None):
+    if earlier := set_aside(prepared.run_dir, after=folder.step_of(start.candidates[0]) if start.own else None):
         print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
 
 
@@ -132,36 +133,6 @@ def stand_alone_unless_launched() -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-SUPERVISOR = "DEEPNARROW_SUPERVISOR"
-"""Environment variable: the process that started the launcher and must not be outlived."""
-
-
-def die_with(supervisor: str | None) -> None:
-    """End this process's whole group once the process with this id is gone, killed without a word perhaps.
-
-    The launcher passes no death on to its ranks; each watches by itself. Does nothing where the system has no pidfd.
-    """
-    if supervisor is None or not hasattr(os, "pidfd_open"):
-        return
-
-    def watch(fd: int) -> None:
-        select.select([fd], [], [])
-        os.killpg(os.getpgrp(), signal.SIGKILL)
-
-    try:
-        fd = os.pidfd_open(int(supervisor))
-    except ProcessLookupError:
-        raise SystemExit(1) from None
-    threading.Thread(target=watch, args=(fd,), daemon=True, name="die-with-supervisor").start()
 
 
 if __name__ == "__main__":

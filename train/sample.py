@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from conf.settings import SampleConfig
+from conf.train_settings import SampleConfig
 from model.config import ModelConfig
 from model.generate import Sampling, complete
 from parallel.decode import engine_decoder

@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 
 from parallel.pipeline import Pipeline
-from parallel.schedules import Action, Block, Costs, Pass, Placement, Schedule, Timeline, orders, simulate, split_off
+from parallel.schedules import Action, Costs, Pass, Placement, Schedule, Span, Timeline, orders, simulate, split_off
 
 COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
 NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
 
 
-def seconds_by_rank(blocks: Sequence[Block], rank: int, num_ranks: int) -> list[float]:
+def seconds_by_rank(blocks: Sequence[Span], rank: int, num_ranks: int) -> list[float]:
     """Forward, backward and weight-gradient seconds of this rank, and the second at which its last pass ended, each at
     the place of its rank among zeros: the highest over all ranks is each rank's."""
     found = [0.0] * (4 * num_ranks)
@@ -75,7 +75,7 @@ class Measured:
     schedule: Schedule
     place: Placement
     micro_batches: int
-    blocks: list[list[Block]]
+    blocks: list[list[Span]]
 
     def ideal(self) -> Timeline:
         """The same schedule with passes that take their mean time, and messages none."""
@@ -116,14 +116,14 @@ class Measured:
     def from_json(found: dict[str, Any]) -> "Measured":
         """The inverse of `as_json`."""
         blocks = [
-            [Block(Action(Pass[what], s, mb), start, end) for what, s, mb, start, end in rank]
+            [Span(Action(Pass[what], s, mb), start, end) for what, s, mb, start, end in rank]
             for rank in found["blocks"]
         ]
         place = Placement(**found["place"])
         return Measured(found["step"], Schedule[found["schedule"]], place, found["micro_batches"], blocks)
 
 
-def gather(pipeline: Pipeline, group: Any, ranks: Sequence[int]) -> list[list[Block]] | None:
+def gather(pipeline: Pipeline, group: Any, ranks: Sequence[int]) -> list[list[Span]] | None:
     """The last step of the ranks of one pipeline, on rank 0, in seconds after the first of them began; None elsewhere.
 
     Hosts are taken to agree on the time of day. All ranks call it together.
@@ -179,7 +179,7 @@ def named(schedule: Schedule, place: Placement) -> str:
 
 
 def draw_rows(
-    pictures: Sequence[tuple[str, list[list[Block]]]], place: Placement, path: Path, scale: float, unit: str
+    pictures: Sequence[tuple[str, list[list[Span]]]], place: Placement, path: Path, scale: float, unit: str
 ) -> None:
     """Timelines under each other, ranks as rows, passes as coloured blocks.
 

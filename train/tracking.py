@@ -20,8 +20,8 @@ from urllib.parse import urlparse
 import wandb
 from tqdm import tqdm
 
-from conf.schema import Config, plain
-from conf.settings import WandbConfig, WandbMode
+from conf.schema import Config, to_jsonable
+from conf.train_settings import WandbConfig, WandbMode
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
 from train.checkpoint.saver import Outcome
 from train.profiling import PROFILES
@@ -66,7 +66,7 @@ class Tracker:
             tags=config.wandb.tags,
             name=config.name,
             dir=run_dir,
-            config={**plain(asdict(config)), **facts, "code": code_version()},
+            config={**to_jsonable(asdict(config)), **facts, "code": code_version()},
         )
         self._wandb: Any = run
         self._wandb_folder, self._wandb_id = Path(run.dir).parent, run.id

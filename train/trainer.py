@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from conf.schema import Config, plain
-from conf.settings import Precision
+from conf.schema import Config, to_jsonable
+from conf.train_settings import Precision
 from model.kernels import which_and_why
 from parallel.costs import layer_costs
 from parallel.engine import EngineSettings, build_engine, quiet, start_process_group
@@ -21,19 +21,19 @@ from parallel.processes import use_cpus_fairly
 from parallel.stages import split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train import timeline
-from train.agreement import control_group, from_rank_0, highest
+from train.agreement import control_group, from_rank_0, max_over_ranks
 from train.checkpoint import resume
 from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.saver import Outcome, Saver
 from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
+from train.learning_rate import length_of, rate_share
 from train.metrics import peak_flops, peak_memory_by_stage
 from train.optimizer import adamw
-from train.preflight import Ready
+from train.preflight import PreparedRun
 from train.profiling import profiled
 from train.sample import sample_text
-from train.schedule import length_of, rate_share
 from train.stopping import StopSignals
 from train.tracking import Tracker, code_version
 
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def train(ready: Ready, signals: StopSignals) -> None:
+def train(prepared: PreparedRun, signals: StopSignals) -> None:
     """Train, save, validate, sample; every rank calls it. Rank 0 writes the run folder and speaks.
 
     Args:
-        ready: from `train.preflight`.
+        prepared: from `train.preflight`.
         signals: whether this rank has been told to stop; one that has stops all after the step under way.
 
     Raises:
         BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
         SystemExit: 1: the run has ended and its last step could not be saved.
     """
-    config, layout, data = ready.config, ready.layout, ready.data
+    config, layout, data = prepared.config, prepared.layout, prepared.data
     settings, shape = config.train, config.model
     length = length_of(config)
 
@@ -63,7 +63,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
     rank = dist.get_rank()
     use_cpus_fairly(device)
     group = control_group()
-    run_dir, start, complete = from_rank_0((ready.run_dir.absolute(), ready.start, ready.complete), group)
+    run_dir, start, complete = from_rank_0((prepared.run_dir.absolute(), prepared.start, prepared.complete), group)
     if complete:
         with quiet():
             dist.destroy_process_group()
@@ -104,8 +104,8 @@ def train(ready: Ready, signals: StopSignals) -> None:
     state = OptimizerState(engine, shape, layout, rank)
     past = resume.load_newest_sound(config, start, state, group)
     steps_before = past.step if past else 0
-    if ready.source and not past:
-        resume.load_weights(state, ready.source.weights, group)
+    if prepared.source and not past:
+        resume.load_weights(state, prepared.source.weights, group)
 
     # The data: which sequences a step sees depends on the seed and the step alone.
     replica = dict(micro_batch=settings.micro_batch, dp_rank=layout.replica(rank), dp_size=layout.dp)
@@ -137,21 +137,21 @@ def train(ready: Ready, signals: StopSignals) -> None:
     tracker = None
     if rank == 0:
         tracker = Tracker(config, run_dir, length.steps, facts, resumed=steps_before if start.own else None)
-        for warning in ready.warnings + (resume.warnings(config, past, data.fingerprint) if past else []):
+        for warning in prepared.warnings + (resume.warnings(config, past, data.fingerprint) if past else []):
             log.warning(warning)
         log.info("%s", header(config, facts, str(layout), length.steps, data.num_train_tokens, len(held_out)))
         log.info("%s", stage_table(stage_rows(shape, stages, place)))
         if past:
             log.info("%s", f"going on after step {past.step:,}")
-        elif ready.source:
-            log.info("%s", f"beginning with the weights of {ready.source.path}")
+        elif prepared.source:
+            log.info("%s", f"beginning with the weights of {prepared.source.path}")
     saver = Saver(
         state,
         run_dir / CHECKPOINTS,
         config.checkpoint,
         facts={
             "data": data.fingerprint,
-            "config": plain(asdict(config)),
+            "config": to_jsonable(asdict(config)),
             "layout": facts["layout"],
             "code": code_version() if rank == 0 else "",
             "origin": start.origin,
@@ -160,7 +160,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
         group=control_group(),
     )
 
-    if ready.source and not past:
+    if prepared.source and not past:
         val_loss = validation_loss(engine, held_out, settings.val_sequences, **replica)
         if tracker and val_loss is not None:
             tracker.begin(val_loss)
@@ -185,7 +185,7 @@ def train(ready: Ready, signals: StopSignals) -> None:
             trained_seconds, timed_steps = trained_seconds + seconds, timed_steps + 1
 
         blocks = engine.pipeline.blocks() if layout.pp > 1 else []
-        asked, due, busy, *by_stage = highest(
+        asked, due, busy, *by_stage = max_over_ranks(
             [
                 signals.asked is not None,
                 rank == 0 and saver.due(step),

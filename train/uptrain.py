@@ -10,13 +10,13 @@ from dataclasses import asdict
 from typing import Any
 
 from conf.compose import quoted
-from conf.errors import BadInput
-from conf.schema import Config, identity, plain
-from conf.settings import Decay, Rate, ScheduleConfig
+from conf.schema import Config, recipe_fields, to_jsonable
+from conf.train_settings import Decay, Rate, ScheduleConfig
+from model.problems import BadInput
 from train.checkpoint import manifest
 from train.data.prepare import PreparedData
-from train.schedule import rate_share
-from train.weights import Source
+from train.learning_rate import rate_share
+from train.pretrained import Source
 
 _NOT_SHAPE = ("attention",)
 _SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "head_dim")
@@ -35,7 +35,7 @@ def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[st
         BadInput: an uptraining of weights whose recipe is not known.
     """
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
-    described = plain(asdict(source.weights.config))
+    described = to_jsonable(asdict(source.weights.config))
     values = {f"model.{key}": value for key, value in described.items() if key not in _NOT_SHAPE}
     if config.uptrain.alpha is not None:
         # A group that the command chooses (schedule=cosine) is a recipe of its own.
@@ -54,7 +54,7 @@ def problems(config: Config, source: Source | None) -> list[str]:
         if alpha is not None:
             found.append(f"uptrain.alpha={alpha}: there are no weights to train on; init_from=PATH would give some")
         return found
-    now, there = plain(asdict(config.model)), plain(asdict(source.weights.config))
+    now, there = to_jsonable(asdict(config.model)), to_jsonable(asdict(source.weights.config))
     hint = "; deepnarrow regroup makes weights that have"
     found += [
         f"model.{key}={now[key]}: the weights of init_from={config.init_from} have {there[key]}"
@@ -86,7 +86,7 @@ def _recipe(config: Config, source: Source) -> dict[str, Any]:
             ]
         )
     assert source.run is not None
-    values = {key: value for key, value in identity(then).items() if key.partition(".")[0] in _RECIPE}
+    values = {key: value for key, value in recipe_fields(then).items() if key.partition(".")[0] in _RECIPE}
     values |= {f"train.{key}": then["train"][key] for key in ("micro_batch", "val_every", "val_sequences")}
     done = source.run.tokens
     values["train.total_tokens"] = alpha * done

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from conf.schema import Config, plain
-from conf.settings import CheckpointConfig
+from conf.schema import Config, to_jsonable
+from conf.train_settings import CheckpointConfig
 from launch.bench.common import composed, device_name
 from parallel.engine import EngineSettings, build_engine, start_process_group
 from parallel.layout import Layout
@@ -110,7 +110,7 @@ def _saver(folder: Path, config: Config, layout: Layout, state: OptimizerState) 
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
     settings = CheckpointConfig(keep_last=1)
-    facts = {"data": "", "config": plain(asdict(config)), "layout": asdict(layout), "code": "", "origin": None}
+    facts = {"data": "", "config": to_jsonable(asdict(config)), "layout": asdict(layout), "code": "", "origin": None}
     return Saver(state, folder / "checkpoints", settings, facts, tokenizer, control_group())
 
 

@@ -16,10 +16,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
-from conf.errors import BadInput
 from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
+from model.problems import BadInput
 from model.transformer import full_shapes, layer_builders
 from parallel.stages import Stage
 from parallel.tensor import TensorParallel, build_layer

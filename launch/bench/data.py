@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from conf.errors import BadInput
 from conf.schema import Config
-from conf.settings import DataConfig
+from conf.train_settings import DataConfig
 from launch.bench.common import composed, device_name, rendered
+from model.problems import BadInput
 from parallel.layout import layout_for
 from train.data.batches import train_micro_batches
 from train.data.corpus import list_files

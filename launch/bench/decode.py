@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from conf.errors import BadInput
 from launch.bench.common import Drawn, composed
 from model.generate import Decoder
 from model.huggingface import write_huggingface
+from model.problems import BadInput
 from model.weights import loaded_layers
 
 DEFAULTS = [

@@ -22,10 +22,10 @@ from launch.bench.common import composed, device_name, rendered
 from launch.bench.schedules import layers_of, micro_batches_of, pipeline_of, share_of_cores
 from model.config import ModelConfig
 from model.loss import cross_entropy
+from parallel.processes import free_port
 from parallel.schedules import ONE_F_ONE_B, placement
 from parallel.stages import split_for
 from train import timeline
-from train.pretrain import free_port
 
 DEFAULTS = [*schedules.DEFAULTS, "train.seq_len=256"]
 RANKS = 2

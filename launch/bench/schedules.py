@@ -20,10 +20,10 @@ from model.config import ModelConfig
 from model.loss import cross_entropy
 from parallel.deferral import weight_gradients
 from parallel.pipeline import Hop, Layers, Pipeline, make_links
+from parallel.processes import free_port
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, batch_problems, placement
 from parallel.stages import split_for
 from train import timeline
-from train.pretrain import free_port
 
 DEFAULTS = [
     *["model.n_layers=8", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=768"],

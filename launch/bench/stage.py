@@ -25,7 +25,7 @@ from launch.bench.common import (
     stage_layers,
 )
 from model.kernels import which_and_why
-from model.loss import WHOLE
+from model.loss import WHOLE_VOCABULARY
 from model.transformer import Block, Head
 from parallel.layout import Layout
 from parallel.loss import head_and_loss
@@ -177,7 +177,7 @@ def _step(
     shape = (train.micro_batch, train.seq_len)
     tokens_BL = torch.randint(model.vocab_size, shape, device=device)
     if isinstance(head := layers[-1], Head):
-        run[-1], loss = head_and_loss(head, parallel.head_pieces, WHOLE, ALONE)
+        run[-1], loss = head_and_loss(head, parallel.head_pieces, WHOLE_VOCABULARY, ALONE)
 
     def step() -> None:
         for _ in range(micro_batches):

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from conf.errors import BadInput
 from launch.bench import ALL, SUBJECTS
 from launch.bench.common import device_name
+from model.problems import BadInput
 
 
 def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:

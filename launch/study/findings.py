@@ -10,7 +10,7 @@ from rich.table import Table
 
 from launch.study.plan import ORIGINAL, Plan, Uptraining
 from model.regroup import Method
-from train.weights import Source
+from train.pretrained import Source
 
 CLOSE = 0.01
 """GQA is close to MHA where its loss is higher by less than this share."""

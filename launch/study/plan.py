@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.compose import Composition, compose_overrides, quoted
-from conf.errors import BadInput
 from conf.schema import Config
-from conf.settings import Rate
+from conf.train_settings import Rate
+from model.problems import BadInput
 from model.regroup import Method, problem_of
 from train.checkpoint.folder import CHECKPOINTS
+from train.learning_rate import length_of
 from train.preflight import preflight
-from train.schedule import length_of
-from train.weights import Source, open_source
+from train.pretrained import Source, open_source
 
 PREFIX = "study."
 _SHARED = ("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision")

@@ -7,19 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from conf.errors import BadInput
-from conf.schema import plain
+from conf.schema import to_jsonable
 from launch.study.decode import decode_seconds
 from launch.study.findings import as_text, findings
 from launch.study.pictures import draw
 from launch.study.plan import Plan, Uptraining, plan
 from launch.supervise import launch
+from model.problems import BadInput
 from model.regroup import Method, Regrouped
 from train import pretrain
-from train import weights as trained
+from train import pretrained as trained
 from train.preflight import preflight
+from train.pretrained import Source, open_source
 from train.tracking import METRICS, SUMMARY, code_version, start_wandb, wandb_id, wandb_mode
-from train.weights import Source, open_source
 
 Launch = Callable[[Sequence[str], int, Path], int]
 RESULTS, TEXT = "study.json", "study.txt"
@@ -83,10 +83,10 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
 
 
 def _train(overrides: list[str], launch: Launch) -> int:
-    ready = preflight(overrides)
+    prepared = preflight(overrides)
     options, _ = pretrain.hydra_options([])
-    arguments = pretrain.for_hydra(options, ready.overrides, ready.run_dir)
-    return launch(arguments, ready.layout.world_size, ready.run_dir)
+    arguments = pretrain.for_hydra(options, prepared.overrides, prepared.run_dir)
+    return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 
 def _complete(run_dir: Path) -> bool:
@@ -138,7 +138,11 @@ def _log(made: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
         tags=settings.tags,
         name=made.folder.name,
         dir=made.folder,
-        config={"study": plain(asdict(made.settings)), **plain(asdict(made.config)), "code": code_version()},
+        config={
+            "study": to_jsonable(asdict(made.settings)),
+            **to_jsonable(asdict(made.config)),
+            "code": code_version(),
+        },
     )
     columns: list[str | int] = ["attention", "kv_heads", "method", "alpha", "val_loss"]
     rows = [

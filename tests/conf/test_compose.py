@@ -2,7 +2,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from conf.compose import compose_overrides
-from conf.settings import Decay, Source
+from conf.train_settings import Decay, Source
 from conf.validate import Machine, validate
 from tests.shapes import preset
 
@@ -113,7 +113,7 @@ def test_every_setting_says_what_it_is():
 
     node = ConfigStore.instance().load("schema.yaml").node
     assert "model" in node
-    from conf import settings
+    from conf import train_settings as settings
     from model import config as model_config
     from parallel import layout
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conf.errors import BadInput
 from launch.bench import ALL, SUBJECTS, contenders, data, kernels, peers, pipeline, stage, suite
 from launch.bench.common import Drawn
 from launch.bench.schedules import micro_batches_of
 from launch.cli import main
+from model.problems import BadInput
 from model.weights import streamed_logits
 from parallel.schedules import ONE_F_ONE_B, placement
 from parallel.stages import split_for

@@ -12,7 +12,7 @@ from model.transformer import full_shapes
 from model.weights import streamed_logits
 from tests.ranks import run_ranks
 from tests.train.checkpoint import runs
-from train.weights import open_source, real_tokens
+from train.pretrained import open_source, real_tokens
 
 
 @pytest.fixture(scope="module")

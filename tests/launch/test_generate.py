@@ -11,7 +11,7 @@ from model.weights import loaded_layers
 from tests.ranks import nursery
 from tests.train.checkpoint import runs
 from train.data.tokenizer import eos_id, load_tokenizer
-from train.weights import open_source
+from train.pretrained import open_source
 
 
 @pytest.fixture(scope="module")

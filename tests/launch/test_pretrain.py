@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from parallel.processes import free_port
 from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
-from train.pretrain import free_port
 from train.timeline import Measured
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from launch import supervise
+from parallel.processes import free_port
 from tests.ranks import ROOT
-from train.pretrain import free_port
 
 PRETRAIN = ROOT / "train" / "pretrain.py"
 TRAIN = [sys.executable, "-m", "launch.cli", "train"]

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import Kernels
 from model.loss import cross_entropy, head_loss
 
-WAYS = [Kernels.plain, Kernels.compiled, Kernels.liger]
+EXECUTION_KEYS = [Kernels.plain, Kernels.compiled, Kernels.liger]
 SHAPES = [(1, 5), (255, 37), (600, 1003)]
 
 
@@ -41,7 +41,7 @@ def pytorchs(logits, labels):
 
 @pytest.mark.parametrize(("rows", "vocab_size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EXECUTION_KEYS)
 def test_the_loss_and_its_gradient_are_pytorchs(way, rows, vocab_size, dtype):
     logits, labels = logits_and_labels(rows, vocab_size, dtype)
     results = []
@@ -58,7 +58,7 @@ def test_the_loss_and_its_gradient_are_pytorchs(way, rows, vocab_size, dtype):
 
 @pytest.mark.parametrize(("rows", "vocab_size"), SHAPES)
 @pytest.mark.parametrize("pieces", [1, 2, 4, 5])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EXECUTION_KEYS)
 def test_the_loss_in_pieces_is_the_same(way, pieces, rows, vocab_size):
     _, labels = logits_and_labels(rows, vocab_size)
     generator = torch.Generator().manual_seed(1)
@@ -122,7 +122,7 @@ def test_in_pieces_large_logits_do_not_overflow_wherever_they_are():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "vocab_size"), [*SHAPES, (2048, 102400)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EXECUTION_KEYS)
 def test_on_a_gpu_the_loss_in_bf16_is_pytorchs(way, rows, vocab_size):
     logits, labels = (one.cuda() for one in logits_and_labels(rows, vocab_size, torch.bfloat16))
     results = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from conf.settings import OptimizerConfig
+from conf.train_settings import OptimizerConfig
 from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer

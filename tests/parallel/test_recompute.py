@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import Kernels
 from model.init import initial_value
-from model.remake import remade, remaking
+from model.rematerialization import remade, remaking
 from model.transformer import Block
 from parallel.layout import Recompute
 from parallel.recompute import recomputing

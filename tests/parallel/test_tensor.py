@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.layers import FanOut
-from parallel.tensor import ColumnParallelFanOut, TensorParallel
+from model.layers import FusedLinears
+from parallel.tensor import ColumnParallelFusedLinears, TensorParallel
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +17,14 @@ def alone():
 
 
 def test_the_gathered_sequence_is_not_kept_for_backward(alone):
-    layer = ColumnParallelFanOut(FanOut(8, q=16, k=4), alone)
+    layer = ColumnParallelFusedLinears(FusedLinears(8, q=16, k=4), alone)
     x = torch.randn(2, 6, 8, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         q, k = layer(x)
     assert set(kept) <= {x.data_ptr(), *(p.data_ptr() for p in layer.parameters())}
     (q.sum() + k.pow(2).sum()).backward()
-    plain = FanOut(8, q=16, k=4)
+    plain = FusedLinears(8, q=16, k=4)
     plain.load_state_dict(layer.state_dict())
     y = x.detach().clone().requires_grad_()
     q, k = plain(y)

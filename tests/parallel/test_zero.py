@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conf.settings import OptimizerConfig
+from conf.train_settings import OptimizerConfig
 from parallel.memory import state_bytes_per_parameter
 from parallel.zero import Replicas, Zero
 from tests.shapes import matrices_and_vectors

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from conf.settings import OptimizerConfig
+from conf.train_settings import OptimizerConfig
 from model.init import initialise
 from model.transformer import Embedding, Transformer
 from tests.shapes import matrices_and_vectors, small

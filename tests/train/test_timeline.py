@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from parallel.schedules import Action, Block, Pass, Placement, Schedule, placement
+from parallel.schedules import Action, Pass, Placement, Schedule, Span, placement
 from train.timeline import Measured, as_record, draw, expected, seconds_by_rank
 
 
 def row(*blocks):
-    return [Block(Action(Pass[text[0]], int(text[1]), int(text[2])), start, end) for text, start, end in blocks]
+    return [Span(Action(Pass[text[0]], int(text[1]), int(text[2])), start, end) for text, start, end in blocks]
 
 
 # Two ranks, one micro-batch each way; the message takes half a second.

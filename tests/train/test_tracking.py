@@ -4,7 +4,7 @@ from urllib.parse import urlparse
 
 import wandb
 
-from conf.settings import WandbConfig, WandbMode
+from conf.train_settings import WandbConfig, WandbMode
 from tests.shapes import preset
 from train.checkpoint.saver import Outcome
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from conf.compose import compose_overrides
-from conf.errors import BadInput
-from conf.schema import plain
+from conf.schema import to_jsonable
+from model.problems import BadInput
 from model.weights import StoredWeights
 from tests.shapes import preset
 from train.checkpoint.manifest import Manifest
+from train.pretrained import Source
 from train.uptrain import implied, problems
-from train.weights import Source
 
 # 2000 steps of 8 x 256 tokens, all of them taken
 ORIGINAL = ["model=tiny", "model.n_layers=6", "train.total_tokens=4096000", "schedule.warmup_steps=100", "data=files"]
@@ -22,7 +22,7 @@ ORIGINAL += ["data.path='/corpus/it''s here/*.txt'".replace("''", "\\'"), "optim
 def source(*changes, tokens=4_096_000, tokenizer=Path("/weights/tokenizer.json")):
     config = preset(*ORIGINAL, *changes)
     nothing = dict(code="", written="", origin=None, tensors={}, files={}, layout={}, data="")
-    run = Manifest(step=0, adam_step=0, tokens=tokens, config=plain(asdict(config)), **nothing)
+    run = Manifest(step=0, adam_step=0, tokens=tokens, config=to_jsonable(asdict(config)), **nothing)
     return Source(Path("/weights"), StoredWeights(config.model, Path("/weights"), {}), tokenizer, run)
 
 

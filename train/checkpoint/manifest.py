@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import BadInput
+from model.problems import BadInput
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -9,9 +9,8 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from conf.errors import BadInput
-from conf.schema import Config, identity, plain
-from model.config import either
+from conf.schema import Config, recipe_fields, to_jsonable
+from model.problems import BadInput, either
 from model.weights import StoredWeights
 from parallel.state import OptimizerState
 from train.checkpoint import manifest
@@ -93,7 +92,7 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
 
 def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     """What a run may change and may not have meant to; one sentence each."""
-    now, then = identity(plain(asdict(config))), identity(found.config)
+    now, then = recipe_fields(to_jsonable(asdict(config))), recipe_fields(found.config)
     changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
     lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
     if data != found.data and not any(key.startswith("data.") for key in changed):
@@ -169,7 +168,7 @@ def _load(
 
 
 def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
-    now = plain(asdict(config))
+    now = to_jsonable(asdict(config))
     then = found.config
     keys = [f"model.{key}" for key in now["model"]] + list(_MUST_AGREE)
     problems = []

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from conf.settings import CheckpointConfig
+from conf.train_settings import CheckpointConfig
 from parallel.state import Flats, OptimizerState
 from train.checkpoint import folder, manifest
 from train.checkpoint.manifest import Manifest

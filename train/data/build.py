@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
 from train.data.corpus import documents, list_files
 from train.data.packing import TokenWriter
 from train.data.tally import Tally

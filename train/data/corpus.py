@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conf.errors import BadInput
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
+from model.problems import BadInput
 from train.data.readers import read_file, usable
 from train.data.tally import Tally
 from train.data.tokenizer import MIN_VOCAB, too_small

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import BadInput
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
+from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
 from train.data.packing import PackedSequences

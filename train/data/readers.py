@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from conf.errors import BadInput
+from model.problems import BadInput
 from train.data.tally import Tally
 
 _READ = 1 << 20

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.errors import BadInput
+from model.problems import BadInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.errors import BadInput
 from launch.study import run as study
 from launch.study.decode import decode_seconds
 from launch.study.plan import plan
+from model.problems import BadInput
 from model.regroup import Method
 from tests.ranks import nursery
 from tests.train.checkpoint import runs
+from train.pretrained import open_source
 from train.wandb_file import records
-from train.weights import open_source
 
 MULTI_HEAD = ["model.n_kv_heads=4", "train.total_tokens=5120", "schedule.warmup_steps=2", "train.val_sequences=4"]
 SMALL = ["study.methods=[mean,first]", "study.alphas=[0.1,0.3]", "study.alpha=0.3", "study.kv_heads=[1]"]

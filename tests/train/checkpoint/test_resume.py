@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from conf.errors import BadInput
-from conf.schema import plain
+from conf.schema import to_jsonable
+from model.problems import BadInput
 from tests.shapes import preset
 from train.checkpoint import manifest
 from train.checkpoint.folder import name_of
@@ -25,7 +25,7 @@ def checkpoint(run_dir, step, config, origin=None):
             adam_step=step,
             tokens=step * 2048,
             data="corpus",
-            config=plain(asdict(config)),
+            config=to_jsonable(asdict(config)),
             layout={},
             code="",
             written="",

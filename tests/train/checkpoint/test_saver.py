@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from conf.settings import CheckpointConfig
+from conf.train_settings import CheckpointConfig
 from train.checkpoint import saver
 from train.checkpoint.saver import Saver
 

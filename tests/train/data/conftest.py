@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
 from train.data.tokenizer import train_tokenizer
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.errors import BadInput
-from conf.settings import DataConfig
+from conf.train_settings import DataConfig
+from model.problems import BadInput
 from train.data.prepare import prepare
 
 VOCAB = 320

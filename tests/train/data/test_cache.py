@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.settings import DataConfig
+from conf.train_settings import DataConfig
 from tests.train.data.helpers import VOCAB, ready, texts_of
 from train.data import build, cache
 
@@ -47,7 +47,7 @@ def run(code: str, data: DataConfig) -> subprocess.Popen:
     program = f"""
 import os, signal, sys, time
 from pathlib import Path
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
 from train.data.prepare import prepare
 from train.data import build, cache
 data = DataConfig(source=Source.files, **{settings!r})

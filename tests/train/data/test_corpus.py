@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from conf.errors import BadInput
-from conf.settings import DataConfig, Source
+from conf.train_settings import DataConfig, Source
+from model.problems import BadInput
 from train.data.corpus import Tally, check, documents, fingerprint_inputs, list_files
 
 LINES = [

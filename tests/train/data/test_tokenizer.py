@@ -3,7 +3,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, models
 
-from conf.errors import BadInput
+from model.problems import BadInput
 from train.data.tokenizer import (
     BOS,
     EOS,

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from conf.errors import BadInput
-from conf.schema import plain
-from model.config import WAYS, ModelConfig
+from conf.schema import to_jsonable
+from model.config import EXECUTION_KEYS, ModelConfig
 from model.huggingface import open_huggingface, write_huggingface
+from model.problems import BadInput
 from model.weights import StoredWeights, Weights, entries, shards, streamed_logits, write_safetensors
 from train.checkpoint import manifest
 from train.checkpoint.folder import below
@@ -107,7 +107,7 @@ def write_checkpoint(weights: Weights, source: Source, folder: Path, max_shard_b
             adam_step=0,
             tokens=source.run.tokens if source.run else 0,
             data="",
-            config={**recipe, "model": plain(asdict(weights.config))},
+            config={**recipe, "model": to_jsonable(asdict(weights.config))},
             layout={"dp": 1, "pp": 1, "tp": 1, "sequence_parallel": False, "stages": []},
             code=source.run.code if source.run else "",
             written=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -192,7 +192,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _shape(run: Manifest) -> ModelConfig:
     """As the run had it, but for what may run elsewhere in another way."""
-    return ModelConfig(**{key: value for key, value in run.config["model"].items() if key not in WAYS})
+    return ModelConfig(**{key: value for key, value in run.config["model"].items() if key not in EXECUTION_KEYS})
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from conf.schema import Config
-from conf.settings import Decay, ScheduleConfig
+from conf.train_settings import Decay, ScheduleConfig
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from conf.settings import Decay, ScheduleConfig
+from conf.train_settings import Decay, ScheduleConfig
 from tests.shapes import preset
-from train.schedule import length_of, rate_share
+from train.learning_rate import length_of, rate_share
 
 
 def curve(num_steps, **settings):
