@@ -13,8 +13,8 @@ B batch, L sequence, D width, H query heads, G key/value heads, K head width.
 import torch
 from torch import nn
 
-from model.cache import KVCache
 from model.config import ModelConfig
+from model.context import EMPTY_CONTEXT, Context
 from model.fused import rotary
 from model.kernels import cached_attention, causal_attention
 from model.layers import FusedLinears, rotary_tables
@@ -26,30 +26,32 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_model, self.d_head = config.d_model, config.d_head
-        self.rope_theta = config.rope_theta
+        self.rope_theta, self.max_seq_len = config.rope_theta, config.max_seq_len
         self.backend, self.kernels = config.attention, config.kernels
         d_q, d_kv = config.n_heads * self.d_head, config.n_kv_heads * self.d_head
         self.qkv = FusedLinears(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
 
-    def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x_BLD: torch.Tensor, context: Context = EMPTY_CONTEXT) -> torch.Tensor:
         """(B, L, D) to (B, L, D).
 
-        With a cache the sequences go on from what it holds, and are added to it: whole ones where it is empty, and one
-        token of each afterwards.
+        With a cache, the tokens continue the sequences that it holds and are added to it: whole prompts where it is
+        empty, and one token of each sequence afterwards.
         """
         # The number of heads is read off the projections: a tensor-parallel cut leaves each rank some of them.
         q_BLHK, k_BLGK, v_BLGK = (x.unflatten(-1, (-1, self.d_head)) for x in self.qkv(x_BLD))
+        cache, positions_BL = context.cache, context.positions_BL
         past = cache if cache is not None and not cache.empty else None
-        length = past.size if past else q_BLHK.shape[1]
-        cos, sin = rotary_tables(length, self.d_head, self.rope_theta, q_BLHK.dtype, q_BLHK.device)
-        if past:  # each sequence's next position
-            cos, sin = cos[past.lengths_B].unsqueeze(1), sin[past.lengths_B].unsqueeze(1)
-        q_BLHK, k_BLGK = rotary(q_BLHK, k_BLGK, cos, sin, self.kernels)
+        if past and positions_BL is None:
+            positions_BL = past.lengths_B.unsqueeze(1)
+        num_positions = max(self.max_seq_len, past.size if past else q_BLHK.shape[1])
+        tables = rotary_tables(num_positions, self.d_head, self.rope_theta, q_BLHK.device)
+        q_BLHK, k_BLGK = rotary(q_BLHK, k_BLGK, *tables, self.kernels, positions_BL)
         if cache is not None:
             cache.add(k_BLGK, v_BLGK)
         if past:
+            assert context.documents_BL is None, "a cached sequence is one document"
             out_BLHK = cached_attention(q_BLHK, *past.held())
         else:
-            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend)
+            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend, context.documents_BL)
         return self.o_proj(out_BLHK.flatten(2))

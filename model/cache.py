@@ -1,20 +1,20 @@
-"""The keys and values of tokens seen before, so that a next token costs one token.
+"""Keys and values of earlier tokens, so that the next token costs the forward pass of one token.
 
-B sequences, G key/value heads, M room for positions, K head width.
+B sequences, G key/value heads, M positions that are allocated, K head width.
 """
 
 import torch
 
 
 class KVCache:
-    """What one block keeps of each sequence: n_kv_heads keys and values a token, not n_heads.
+    """The keys and values of one block: n_kv_heads of each for a token, not n_heads.
 
-    All of it is allocated once, when the first keys come, which tell their heads, their width and their dtype: of a
-    block that is cut over ranks, each holds its own heads.
+    The memory is allocated once, when the first keys come, which tell the number of heads, their width and their dtype:
+    where a block is cut over tensor-parallel ranks, each caches its own heads.
 
     Args:
-        lengths_B: int64, how many tokens of each sequence are held; shared by the caches of all blocks, and counted up
-            by whoever runs them, once all blocks have added a token.
+        lengths_B: int64, number of tokens of each sequence that are cached; shared by the caches of all blocks.
+            Whoever runs the blocks counts it up after all of them have added a token.
         room: M, the most tokens of a sequence.
     """
 
@@ -26,9 +26,9 @@ class KVCache:
         self._longest = 0
 
     def add(self, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> None:
-        """Whole sequences into an empty cache, padding behind the shorter ones; then one token of each at a time.
+        """Add whole sequences to an empty cache, padded to the longest; afterwards one token of each at a time.
 
-        What a shorter sequence has behind its length is overwritten as it grows, and never looked at before.
+        The padding behind a shorter sequence is overwritten as it grows, and is never attended to.
         """
         if self.empty:
             B, _, G, K = k_BLGK.shape

@@ -188,6 +188,14 @@ class ModelConfig:
         """
         return 3 * sum(self.layer_flops(seq_len))
 
+    def flops_per_token_whole_attention(self, seq_len: int) -> int:
+        """FLOPs per token of forward and backward with causal attention counted whole, though half of it is masked.
+
+        It is the count of torchtitan and KempnerForge; Megatron-LM's is `flops_per_token`.
+        """
+        masked_half = 2 * self.n_heads * self.d_head * seq_len
+        return self.flops_per_token(seq_len) + 3 * self.n_layers * masked_half
+
     # ---- inference ----
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with the keys and values of what came before kept.
+"""Text from a model, token by token, with the keys and values of earlier tokens cached.
 
 B sequences, L tokens, D width, V vocabulary.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from model.cache import KVCache
+from model.context import Context
 from model.transformer import Block, Head
 
 
@@ -30,7 +31,7 @@ class Sampling:
     seed: int = 1
 
     def problems(self) -> list[str]:
-        """What cannot be, a sentence each."""
+        """Every impossible value, one sentence each."""
         found = []
         if not 0 <= self.temperature < float("inf"):
             found.append(f"--temperature={self.temperature}: must be 0 (the likeliest token) or above, and finite")
@@ -42,17 +43,17 @@ class Sampling:
 
 
 class Decoder:
-    """The layers of a model and the cache of a batch of sequences.
+    """Runs a batch of sequences through the layers of a model, with a cache for each block.
 
     Args:
         layers: embedding, blocks and head in order, on one device; or those of them that this process holds
             (`parallel/decode.py`).
         prompts: token ids of each sequence, at least one.
-        room: tokens that a sequence may grow to; at most the context.
+        room: tokens that a sequence may grow to; at most `max_seq_len`.
 
     Attributes:
-        lengths_B: tokens of each sequence.
-        caches: of the blocks, in order.
+        lengths_B: number of tokens of each sequence.
+        caches: the caches of the blocks, in order.
     """
 
     def __init__(self, layers: Sequence[nn.Module], prompts: Sequence[Sequence[int]], room: int):
@@ -71,7 +72,7 @@ class Decoder:
         return self._run(self._prompts_BL, self.lengths_B - 1)
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
-        """Logits of the token after these, which come after all before, fp32 (B, V)."""
+        """Append one token to each sequence, int64 (B,); logits of the token after it, fp32 (B, V)."""
         logits_BV = self._run(tokens_B.to(self.lengths_B.device).unsqueeze(1), torch.zeros_like(self.lengths_B))
         self.lengths_B += 1
         return logits_BV
@@ -83,21 +84,21 @@ class Decoder:
 
 
 def through(layers: Sequence[tuple[nn.Module, KVCache | None]], x: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:
-    """Some of a model's layers, blocks with their caches; a head makes logits at the last position only."""
+    """Run some of a model's layers, blocks with their caches; a head computes logits at `last_B` only."""
     for layer, cache in layers:
         if isinstance(layer, Head):
             x = x[torch.arange(len(x), device=x.device), last_B]
-        x = layer(x) if cache is None else layer(x, cache)
+        x = layer(x) if cache is None else layer(x, Context(cache=cache))
     return x
 
 
 def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> Iterator[list[int | None]]:
-    """The next token of each sequence, step by step, until all have ended or `num_tokens` are made.
+    """Generate the next token of each sequence, step by step, until all have ended or `num_tokens` steps are done.
 
     Args:
-        decoder: at its prompts.
-        num_tokens: at most so many; the prompts and they fit the decoder's room.
-        eos_id: ends a sequence, and is not given; None ends none.
+        decoder: has seen nothing but its prompts.
+        num_tokens: the most tokens of a sequence; prompt and new tokens fit the decoder's room.
+        eos_id: the token that ends a sequence, which is not yielded; None ends no sequence.
         sampling: how tokens are drawn.
 
     Yields:
@@ -106,18 +107,18 @@ def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sa
     draw = drawing(sampling)
     logits_BV = decoder.prefill()
     ended = [False] * len(logits_BV)
-    for made in range(num_tokens):
+    for step in range(num_tokens):
         tokens_B = draw(logits_BV.cpu())
         ended = [was or token == eos_id for was, token in zip(ended, tokens_B.tolist(), strict=True)]
         if all(ended):
             return
         yield [None if is_over else token for is_over, token in zip(ended, tokens_B.tolist(), strict=True)]
-        if made + 1 < num_tokens:
+        if step + 1 < num_tokens:
             logits_BV = decoder.step(tokens_B)
 
 
 def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Draws tokens, int64 (B,), from logits (B, V) on the CPU: the same draws on every device and rank."""
+    """A function that draws tokens, int64 (B,), from logits (B, V) on the CPU: the same on every device and rank."""
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -136,10 +137,10 @@ def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def complete(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> list[list[int]]:
-    """What follows each prompt: `generate` to its end."""
-    made: list[list[int]] = [[] for _ in decoder.lengths_B]
+    """The tokens that follow each prompt, after `generate` has run to its end."""
+    completions: list[list[int]] = [[] for _ in decoder.lengths_B]
     for step in generate(decoder, num_tokens, eos_id, sampling):
-        for row, token in zip(made, step, strict=True):
+        for row, token in zip(completions, step, strict=True):
             if token is not None:
                 row.append(token)
-    return made
+    return completions

@@ -12,9 +12,9 @@ def initialise(module: nn.Module, prefix: str, seed: int, std: float) -> None:
 
     Args:
         module: a layer or a whole model, on any device, in any dtype.
-        prefix: what stands before the names of its parameters in the full model, such as ``"blocks.17."``; ``""``
+        prefix: is put before the names of its parameters to give their full names, such as ``"blocks.17."``; ``""``
             for a whole model.
-        seed: of the run.
+        seed: the run's seed.
         std: in the paper 0.006 for every matrix (arXiv 2401.02954, section 2.3).
     """
     for name, parameter in module.named_parameters():

@@ -1,10 +1,17 @@
 """The attention backends. All take grouped queries as they are: keys and values are never repeated in memory.
 
-Shapes: B batch, L sequence, H query heads, G key/value heads (H = G x group), K head width.
+From run to run on the same machine and libraries, `reference` and, on the CPU, `sdpa` repeat their bits. On GPUs the
+backward passes of cuDNN and of flash-attn 2 to 4 do not: they add up the gradient of the queries in whatever order
+their blocks finish. Where ``torch.use_deterministic_algorithms(True)`` is set, flash-attn 2 is asked for its
+deterministic backward pass, PyTorch asks that of flash-attn 3 and 4 and of its own kernels, and `sdpa` leaves out
+cuDNN, whose backward pass has no such mode. That is slower and takes more memory.
+
+B batch, L sequence, H query heads, G key/value heads (H = G x R), K head width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 
@@ -14,11 +21,16 @@ import torch.nn.functional as F
 from model import fused
 from model.config import AttentionBackend, ModelConfig
 
-AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""From queries (B, L, H, K), keys and values (B, L, G, K) and documents (B, L) or None to (B, L, H, K)."""
 
 
 def causal_attention(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, backend: AttentionBackend
+    q_BLHK: torch.Tensor,
+    k_BLGK: torch.Tensor,
+    v_BLGK: torch.Tensor,
+    backend: AttentionBackend,
+    documents_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention, scaled by 1/sqrt(K), with each key/value head shared by H/G query heads.
 
@@ -26,28 +38,50 @@ def causal_attention(
         q_BLHK: queries; k_BLGK, v_BLGK: keys and values, all of one dtype. Query head h reads key/value head
             h // (H/G).
         backend: `chosen` says what `auto` means.
+        documents_BL: int, the document of each position, which attends to earlier positions of the same document only;
+            None where each sequence is one document. `sdpa` and `reference` hold a mask of B L L bytes for it.
 
     Returns:
         (B, L, H, K) in the dtype of the inputs; softmax statistics are fp32 inside.
+
+    Raises:
+        ValueError: a flash backend was asked for by name, and documents are given.
+        RuntimeError: a backend that was asked for by name cannot run here.
     """
-    return _kernel(backend, q_BLHK.device, q_BLHK.dtype)(q_BLHK, k_BLGK, v_BLGK)
+    kernel = _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents_BL is not None)
+    return kernel(q_BLHK, k_BLGK, v_BLGK, documents_BL)
 
 
 @cache
-def _kernel(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    return KERNELS[chosen(backend, device, dtype)[0]]
+def _kernel(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool) -> AttentionKernel:
+    return KERNELS[chosen(backend, device, dtype, documents)[0]]
 
 
-def chosen(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> tuple[AttentionBackend, str]:
+def chosen(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> tuple[AttentionBackend, str]:
     """What `auto` means for tensors on a device, and why, in a few words.
 
+    Args:
+        backend: the setting.
+        device, dtype: of queries, keys and values.
+        documents: whether attention stops at the borders of documents.
+
     Raises:
-        RuntimeError: the backend that was asked for by name cannot run here; says why.
+        ValueError: a flash backend was asked for by name, and documents are given.
+        RuntimeError: the backend that was asked for by name cannot run here; the message says why.
     """
+    if documents and backend in FLASH:
+        raise ValueError(
+            f"model.attention={backend.name}: does not stop at the borders of documents; "
+            "model.attention=sdpa would work"
+        )
     if backend is not AttentionBackend.auto:
         if reason := obstacle(backend, device, dtype):
             raise RuntimeError(f"model.attention={backend.name}: {reason}; model.attention=auto takes what there is")
         return backend, f"model.attention={backend.name}"
+    if documents:
+        return AttentionBackend.sdpa, "flash-attn does not stop at the borders of documents"
     if device.type != "cuda":
         return AttentionBackend.sdpa, f"the tensors are on the {device.type}"
     # Published forward passes on an H100, head width 128, causal, 4096: flash-attn 3 579 TFLOP/s, cuDNN's, which
@@ -63,20 +97,21 @@ def chosen(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) 
     return AttentionBackend.sdpa, "; ".join(reasons)
 
 
-def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """Which kernels a model runs on a device, those of `model/fused.py` among them, and why.
+def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype, documents: bool = False) -> str:
+    """The kernels that a model runs on a device, those of `model/fused.py` among them, and why these.
 
     Raises:
-        RuntimeError: one that was asked for by name cannot.
+        ValueError: a flash backend was asked for by name, and documents are given.
+        RuntimeError: a kernel that was asked for by name cannot run here.
     """
-    attention, why = chosen(model.attention, device, dtype)
+    attention, why = chosen(model.attention, device, dtype, documents)
     between, reason = fused.chosen(model.kernels, device.type)
     return f"attention: {attention.name} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 
 @cache
 def obstacle(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run on this device and dtype, or None if it has just done so, forward and backward."""
+    """Why a backend cannot run on this device and dtype; None if it has just run there, forward and backward."""
     if backend not in FLASH:
         return None
     title, module, least = FLASH[backend]
@@ -90,56 +125,104 @@ def obstacle(backend: AttentionBackend, device: torch.device, dtype: torch.dtype
         if find_spec(module) is None:
             return f"{title} is not installed"
         q = torch.randn(1, 128, 2, 64, device=device, dtype=dtype, requires_grad=True)
-        KERNELS[backend](q, q[:, :, :1], q[:, :, :1]).sum().backward()
+        KERNELS[backend](q, q[:, :, :1], q[:, :, :1], None).sum().backward()
     except Exception as error:  # whatever a build for another PyTorch or GPU does
         return f"{title} is installed and fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    finally:
+        _activate(None)  # a probe leaves nothing registered: `sdpa` would run it in the place of PyTorch's own
     return None
 
 
-def flash2(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> torch.Tensor:
-    """flash-attn 2 (arXiv 2307.08691)."""
+def flash2(
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """flash-attn 2 (arXiv 2307.08691); its backward pass is deterministic where PyTorch's algorithms must be."""
     from flash_attn import flash_attn_func
 
-    return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=True)
+    assert documents_BL is None, "refused by `chosen`"
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=True, deterministic=deterministic)
 
 
 def _flash_in_pytorch(name: str) -> AttentionKernel:
     """A newer flash-attn, which PyTorch calls in the place of its own once it has been told to."""
 
-    def attention(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> torch.Tensor:
+    def attention(
+        q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+    ) -> torch.Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        assert documents_BL is None, "refused by `chosen`"
         _activate(name)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on Hopper PyTorch would take cuDNN's
-            return sdpa(q_BLHK, k_BLGK, v_BLGK)
+            return _pytorchs(q_BLHK, k_BLGK, v_BLGK, None)
 
     return attention
 
 
-def _activate(name: str) -> None:
-    from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+def _activate(name: str | None) -> None:
+    """Register a newer flash-attn with PyTorch; None restores PyTorch's own."""
+    from torch.nn.attention import (
+        activate_flash_attention_impl,
+        current_flash_attention_impl,
+        restore_flash_attention_impl,
+    )
 
-    if current_flash_attention_impl() != name:
+    if current_flash_attention_impl() == name:
+        return
+    if name is None:
+        restore_flash_attention_impl()
+    else:
         activate_flash_attention_impl(name)
 
 
-def sdpa(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> torch.Tensor:
-    """PyTorch's scaled dot-product attention; on the CPU and on GPUs it runs a flash kernel of its own."""
+def sdpa(
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """PyTorch's scaled dot-product attention; without documents it runs a flash kernel of its own, or cuDNN's."""
+    if q_BLHK.is_cuda:
+        _activate(None)  # a newer flash-attn may have run before
+    return _pytorchs(q_BLHK, k_BLGK, v_BLGK, documents_BL)
+
+
+def _pytorchs(
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
-    out_BHLK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    mask = None if documents_BL is None else _visible(documents_BL).unsqueeze(1)
+    grouped = q.shape[1] != k.shape[1]
+    with _without_cudnn() if q.is_cuda and torch.are_deterministic_algorithms_enabled() else nullcontext():
+        out_BHLK = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out_BHLK.transpose(1, 2)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Within, `F.scaled_dot_product_attention` does not take cuDNN's kernel, whatever else it may take."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def _visible(documents_BL: torch.Tensor) -> torch.Tensor:
+    """Which positions (last dimension) each position attends to, bool (B, L, L)."""
+    same_BLM = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
+    return same_BLM.tril()
 
 
 def cached_attention(
     q_B1HK: torch.Tensor, k_BGMK: torch.Tensor, v_BGMK: torch.Tensor, lengths_B: torch.Tensor
 ) -> torch.Tensor:
-    """Attention of one token of each sequence to all that its key/value heads hold.
+    """Attention of one new token of each sequence to the cached keys and values.
 
-    The query heads of a group stand where a sequence would: each key and value is read once for all of them.
+    The query heads of a group take the place of a sequence, so that each key and value is read once for all of them.
 
     Args:
-        q_B1HK: the queries; k_BGMK, v_BGMK: keys and values, the token's own among them.
-        lengths_B: int64, how many positions of each sequence count.
+        q_B1HK: the queries; k_BGMK, v_BGMK: keys and values, the new token's among them.
+        lengths_B: int64, number of positions of each sequence that are attended to.
 
     Returns:
         (B, 1, H, K).
@@ -152,14 +235,18 @@ def cached_attention(
     return F.scaled_dot_product_attention(q_BGRK, k_BGMK, v_BGMK, attn_mask=mask_BGRM).reshape(B, 1, H, K)
 
 
-def reference(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> torch.Tensor:
+def reference(
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+) -> torch.Tensor:
     """The definition, written out slowly; the other backends are tested against it."""
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
     q_BLGRK = q_BLHK.unflatten(2, (G, H // G))  # R query heads read each of the G key/value heads
     scores_BGRLM = torch.einsum("blgrk,bmgk->bgrlm", q_BLGRK, k_BLGK).float() / math.sqrt(K)
-    future_LM = torch.ones(L, L, dtype=torch.bool, device=q_BLHK.device).triu(1)
-    weights_BGRLM = scores_BGRLM.masked_fill(future_LM, float("-inf")).softmax(-1).to(v_BLGK.dtype)
+    if documents_BL is None:
+        documents_BL = torch.zeros(B, L, dtype=torch.int32, device=q_BLHK.device)
+    hidden_B11LM = ~_visible(documents_BL).unsqueeze(1).unsqueeze(1)
+    weights_BGRLM = scores_BGRLM.masked_fill(hidden_B11LM, float("-inf")).softmax(-1).to(v_BLGK.dtype)
     return torch.einsum("bgrlm,bmgk->blgrk", weights_BGRLM, v_BLGK).reshape(B, L, H, K)
 
 
@@ -175,4 +262,4 @@ FLASH = {
     AttentionBackend.flash3: ("flash-attn 3", "flash_attn_interface", (9, 0)),
     AttentionBackend.flash2: ("flash-attn 2", "flash_attn_2_cuda", (8, 0)),
 }
-"""Each flash-attn: how it is called, the module that shows that it is there, and the oldest GPU."""
+"""Title of each flash-attn, the module that is there if it is installed, and the least compute capability."""

@@ -1,4 +1,7 @@
-"""RMSNorm, rotary positions, SwiGLU. B batch, L sequence, D width, K head width, F inner width."""
+"""RMSNorm, rotary positions, SwiGLU.
+
+B batch, L sequence, M positions, D width, K head width, F inner width.
+"""
 
 from functools import lru_cache
 
@@ -7,7 +10,7 @@ from torch import nn
 
 from model.config import Kernels
 from model.fused import add_rms_norm, rms_norm, silu_mul
-from model.rematerialization import remade
+from model.rematerialization import Rematerialization
 
 
 class RMSNorm(nn.Module):
@@ -18,20 +21,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_model))
         self.eps, self.kernels = eps, kernels
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BLD: torch.Tensor, rematerialization: Rematerialization | None = None) -> torch.Tensor:
         """(B, L, D) to (B, L, D), same dtype."""
-        return rms_norm(x_BLD, self.weight, self.eps, self.kernels)
+        return rms_norm(x_BLD, self.weight, self.eps, self.kernels, rematerialization)
 
-    def of_sum(self, x_BLD: torch.Tensor, y_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_sum(
+        self, x_BLD: torch.Tensor, y_BLD: torch.Tensor, rematerialization: Rematerialization | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + y and its norm, in one pass over both."""
-        return add_rms_norm(x_BLD, y_BLD, self.weight, self.eps, self.kernels)
+        return add_rms_norm(x_BLD, y_BLD, self.weight, self.eps, self.kernels, rematerialization)
 
 
 class FusedLinears(nn.Module):
     """Several linear maps of one input, without biases.
 
-    Together they read their input once, which is what a fused kernel and a tensor-parallel cut want; apart by name,
-    they stay the matrices of the paper.
+    A fused product or a tensor-parallel cut reads the common input once; the matrices stay separate parameters under
+    the names of the paper.
 
     Args:
         d_in: width of the input.
@@ -57,24 +62,26 @@ class SwiGLU(nn.Module):
         self.gate_up = FusedLinears(d_model, gate_proj=d_ff, up_proj=d_ff)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BLD: torch.Tensor, rematerialization: Rematerialization | None = None) -> torch.Tensor:
         """(B, L, D) to (B, L, D)."""
         gate_BLF, up_BLF = self.gate_up(x_BLD)
-        # Of a block's products these take most memory for what they cost.
-        remade([gate_BLF, up_BLF], self.gate_up, x_BLD, product=True)
-        return self.down_proj(silu_mul(gate_BLF, up_BLF, self.kernels))
+        if rematerialization is not None:
+            # Of a block's products these hold the most memory for the time that they take.
+            rematerialization.offer([gate_BLF, up_BLF], self.gate_up, x_BLD, product=True)
+        return self.down_proj(silu_mul(gate_BLF, up_BLF, self.kernels, rematerialization))
 
 
 @lru_cache(maxsize=8)
 def rotary_tables(
-    seq_len: int, d_head: int, theta: float, dtype: torch.dtype, device: torch.device
+    num_positions: int, d_head: int, theta: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of position times frequency theta^(-2i/K) (arXiv 2104.09864), each (L, 1, K/2) in `dtype`.
+    """Cosines and sines of position times frequency theta^(-2i/K) (arXiv 2104.09864), each fp32 (M, K/2).
 
     The angles are fp32 and computed on the CPU, as in the released Llama and DeepSeek implementations: at position
-    4000 fp32 is off by 1e-4, and a checkpoint should see the same positions here and there, and on every device.
-    They are no module buffers: a cast of the model to bf16 must not touch them before they are rounded.
+    4000 fp32 is off by 1e-4, and a checkpoint should see the same positions here and there, and on every device. The
+    tables stay fp32 in a bf16 model: those implementations round them to bf16, which is one rounding more than
+    `model.fused.rotary` makes. They are no module buffers, since a cast of the model to bf16 would round them.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-    angles_LK = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)
-    return tuple(table.to(device, dtype).unsqueeze(1) for table in (angles_LK.cos(), angles_LK.sin()))  # type: ignore[return-value]
+    angles_MK = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
+    return angles_MK.cos().to(device), angles_MK.sin().to(device)

@@ -1,10 +1,13 @@
 """Next-token cross-entropy in place: the logits are the only tensor of their size (arXiv 2401.02954, section 2.4).
 
-They stay in the precision that they were computed in, are fp32 inside the kernel alone, and are overwritten by their
-gradient. The vocabulary may lie in parts, on several ranks or one after another (`head_loss`): a part knows its largest
-logit and the sum of its exponentials, and those of all parts make those of the whole.
+The logits stay in the precision that they were computed in, are fp32 inside the kernels only, and are overwritten by
+their gradient. The vocabulary may be cut into shards, on several ranks or one after another (`head_loss`): a shard
+knows its largest logit and the sum of its exponentials, and those of all shards give those of the whole vocabulary.
 
-N tokens (B x L), V vocabulary or a part of it, D width.
+Compiled for a GPU, the statistics are one kernel and the label's logit another, which reads one value a token; the
+gradient is one kernel. `tests/model/test_lowered.py` holds that for an H100.
+
+N tokens (B x L), V vocabulary or a shard of it, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ IGNORED = -100
 """A label that is not predicted."""
 
 _CHUNK = {"cpu": 2**18, "cuda": 2**26}
-"""Logits that are fp32 at a time where no kernel converts them: few enough for a CPU's cache, enough for a GPU."""
+"""Logits that are fp32 at a time where no kernel converts them: they fit a CPU's cache, and fill a GPU."""
 
 
 def _alone(values_N: torch.Tensor) -> torch.Tensor:
@@ -31,11 +34,11 @@ def _alone(values_N: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Where a part of the vocabulary lies, and how its sums become those of all of it.
+    """Where a shard of the vocabulary begins, and how its statistics are combined with those of the others.
 
     Attributes:
-        first_token: of the part.
-        maximum, total: over all ranks that hold parts, of (N,) fp32.
+        first_token: the id of its first token.
+        maximum, total: reduce (N,) fp32 over all ranks that hold shards.
     """
 
     first_token: int = 0
@@ -46,26 +49,43 @@ class VocabularyShard:
 WHOLE_VOCABULARY = VocabularyShard()
 
 
+@dataclass(frozen=True)
+class SummedLoss:
+    """The loss of some tokens as a sum and a count, of which the mean over any set of micro-batches can be made.
+
+    Attributes:
+        total: fp64 scalar, nats summed over the labels that are not ignored; has a gradient.
+        count: int64 scalar, the number of those labels.
+    """
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Nats per label, fp64; nan where no label counts."""
+        return self.total / self.count
+
+
 def cross_entropy(
     logits_BLV: torch.Tensor,
     labels_BL: torch.Tensor,
-    part: VocabularyShard = WHOLE_VOCABULARY,
+    shard: VocabularyShard = WHOLE_VOCABULARY,
     kernels: Kernels = Kernels.auto,
-) -> torch.Tensor:
-    """Sum of the token losses, in nats and fp32, over the number of labels, ignored ones included.
+) -> SummedLoss:
+    """The cross-entropy of logits and labels.
 
-    With no label ignored (training on packed sequences) that is the mean. The denominator never varies, so the mean
-    over micro-batches and ranks is exact too: an evaluation whose last batch is filled up with ignored labels divides
-    by the real share of them at the end.
+    Its gradient at a label that counts is (softmax - one-hot) times the gradient of the sum, and 0 at an ignored one.
 
     Args:
-        logits_BLV: (B, L, V), of a part of the vocabulary or all; the backward pass, of which there can be one, leaves
-            their gradient in their place.
-        labels_BL: int64 (B, L), of the whole vocabulary.
-        part: which part.
+        logits_BLV: (B, L, V), of a shard of the vocabulary or all of it. The backward pass, of which there can be one,
+            overwrites them with their gradient.
+        labels_BL: int64 (B, L), ids in the whole vocabulary, or `IGNORED`.
+        shard: the shard that the logits belong to.
         kernels: see `model/fused.py`.
     """
-    return _CrossEntropy.apply(logits_BLV.flatten(0, 1), labels_BL.flatten(), part, kernels)
+    total = _CrossEntropy.apply(logits_BLV.flatten(0, 1), labels_BL.flatten(), shard, kernels)
+    return SummedLoss(total, _count(labels_BL))
 
 
 def head_loss(
@@ -73,45 +93,50 @@ def head_loss(
     weight_VD: torch.Tensor,
     labels_BL: torch.Tensor,
     pieces: int,
-    part: VocabularyShard = WHOLE_VOCABULARY,
+    shard: VocabularyShard = WHOLE_VOCABULARY,
     kernels: Kernels = Kernels.auto,
-) -> torch.Tensor:
-    """`cross_entropy` of the logits ``x W^T``, of which there is one piece at a time.
+) -> SummedLoss:
+    """The `cross_entropy` of the logits ``x W^T``, computed in pieces of the vocabulary, one at a time.
 
-    Instead of B L V logits, B L V / pieces are held, and none between the passes: the backward pass computes them
-    again, which costs a forward pass of the head.
+    Instead of B L V logits, B L V / pieces are held, and none between the passes: the backward pass recomputes them,
+    which costs a forward pass of the head.
 
     Args:
-        x_BLD: normed.
-        weight_VD: the head's, of this part of the vocabulary.
-        labels_BL: int64 (B, L).
-        pieces: to cut the part of the vocabulary into.
-        part: which part.
+        x_BLD: the output of the head's norm.
+        weight_VD: the head's weight, of this shard of the vocabulary.
+        labels_BL: int64 (B, L), ids in the whole vocabulary, or `IGNORED`.
+        pieces: number of pieces that the shard is cut into.
+        shard: the shard that the weight belongs to.
         kernels: see `model/fused.py`.
     """
-    return _HeadLoss.apply(x_BLD.flatten(0, 1), weight_VD, labels_BL.flatten(), pieces, part, kernels)
+    total = _HeadLoss.apply(x_BLD.flatten(0, 1), weight_VD, labels_BL.flatten(), pieces, shard, kernels)
+    return SummedLoss(total, _count(labels_BL))
+
+
+def _count(labels_BL: torch.Tensor) -> torch.Tensor:
+    return (labels_BL != IGNORED).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, part: VocabularyShard, kernels: Kernels
+        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, shard: VocabularyShard, kernels: Kernels
     ) -> torch.Tensor:
         fused = runs_compiled(kernels, logits_NV)
-        sums = _of_all_parts(_sums(logits_NV, labels_N - part.first_token, fused), part)
+        sums = _of_all_shards(_sums(logits_NV, labels_N - shard.first_token, fused), shard)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits_NV, labels_N, sums[0], sums[1])
-            ctx.part, ctx.fused, ctx.spent = part, fused, False
+            ctx.shard, ctx.fused, ctx.spent = shard, fused, False
         return _loss(sums, labels_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        assert not ctx.spent, "the logits are their gradient by now: one backward pass"
+        assert not ctx.spent, "the logits have been overwritten by their gradient: one backward pass"
         ctx.spent = True
         logits_NV, labels_N, largest_N, total_N = ctx.saved_tensors
         with torch.no_grad():
             scale_N = _scale(grads[0], labels_N)
-            _to_gradient(logits_NV, labels_N - ctx.part.first_token, largest_N, total_N, scale_N, ctx.fused)
+            _to_gradient(logits_NV, labels_N - ctx.shard.first_token, largest_N, total_N, scale_N, ctx.fused)
         return logits_NV, None, None, None
 
 
@@ -123,18 +148,18 @@ class _HeadLoss(torch.autograd.Function):
         weight_VD: torch.Tensor,
         labels_N: torch.Tensor,
         pieces: int,
-        part: VocabularyShard,
+        shard: VocabularyShard,
         kernels: Kernels,
     ) -> torch.Tensor:
         fused = runs_compiled(kernels, x_ND)
         found = (
-            _sums(F.linear(x_ND, weight_VD[rows]), labels_N - (part.first_token + rows.start), fused)
+            _sums(F.linear(x_ND, weight_VD[rows]), labels_N - (shard.first_token + rows.start), fused)
             for rows in _cuts(len(weight_VD), -(-len(weight_VD) // pieces))
         )
-        sums = _of_all_parts(reduce(_together, found), part)
+        sums = _of_all_shards(reduce(_together, found), shard)
         ctx.save_for_backward(x_ND, labels_N, sums[0], sums[1])
         # The parameter itself: under recomputation a saved one comes back as another.
-        ctx.weight, ctx.pieces, ctx.part, ctx.fused = weight_VD, pieces, part, fused
+        ctx.weight, ctx.pieces, ctx.shard, ctx.fused = weight_VD, pieces, shard, fused
         return _loss(sums, labels_N)
 
     @staticmethod
@@ -146,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight = torch.empty_like(weight_VD)
             for rows in _cuts(len(weight_VD), -(-len(weight_VD) // ctx.pieces)):
                 logits_NV = F.linear(x_ND, weight_VD[rows])
-                local_N = labels_N - (ctx.part.first_token + rows.start)
+                local_N = labels_N - (ctx.shard.first_token + rows.start)
                 _to_gradient(logits_NV, local_N, largest_N, total_N, scale_N, ctx.fused)
                 grad_x += logits_NV @ weight_VD[rows]
                 torch.mm(logits_NV.T, x_ND, out=grad_weight[rows])
@@ -154,8 +179,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of each token, fp32 (N,): the largest logit, the sum of exponentials of what the logits are above it, and the label's
-logit, or 0 in a part that does not have it."""
+"""Statistics of each token, fp32 (N,): the largest logit, the sum of exponentials of the logits less the largest, and
+the label's logit, or 0 in a shard that does not hold it."""
 
 
 def _together(a: Sums, b: Sums) -> Sums:
@@ -163,21 +188,22 @@ def _together(a: Sums, b: Sums) -> Sums:
     return largest, a[1] * (a[0] - largest).exp() + b[1] * (b[0] - largest).exp(), a[2] + b[2]
 
 
-def _of_all_parts(sums: Sums, part: VocabularyShard) -> Sums:
-    if part is WHOLE_VOCABULARY:
+def _of_all_shards(sums: Sums, shard: VocabularyShard) -> Sums:
+    if shard is WHOLE_VOCABULARY:
         return sums
-    largest = part.maximum(sums[0])
-    total, target = part.total(torch.stack((sums[1] * (sums[0] - largest).exp(), sums[2])))
+    largest = shard.maximum(sums[0])
+    total, target = shard.total(torch.stack((sums[1] * (sums[0] - largest).exp(), sums[2])))
     return largest, total, target
 
 
 def _loss(sums: Sums, labels_N: torch.Tensor) -> torch.Tensor:
     largest, total, target = sums
-    return ((total.log() - (target - largest)) * (labels_N != IGNORED)).sum() / labels_N.numel()
+    losses_N = total.log() - (target - largest)
+    return losses_N.masked_fill(labels_N == IGNORED, 0).sum(dtype=torch.float64)
 
 
 def _scale(grad: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    return grad.float() / labels_N.numel() * (labels_N != IGNORED)
+    return grad.float() * (labels_N != IGNORED)
 
 
 def _cuts(whole: int, length: int) -> Iterator[slice]:
@@ -188,7 +214,7 @@ def _row_cuts(logits_NV: torch.Tensor) -> Iterator[slice]:
     return _cuts(len(logits_NV), max(_CHUNK.get(logits_NV.device.type, 2**26) // logits_NV.shape[1], 1))
 
 
-# ---- the kernels; labels count from the first token of the part, and those of other parts lie outside it ----
+# ---- the kernels; labels count from the first token of the shard, and those of other shards lie outside it ----
 
 
 def _sums(logits_NV: torch.Tensor, local_N: torch.Tensor, fused: bool) -> Sums:
@@ -215,7 +241,7 @@ def _to_gradient(
     scale_N: torch.Tensor,
     fused: bool,
 ) -> None:
-    """Put (softmax - one-hot) * scale in the place of the logits."""
+    """Overwrite the logits with (softmax - one-hot) * scale."""
     if fused:
         compiled(_overwrite)(logits_NV, local_N, largest_N, total_N, scale_N)
         return
@@ -236,7 +262,7 @@ def _overwrite(
     total_N: torch.Tensor,
     scale_N: torch.Tensor,
 ) -> None:
-    # Compared and not scattered, so that it is one kernel.
+    # A comparison instead of a scatter, so that it is one kernel.
     is_label_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == local_N.unsqueeze(1)
     softmax_NV = (logits_NV.float() - largest_N.unsqueeze(1)).exp() / total_N.unsqueeze(1)
     logits_NV.copy_((softmax_NV - is_label_NV.float()) * scale_N.unsqueeze(1))

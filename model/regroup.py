@@ -12,14 +12,14 @@ from model.weights import Weights
 
 
 class Method(Enum):
-    """What a group's one key (value) head is made of; the paper finds them better in this order."""
+    """How the one key (value) head of a group is computed; the paper finds the first best and the last worst."""
 
     mean = "mean"
     """The mean of the group's heads."""
     first = "first"
     """The group's first head."""
     random = "random"
-    """Drawn anew, as at the start of training."""
+    """A new draw, as at the start of training."""
 
 
 def regroup_heads(weight: torch.Tensor, d_head: int, n_kv_heads: int, method: Method) -> torch.Tensor:
@@ -47,7 +47,7 @@ def regroup_heads(weight: torch.Tensor, d_head: int, n_kv_heads: int, method: Me
 
 
 class Regrouped:
-    """A model's weights with fewer key/value heads, made one tensor at a time.
+    """A model's weights with fewer key/value heads, computed one tensor at a time.
 
     Args:
         source: the weights to regroup.

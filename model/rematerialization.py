@@ -1,8 +1,8 @@
-"""Tensors that a backward pass need not find kept, since what is kept anyway makes them again.
+"""Recompute cheap tensors in the backward pass instead of saving them (arXiv 2205.05198, section 5).
 
-The model says how (`remade`), and whoever trains it says whether (`remaking`): a norm's output is one pass over its
-input, and SwiGLU's product one over gate and up, while a matrix product costs what it costs (arXiv 2205.05198, section
-5, tells the two apart).
+A layer offers a way to recompute an output from inputs that are saved anyway (`Rematerialization.offer`), and whoever
+trains it decides whether the offers are taken (`Rematerialization.saving`). A norm's output is one pass over its input
+and SwiGLU's product one pass over gate and up, while a matrix product costs as much as it did in the forward pass.
 """
 
 import weakref
@@ -12,30 +12,28 @@ from typing import Any
 
 import torch
 
-_open: "_Recipes | None" = None
-
 
 class _Recipe:
-    """How to make some tensors; what it makes is held until all that asked for it have had it."""
+    """How to recompute some tensors; the results are held until every saved use of them has been served."""
 
-    def __init__(self, make: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[Any]):
-        self._make, self._inputs = make, inputs
+    def __init__(self, compute: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[Any]):
+        self._compute, self._inputs = compute, inputs
         self.uses = 0
-        self._made: Sequence[torch.Tensor] | None = None
+        self._outputs: Sequence[torch.Tensor] | None = None
 
     def get(self, index: int) -> torch.Tensor:
-        if self._made is None:
+        if self._outputs is None:
             with torch.no_grad():
-                self._made = self._make(*(one.get() if isinstance(one, _Use) else one for one in self._inputs))
-        made = self._made[index]
+                self._outputs = self._compute(*(_unpack(one) for one in self._inputs))
+        output = self._outputs[index]
         self.uses -= 1
         if not self.uses:
-            self._made = None
-        return made
+            self._outputs = None
+        return output
 
 
 class _Use:
-    """One tensor, or a view of it, in the place of which a recipe is kept."""
+    """What autograd saves in place of a tensor, or of a view of it, that a recipe can recompute."""
 
     def __init__(self, recipe: _Recipe, index: int, view: torch.Tensor):
         recipe.uses += 1
@@ -46,56 +44,59 @@ class _Use:
         return self._recipe.get(self._index).as_strided(self._size, self._stride, self._offset)
 
 
-class _Recipes:
-    """Those of a forward pass, by where in memory the tensor is that they make."""
+class Rematerialization:
+    """The recipes of one forward pass.
+
+    They are keyed by the storage of the tensor that they recompute, so that a view of it is found as well. The backward
+    pass needs nothing but what autograd saved, and may run on another thread and after this object is gone.
+
+    Args:
+        products: whether offers that take a matrix product are accepted.
+    """
 
     def __init__(self, products: bool):
-        self.products = products
-        self._by_place: dict[int, tuple[Any, _Recipe, int]] = {}
+        self._products = products
+        self._by_storage: dict[int, tuple[weakref.ref[torch.Tensor], _Recipe, int]] = {}
 
-    def add(self, made: Sequence[torch.Tensor], make: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> None:
-        recipe = _Recipe(make, [self.pack(one) for one in inputs])
-        for index, tensor in enumerate(made):
-            self._by_place[tensor.untyped_storage().data_ptr()] = weakref.ref(tensor), recipe, index
+    def offer(
+        self,
+        outputs: Sequence[torch.Tensor],
+        compute: Callable[..., Sequence[torch.Tensor]],
+        *inputs: torch.Tensor,
+        product: bool,
+    ) -> None:
+        """Register a way to recompute fresh, contiguous tensors.
 
-    def pack(self, tensor: torch.Tensor) -> Any:
-        alive, recipe, index = self._by_place.get(tensor.untyped_storage().data_ptr(), (None, None, 0))
-        # A tensor that is gone has left its place to another, which is not what the recipe makes.
-        if recipe is None or alive is None or alive() is None:
-            return tensor.detach()
-        return _Use(recipe, index, tensor)
+        Args:
+            outputs: the results of ``compute(*inputs)``.
+            compute: runs in the backward pass without gradients; must hold no tensors but weights.
+            inputs: are saved, or recomputed themselves where they were offered before.
+            product: whether `compute` takes a matrix product.
+        """
+        if product and not self._products:
+            return
+        recipe = _Recipe(compute, [self._pack(one) for one in inputs])
+        for index, tensor in enumerate(outputs):
+            self._by_storage[_storage(tensor)] = weakref.ref(tensor), recipe, index
 
-
-def _unpack(kept: Any) -> torch.Tensor:
-    return kept.get() if isinstance(kept, _Use) else kept
-
-
-def remade(
-    made: Sequence[torch.Tensor], make: Callable[..., Sequence[torch.Tensor]], *inputs: torch.Tensor, product: bool
-) -> None:
-    """Say how fresh, contiguous tensors can be made again; does nothing outside of `remaking`.
-
-    Args:
-        made: just now, by ``make(*inputs)``.
-        make: must hold no tensor but weights; runs without gradients.
-        inputs: which may be remade themselves.
-        product: whether it takes a matrix product.
-    """
-    if _open is not None and (_open.products or not product):
-        _open.add(made, make, inputs)
-
-
-@contextmanager
-def remaking(products: bool) -> Iterator[None]:
-    """Within, forward passes keep recipes where they can.
-
-    Args:
-        products: for matrix products too.
-    """
-    global _open
-    before, _open = _open, _Recipes(products)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_open.pack, _unpack):
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within, autograd saves a recipe in place of each tensor that was offered."""
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
-    finally:
-        _open = before
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        found = self._by_storage.get(_storage(tensor))
+        # The storage of a tensor that is gone may have been given to another, which the recipe does not compute.
+        if found is None or found[0]() is None:
+            return tensor.detach()
+        return _Use(found[1], found[2], tensor)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    # The storage's own address: the address of its data is 0 for every tensor on the meta device.
+    return tensor.untyped_storage()._cdata
+
+
+def _unpack(saved: Any) -> torch.Tensor:
+    return saved.get() if isinstance(saved, _Use) else saved

@@ -1,4 +1,4 @@
-"""The model: an embedding, blocks, a head. As a list of layers it is what a pipeline cuts into stages.
+"""The model: an embedding, blocks, a head. A pipeline cuts this list of layers into stages.
 
 B batch, L sequence, D width, V vocabulary.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from model.attention import GroupedQueryAttention
-from model.cache import KVCache
 from model.config import ModelConfig
+from model.context import EMPTY_CONTEXT, Context
 from model.layers import RMSNorm, SwiGLU
 
 
@@ -36,10 +36,12 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
         self.ffn = SwiGLU(config.d_model, config.d_ff, config.kernels)
 
-    def forward(self, x_BLD: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """(B, L, D) to (B, L, D); a cache holds the keys and values of tokens before (`model/cache.py`)."""
-        h_BLD, normed_BLD = self.ffn_norm.of_sum(x_BLD, self.attention(self.attention_norm(x_BLD), cache))
-        return h_BLD + self.ffn(normed_BLD)
+    def forward(self, x_BLD: torch.Tensor, context: Context = EMPTY_CONTEXT) -> torch.Tensor:
+        """(B, L, D) to (B, L, D)."""
+        rematerialization = context.rematerialization
+        attended_BLD = self.attention(self.attention_norm(x_BLD, rematerialization), context)
+        h_BLD, normed_BLD = self.ffn_norm.of_sum(x_BLD, attended_BLD, rematerialization)
+        return h_BLD + self.ffn(normed_BLD, rematerialization)
 
 
 class Head(nn.Module):
@@ -51,13 +53,13 @@ class Head(nn.Module):
         self.proj = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, x_BLD: torch.Tensor, project: bool = True) -> torch.Tensor:
-        """(B, L, D) to logits (B, L, V), or no further than the norm, (B, L, D): `model.loss.head_loss` projects it."""
+        """(B, L, D) to logits (B, L, V), or to the norm's output (B, L, D), which `model.loss.head_loss` projects."""
         normed_BLD = self.norm(x_BLD)
         return self.proj(normed_BLD) if project else normed_BLD
 
 
 def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
-    """The layers in order, by name, each as a function that builds it: a stage builds its own and no other.
+    """A function for each layer, by name and in order, that builds it: a stage builds its own layers and no others.
 
     A parameter's full name, the same in every layout, is the layer's name, a dot, and its name inside the layer:
     ``blocks.17.attention.qkv.k_proj.weight``.
@@ -69,10 +71,10 @@ def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
 class Transformer(nn.Module):
     """The whole model in one process.
 
-    Weights are allocated and not initialised (see `model/init.py`); under ``torch.device("meta")`` nothing is.
+    Weights are allocated but not initialised (see `model/init.py`); under ``torch.device("meta")`` they take no memory.
 
     Raises:
-        ValueError: the shape is impossible; says why.
+        ValueError: the shape is impossible; the message says why.
     """
 
     def __init__(self, config: ModelConfig):
@@ -84,11 +86,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.head = Head(config)
 
-    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """int64 (B, L) to logits (B, L, V)."""
+    def forward(self, tokens_BL: torch.Tensor, context: Context = EMPTY_CONTEXT) -> torch.Tensor:
+        """int64 (B, L) to logits (B, L, V). Every block gets the context, without a cache: each needs its own."""
+        assert context.cache is None, "a cache belongs to one block: model.generate.Decoder runs a model with caches"
         x_BLD = self.embedding(tokens_BL)
         for block in self.blocks:
-            x_BLD = block(x_BLD)
+            x_BLD = block(x_BLD, context)
         return self.head(x_BLD)
 
 

@@ -1,6 +1,6 @@
-"""Weights on disk, by full parameter names, read one tensor at a time: a model larger than memory passes through.
+"""Weights on disk, by full parameter name, read and written one tensor at a time: a model may be larger than memory.
 
-All of it lies in safetensors files, which hold numbers and no code, whoever wrote them.
+They lie in safetensors files, which hold numbers and no code, whoever wrote them.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Weights(Protocol):
-    """The parameters of a model, wherever they come from."""
+    """A source of the parameters of a model."""
 
     @property
     def config(self) -> ModelConfig:
-        """The shape."""
+        """The shape of the model."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole parameter by its full name, on the CPU, in the dtype that it has there."""
+        """A whole parameter by its full name, on the CPU, in the dtype that it is stored in."""
         ...
 
 
@@ -40,8 +40,8 @@ class StoredWeights:
     """Parameters in the safetensors files of a folder.
 
     Attributes:
-        config: the shape.
-        folder: of the files.
+        config: the shape of the model.
+        folder: where the files are.
         tensors: per full name its ``shape`` and its ``pieces``: ``offset`` and ``shape`` in the whole, ``file``, and
             ``key`` in that file.
     """
@@ -74,8 +74,8 @@ class Entry:
 
     Attributes:
         key: its name in the file.
-        dtype, shape: known before it is there, since they stand before all data.
-        value: makes it when its turn comes; is converted to the dtype.
+        dtype, shape: of the tensor in the file; the file's header, which comes before all data, needs them.
+        value: reads or computes the tensor when it is written; the result is converted to `dtype`.
     """
 
     key: str
@@ -85,16 +85,16 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """Number of bytes of its data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def entries(weights: Weights, dtype: torch.dtype, key: Callable[[str], str] = str) -> list[Entry]:
-    """Every parameter of a model in the order of its layers, read when its turn comes.
+    """An entry for every parameter of a model, in the order of its layers; each is read when it is written.
 
     Args:
-        weights: of any size.
-        dtype: to write.
+        weights: of a model of any size.
+        dtype: of the tensors in the file.
         key: from a parameter's full name to its name in the file.
     """
     return [
@@ -154,7 +154,7 @@ def streamed_logits(weights: Weights, tokens_BL: torch.Tensor) -> torch.Tensor:
     """Logits of the whole model with one layer in memory at a time.
 
     Args:
-        weights: of any size.
+        weights: of a model of any size.
         tokens_BL: int64 (B, L), on the CPU.
 
     Returns:
@@ -167,7 +167,7 @@ def streamed_logits(weights: Weights, tokens_BL: torch.Tensor) -> torch.Tensor:
 
 
 def loaded_layers(weights: Weights) -> Iterator[tuple[str, nn.Module]]:
-    """Each layer of the model by name, in order, on the CPU in fp32, with its weights; made when its turn comes."""
+    """Yield the layers in order, each with its name, on the CPU in fp32, built and loaded when it is asked for."""
     for name, build in layer_builders(weights.config).items():
         with torch.device("meta"):
             layer = build()

@@ -1,28 +1,38 @@
-"""Blocks that keep less of their forward pass and compute it again in backward (arXiv 2205.05198, section 5)."""
+"""Blocks that save less of their forward pass and recompute it in backward (arXiv 2205.05198, section 5)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model.rematerialization import remaking
+from model.context import EMPTY_CONTEXT, Context
+from model.rematerialization import Rematerialization
 from parallel.layout import Recompute
 
 
-def recomputing(block: nn.Module, recompute: Recompute) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The block's forward pass, keeping what `recompute` says; values and gradients are the same.
+def recomputing(block: nn.Module, recompute: Recompute) -> Callable[[torch.Tensor, Context], torch.Tensor]:
+    """The forward pass of a block, which saves what `recompute` says; values and gradients are the same.
 
-    The random state is not kept: a model without dropout draws no numbers in its forward pass.
+    The random state is not saved: a model without dropout draws no numbers in its forward pass.
+
+    Args:
+        block: a `model.transformer.Block`, plain or tensor-parallel.
+        recompute: how much is recomputed.
+
+    Returns:
+        A function of the activations (B, L, D) and their `Context`, by default an empty one.
     """
     if recompute is Recompute.none:
         return block
     if recompute is Recompute.full:
         return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
-    def forward(x_BLD: torch.Tensor) -> torch.Tensor:
-        with remaking(products=recompute is Recompute.ffn):
-            return block(x_BLD)
+    def forward(x_BLD: torch.Tensor, context: Context = EMPTY_CONTEXT) -> torch.Tensor:
+        rematerialization = Rematerialization(products=recompute is Recompute.ffn)
+        with rematerialization.saving():
+            return block(x_BLD, replace(context, rematerialization=rematerialization))
 
     return forward

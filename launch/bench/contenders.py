@@ -41,7 +41,9 @@ def ours(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Conte
     model = Transformer(config)
     initialise(model, "", SEED, config.init_std)
     model.to(device, dtype)
-    return Contender(model, lambda tokens, labels: cross_entropy(model(tokens), labels), "Transformer, cross_entropy")
+    return Contender(
+        model, lambda tokens, labels: cross_entropy(model(tokens), labels).mean, "Transformer, cross_entropy"
+    )
 
 
 def _transformers(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contender:

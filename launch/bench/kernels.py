@@ -153,7 +153,7 @@ def _between(
     x, y, weight = leaf(*size, wide), leaf(*size, wide), leaf(wide)
     gate, up, logits = leaf(*size, ff), leaf(*size, ff), leaf(*size, model.vocab_size)
     q, k = leaf(*size, model.n_heads, model.d_head), leaf(*size, model.n_kv_heads, model.d_head)
-    cos, sin = rotary_tables(size[1], model.d_head, model.rope_theta, dtype, device)
+    cos, sin = rotary_tables(size[1], model.d_head, model.rope_theta, device)
     labels = torch.randint(model.vocab_size, size, device=device)
     ways = [Kernels.plain, Kernels.compiled]
     if device.type != "cuda":
@@ -166,9 +166,11 @@ def _between(
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (wide,), weight, eps)
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    cos_there, sin_there = (table.to(dtype).unsqueeze(1) for table in (cos, sin))  # as others round them
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return torch.cat((a * cos_there - b * sin_there, b * cos_there + a * sin_there), dim=-1)
 
     def added(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x + y, norm(x + y, weight)
@@ -177,10 +179,10 @@ def _between(
         return F.cross_entropy((logits * 1).flatten(0, 1).float(), labels.flatten())
 
     def our_loss(way: Kernels) -> Call:
-        return lambda logits: cross_entropy(logits * 1, labels, kernels=way)
+        return lambda logits: cross_entropy(logits * 1, labels, kernels=way).mean
 
-    def turned_both(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return turned(q), turned(k)
+    def both_rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return rotated(q), rotated(k)
 
     def subject(
         name: str, theirs: Call, ours: Callable[[Kernels], Call], inputs: list[torch.Tensor], passes: float
@@ -195,7 +197,7 @@ def _between(
         subject("add, norm", added, lambda way: lambda x, y, w: add_rms_norm(x, y, w, eps, way), [x, y, weight], 8),
         subject(
             "rotary",
-            turned_both,
+            both_rotated,
             lambda way: lambda q, k: rotary(q, k, cos, sin, way),
             [q, k],
             4 * heads,

@@ -1,6 +1,12 @@
+import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
 
+from model import kernels
 from model.config import AttentionBackend
 from model.kernels import FLASH, causal_attention, chosen, obstacle
 
@@ -87,6 +93,66 @@ def test_a_flash_attention_that_is_installed_and_fails_is_passed_over(monkeypatc
     assert reason and reason.startswith("flash-attn 3 is installed and fails (")
 
 
+@pytest.fixture
+def pretended_flash3(monkeypatch):
+    """A flash-attn 3 that can be registered with PyTorch on a machine without a GPU; a list of its removals."""
+    removed = []
+    handle = SimpleNamespace(remove=lambda: removed.append("FA3"))
+    monkeypatch.setitem(torch.nn.attention._registry._FLASH_ATTENTION_IMPLS, "FA3", lambda: handle)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("model.kernels.find_spec", lambda name: name)
+    randn = torch.randn
+    monkeypatch.setattr("torch.randn", lambda *shape, device, **rest: randn(*shape, **rest))
+    yield removed
+    kernels._activate(None)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_probe_leaves_nothing_registered_in_the_place_of_pytorchs_own(pretended_flash3, monkeypatch, fails):
+    registered = []
+
+    def attention(q, k, v, documents):
+        registered.append(current_flash_attention_impl())
+        if fails:
+            raise RuntimeError("built for another GPU")
+        return q
+
+    monkeypatch.setattr("model.kernels._pytorchs", attention)
+    reason = obstacle.__wrapped__(AttentionBackend.flash3, torch.device("cuda", 0), torch.bfloat16)
+    assert ("built for another GPU" in reason) if fails else reason is None
+    assert registered == ["FA3"] and pretended_flash3 == ["FA3"]
+    assert current_flash_attention_impl() is None
+
+
+def on_a_gpu():
+    tensor = MagicMock(is_cuda=True, shape=(1, 2, 8, 16))
+    tensor.transpose.return_value = tensor
+    return tensor
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_where_algorithms_must_be_deterministic_attention_is_asked_to_be(pretended_flash3, monkeypatch, deterministic):
+    asked = {}
+
+    def flash_attn_func(q, k, v, **options):
+        asked["flash2"] = options["deterministic"]
+
+    def pytorchs(q, *given, **options):
+        asked["sdpa"] = not torch.backends.cuda.cudnn_sdp_enabled()
+        asked["own"] = current_flash_attention_impl() is None
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", pytorchs)
+    monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    activate_flash_attention_impl("FA3")
+    kernels.flash2(on_a_gpu(), on_a_gpu(), on_a_gpu(), None)
+    kernels.sdpa(on_a_gpu(), on_a_gpu(), on_a_gpu(), None)
+    assert asked == {"flash2": deterministic, "sdpa": deterministic, "own": True}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 128, 32, 32, 128), (1, 1000, 64, 8, 128), (1, 513, 8, 1, 64)])
 @pytest.mark.parametrize("backend", [*FLASH, AttentionBackend.sdpa])
@@ -97,3 +163,18 @@ def test_gpu_backends_agree_with_the_definition_in_bf16(backend, shape):
     exact = attend(AttentionBackend.reference, *(x.double() for x in tensors))
     for got, want in zip(attend(backend, *tensors), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [*FLASH, AttentionBackend.sdpa])
+def test_gpu_backends_repeat_their_bits_where_algorithms_must_be_deterministic(backend):
+    if reason := obstacle(backend, torch.device("cuda", 0), torch.bfloat16):
+        pytest.skip(reason)
+    tensors = inputs((2, 1000, 16, 2, 128), "cuda", torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = attend(backend, *tensors)
+        for _ in range(5):
+            assert all(torch.equal(one, other) for one, other in zip(attend(backend, *tensors), first, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)

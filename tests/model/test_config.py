@@ -51,6 +51,7 @@ def test_flops_per_token_are_those_that_a_forward_and_backward_pass_makes(kv_hea
         model(tokens).sum().backward()
     attention_other_half = 3 * config.n_layers * 2 * config.n_heads * config.d_head * seq_len
     assert counter.get_total_flops() == seq_len * (config.flops_per_token(seq_len) + attention_other_half)
+    assert counter.get_total_flops() == seq_len * config.flops_per_token_whole_attention(seq_len)
 
 
 def test_grouped_queries_leave_flops_and_cache_out():

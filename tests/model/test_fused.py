@@ -1,5 +1,7 @@
 """What lies between the matrices: every way of running it against the definition, in value and gradient."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model.config import Kernels
-from model.fused import add_rms_norm, chosen, rms_norm, rotary, silu_mul
+from model.fused import add_rms_norm, chosen, compiled, rms_norm, rotary, silu_mul
 from model.layers import rotary_tables
 
 EPS = 1e-6
@@ -97,11 +99,56 @@ def test_all_agree_with_their_definitions(way, shape, dtype, device):
     )
     compared(lambda g, u: [F.silu(g) * u], lambda g, u: [silu_mul(g, u, way)], [x, y], dtype)
     q, k = drawn((B, L, 4, 16), (B, L, 2, 16), device=device)
-    cos, sin = rotary_tables(L, 16, 10000.0, dtype, torch.device(device))
-    exact = cos.double(), sin.double()
+    cos, sin = rotary_tables(L + 3, 16, 10000.0, torch.device(device))
+    exact = [table[:L].double().unsqueeze(1) for table in (cos, sin)]
     compared(
         lambda q, k: [turned(q, *exact), turned(k, *exact)], lambda q, k: rotary(q, k, cos, sin, way), [q, k], dtype
     )
+    positions = torch.randint(L + 3, (B, L), generator=torch.Generator().manual_seed(1)).to(device)
+    exact = [table[positions].double().unsqueeze(2) for table in (cos, sin)]
+    compared(
+        lambda q, k: [turned(q, *exact), turned(k, *exact)],
+        lambda q, k: rotary(q, k, cos, sin, way, positions),
+        [q, k],
+        dtype,
+    )
+
+
+def older(real, backend):
+    """`torch.compile` before it took a limit of its own."""
+
+    def compile(function, *, fullgraph, dynamic):
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend)
+
+    return compile
+
+
+@pytest.mark.parametrize("version", ["with a limit", "without"])
+def test_every_width_is_compiled_for_itself_however_many_and_on_whatever_thread(monkeypatch, version):
+    shapes = []
+
+    def backend(graph, inputs):
+        assert all(isinstance(size, int) for one in inputs for size in one.shape)
+        shapes.append(tuple(inputs[0].shape))
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(
+        "torch.compile", partial(real, backend=backend) if version != "without" else older(real, backend)
+    )
+    torch.compiler.reset()
+    function = compiled.__wrapped__(lambda x: x * 2)
+    widths = range(2, 2 + 3 * torch._dynamo.config.recompile_limit // 2)
+
+    def run():
+        for width in widths:
+            for length in (3, 3):
+                assert torch.equal(function(torch.ones(length, width)), torch.full((length, width), 2.0))
+
+    with ThreadPoolExecutor(1) as pool:  # as autograd does; PyTorch's settings belong to the thread that changed them
+        pool.submit(run).result()
+    assert shapes == [(3, width) for width in widths]
+    torch.compiler.reset()
 
 
 def test_what_auto_takes_and_why(monkeypatch):

@@ -103,7 +103,7 @@ def test_cached_attention_is_the_last_row_of_the_definition():
     last = q[torch.arange(3), lengths_B - 1].unsqueeze(1)
     out = cached_attention(last, k.transpose(1, 2), v.transpose(1, 2), lengths_B)
     for row, length in enumerate(lengths_B):
-        whole = reference(q[row : row + 1, :length], k[row : row + 1, :length], v[row : row + 1, :length])
+        whole = reference(q[row : row + 1, :length], k[row : row + 1, :length], v[row : row + 1, :length], None)
         torch.testing.assert_close(out[row, 0], whole[0, -1], rtol=1e-5, atol=1e-6)
 
 

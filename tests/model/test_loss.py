@@ -39,13 +39,20 @@ def pytorchs(logits, labels):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / labels.numel()
 
 
+def of_all(loss, labels):
+    """Over the number of all labels, ignored ones included, as `pytorchs`."""
+    assert loss.total.dtype == torch.float64 and loss.count.dtype == torch.int64
+    assert int(loss.count) == int((labels != -100).sum())
+    return (loss.total / labels.numel()).float()
+
+
 @pytest.mark.parametrize(("rows", "vocab_size"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", EXECUTION_KEYS)
 def test_the_loss_and_its_gradient_are_pytorchs(way, rows, vocab_size, dtype):
     logits, labels = logits_and_labels(rows, vocab_size, dtype)
     results = []
-    for loss in (pytorchs, lambda x, y: cross_entropy(x, y, kernels=way)):
+    for loss in (pytorchs, lambda x, y: of_all(cross_entropy(x, y, kernels=way), y)):
         source = logits.clone().requires_grad_()
         value = loss(source * 1, labels)
         (value * 0.5).backward()
@@ -66,7 +73,7 @@ def test_the_loss_in_pieces_is_the_same(way, pieces, rows, vocab_size):
     results = []
     for loss in (
         lambda x, w: pytorchs(x @ w.T, labels),
-        lambda x, w: head_loss(x, w, labels, pieces, kernels=way),
+        lambda x, w: of_all(head_loss(x, w, labels, pieces, kernels=way), labels),
     ):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         value = loss(*inputs)
@@ -76,9 +83,39 @@ def test_the_loss_in_pieces_is_the_same(way, pieces, rows, vocab_size):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("way", EXECUTION_KEYS)
+def test_the_gradient_of_the_sum_is_softmax_less_one_hot_and_none_where_a_label_is_ignored(way):
+    logits, labels = logits_and_labels(20, 31)
+    whole, pieces = (logits.clone().requires_grad_() for _ in range(2))
+    cross_entropy(whole * 1, labels, kernels=way).total.mul(3).backward()
+    head_loss(pieces, torch.eye(31).requires_grad_(), labels, 4, kernels=way).total.mul(3).backward()
+    counts = labels != -100
+    expected = (logits.softmax(-1) - F.one_hot(labels.where(counts, 0), 31)) * 3 * counts.unsqueeze(-1)
+    for gradient in (whole.grad, pieces.grad):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+        assert gradient[~counts].abs().max() == 0
+
+
+def test_sums_and_counts_of_micro_batches_make_the_mean_of_all_that_count():
+    logits, labels = logits_and_labels(40, 31)
+    labels[0, 20:38] = -100
+    halves = [cross_entropy(x, y) for x, y in zip(logits.split(20, 1), labels.split(20, 1), strict=True)]
+    mean = sum(half.total for half in halves) / sum(half.count for half in halves)
+    torch.testing.assert_close(mean.float(), F.cross_entropy(logits[0], labels[0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cross_entropy(logits, labels).mean, mean, rtol=1e-12, atol=0)
+    nothing = cross_entropy(logits, torch.full_like(labels, -100))
+    assert nothing.total.item() == 0 and nothing.count.item() == 0 and nothing.mean.isnan()
+
+
+def test_a_long_sum_is_exact():
+    logits = torch.zeros(1, 2**20, 2)
+    total = cross_entropy(logits, torch.zeros(1, 2**20, dtype=torch.int64)).total.item()
+    assert total == pytest.approx(2**20 * float(torch.tensor(2.0).log()), rel=1e-12)
+
+
 def test_large_logits_do_not_overflow():
     logits = torch.tensor([[[1e4, -1e4, 9.99e3]]])
-    assert cross_entropy(logits, torch.tensor([[0]])).item() == pytest.approx(4.54e-5, rel=1e-2)
+    assert cross_entropy(logits, torch.tensor([[0]])).mean.item() == pytest.approx(4.54e-5, rel=1e-2)
 
 
 def test_no_second_tensor_of_the_logits_size_is_made_and_the_gradient_overwrites_them():
@@ -86,7 +123,7 @@ def test_no_second_tensor_of_the_logits_size_is_made_and_the_gradient_overwrites
     logits = source.requires_grad_() * 1
     before = logits.detach().clone()
     with Largest() as largest:
-        loss = cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels).mean
         (gradient,) = torch.autograd.grad(loss, logits)
     assert 0 < largest.values <= logits.numel() // 3
     assert gradient.data_ptr() == logits.data_ptr() and not torch.equal(logits.detach(), before)
@@ -94,7 +131,7 @@ def test_no_second_tensor_of_the_logits_size_is_made_and_the_gradient_overwrites
 
 def test_a_second_backward_pass_would_find_the_gradient_in_the_place_of_the_logits():
     source, labels = logits_and_labels(3, 5)
-    loss = cross_entropy(source.requires_grad_() * 1, labels)
+    loss = cross_entropy(source.requires_grad_() * 1, labels).total
     loss.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="one backward pass"):
         loss.backward()
@@ -104,7 +141,7 @@ def test_in_pieces_only_one_piece_of_the_logits_exists():
     _, labels = logits_and_labels(1024, 4000)
     x, weight = torch.randn(1, 1024, 8), torch.randn(4000, 8).requires_grad_()
     with Largest() as largest:
-        head_loss(x.requires_grad_(), weight, labels, 8).backward()
+        head_loss(x.requires_grad_(), weight, labels, 8).mean.backward()
     assert largest.values == 1024 * 500
 
 
@@ -114,7 +151,7 @@ def test_in_pieces_large_logits_do_not_overflow_wherever_they_are():
         weight = torch.zeros(4, 1)
         weight[large] = 500.0
         x = torch.ones(1, 2, 1, requires_grad=True)
-        loss = head_loss(x, weight.requires_grad_(), labels, 4)
+        loss = head_loss(x, weight.requires_grad_(), labels, 4).mean.float()
         torch.testing.assert_close(loss, pytorchs(x @ weight.T, labels))
         loss.backward()
         assert x.grad.isfinite().all() and weight.grad.isfinite().all()
@@ -126,7 +163,7 @@ def test_in_pieces_large_logits_do_not_overflow_wherever_they_are():
 def test_on_a_gpu_the_loss_in_bf16_is_pytorchs(way, rows, vocab_size):
     logits, labels = (one.cuda() for one in logits_and_labels(rows, vocab_size, torch.bfloat16))
     results = []
-    for loss in (pytorchs, lambda x, y: cross_entropy(x, y, kernels=way)):
+    for loss in (pytorchs, lambda x, y: of_all(cross_entropy(x, y, kernels=way), y)):
         source = logits.clone().requires_grad_()
         value = loss(source * 1, labels)
         value.backward()

@@ -66,7 +66,7 @@ def test_logits_and_gradients_are_those_of_transformers_llama(kv_heads, changes)
 
     logits, theirs = model(tokens), twin(input_ids=tokens).logits
     torch.testing.assert_close(logits, theirs, rtol=1e-5, atol=1e-5)
-    cross_entropy(logits, labels).backward()
+    cross_entropy(logits, labels).mean.backward()
     torch.nn.functional.cross_entropy(theirs.flatten(0, 1), labels.flatten()).backward()
     gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -118,10 +118,30 @@ def test_bf16_does_not_touch_the_rotary_angles():
     assert (got - want)[0, -64:].norm() / want[0, -64:].norm() < 0.02
 
 
-def test_ignored_labels_cost_nothing_and_the_denominator_stays():
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_in_bf16_logits_are_as_near_to_the_exact_ones_as_those_of_transformers(kv_heads):
+    config = small(kv_heads, max_seq_len=512)
+    model = Transformer(config)
+    initialise(model, "", 7, 0.1)
+    rounded = {name: value.bfloat16().float() for name, value in model.state_dict().items()}
+    model.load_state_dict(rounded)
+    twin, _ = huggingface_twin(config, model)
+    tokens = torch.randint(config.vocab_size, (2, 400), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = model.double()(tokens)
+        ours = model.bfloat16()(tokens).double()
+        theirs = twin.bfloat16()(input_ids=tokens).logits.double()
+    own, other = ((one - exact).norm() / exact.norm() for one in (ours, theirs))
+    assert own < 0.02 and own < 1.1 * other
+    assert (ours - theirs).norm() / exact.norm() < 1.5 * other
+
+
+def test_ignored_labels_cost_nothing_and_are_not_counted():
     logits = torch.randn(2, 8, 30, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(16).reshape(2, 8)
     full = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").reshape(2, 8)
-    torch.testing.assert_close(cross_entropy(logits, labels), full.mean())
+    torch.testing.assert_close(cross_entropy(logits, labels).mean.float(), full.mean())
     labels[1] = -100
-    torch.testing.assert_close(cross_entropy(logits, labels), full[0].sum() / 16)
+    loss = cross_entropy(logits, labels)
+    torch.testing.assert_close((loss.total / 16).float(), full[0].sum() / 16)
+    torch.testing.assert_close(loss.mean.float(), full[0].mean())
