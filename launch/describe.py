@@ -15,9 +15,9 @@ from model.config import ModelConfig
 from model.problems import BadInput
 from parallel.layout import layout_for
 from parallel.memory import Step, stage_memory
-from parallel.schedules import Timeline
+from parallel.simulation import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
-from train.timeline import draw_rows, expected, named
+from train.timeline import draw_rows, expected, schedule_name
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -26,11 +26,11 @@ def facts(config: Config) -> dict[str, Any]:
     Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
     seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share;
     pipeline, what its schedule makes of them, null for one stage; memory, bytes of each rank of the pipeline in bf16:
-    state, kept (activations), passing (of the greediest pass) and peak; attention_choices, the same model with other
+    state, activations, workspace (of the pass that needs most) and peak; attention_choices, the same model with other
     key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
-    stages = split_for(model.layer_flops(seq_len), config.parallel.place)
+    stages = split_for(model.layer_flops(seq_len), config.parallel.placement)
     step, micro_batches = _step(config, [stage.cost_share for stage in stages])
     return {
         "preset": config.preset,
@@ -41,7 +41,7 @@ def facts(config: Config) -> dict[str, Any]:
         "M": model.scaling_m(seq_len),
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
-        "stages": stage_rows(model, stages, config.parallel.place),
+        "stages": stage_rows(model, stages, config.parallel.placement),
         "pipeline": _pipeline(config, step, micro_batches),
         "memory": _memory(config, stages, step),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
@@ -55,11 +55,11 @@ def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[st
         return None
     return {
         "schedule": parallel.schedule.name,
-        "virtual_stages": parallel.place.virtual,
+        "virtual_stages": parallel.placement.virtual,
         "dp": parallel.dp or 1,
         "micro_batches": micro_batches,
         "bubble": timeline.bubble,
-        "activations_kept": max(timeline.kept),
+        "activations_kept": max(timeline.activations),
     }
 
 
@@ -69,9 +69,9 @@ def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list
     layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
     step = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
     rows = []
-    for rank, kept in enumerate(timeline.kept):
-        own = [stages[stage] for stage in parallel.place.stages_of(rank)]
-        found = stage_memory(config.model, layout, own, kept, step)
+    for rank, activations in enumerate(timeline.activations):
+        own = [stages[stage] for stage in parallel.placement.stages_of(rank)]
+        found = stage_memory(config.model, layout, own, activations, step)
         rows.append({**asdict(found), "peak": found.peak})
     return rows
 
@@ -80,7 +80,7 @@ def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
     """A step as it should be, and its micro-batches."""
     parallel, train = config.parallel, config.train
     micro_batches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
-    return expected(parallel.schedule, parallel.place, micro_batches, shares), micro_batches
+    return expected(parallel.schedule, parallel.placement, micro_batches, shares), micro_batches
 
 
 def draw_step(config: Config, path: Path) -> None:
@@ -93,10 +93,11 @@ def draw_step(config: Config, path: Path) -> None:
     if parallel.pp == 1:
         raise BadInput([f"--picture={path}: parallel.pp=1 has no stages to draw; parallel.pp=2 has"])
     with picture("--picture", path):
-        stages = split_for(config.model.layer_flops(config.train.seq_len), parallel.place)
+        stages = split_for(config.model.layer_flops(config.train.seq_len), parallel.placement)
         step, micro_batches = _step(config, [stage.cost_share for stage in stages])
-        title = f"{named(parallel.schedule, parallel.place)}, {micro_batches:,} micro-batches: bubble {step.bubble:.1%}"
-        draw_rows([(title, step.blocks)], parallel.place, path, 1, "forward and backward passes of the whole model")
+        name = schedule_name(parallel.schedule, parallel.placement)
+        title = f"{name}, {micro_batches:,} micro-batches: bubble {step.bubble:.1%}"
+        draw_rows([(title, step.spans)], parallel.placement, path, 1, "forward and backward passes of the whole model")
 
 
 def _choices(model: ModelConfig) -> list[int]:
@@ -162,12 +163,14 @@ def as_text(config: Config) -> str:
         console.print(choices)
     text = capture.get() + stage_table(found["stages"])
     most = max(found["memory"], key=lambda rank: rank["peak"])
-    state, kept, passing, peak = (f"{most[key] / 2**30:,.1f}" for key in ("state", "kept", "passing", "peak"))
+    state, activations, workspace, peak = (
+        f"{most[key] / 2**30:,.1f}" for key in ("state", "activations", "workspace", "peak")
+    )
     parallel, train = config.parallel, config.train
     text += (
         f"\nmemory in bf16, tp {parallel.tp}, dp {parallel.dp or 1}, micro-batches of {train.micro_batch} x "
         f"{train.seq_len} tokens, recompute {parallel.recompute.name}: {peak} GiB on the rank that needs most\n"
-        f"({state} weights, gradients and optimizer; {kept} activations; {passing} besides, in the greediest pass)"
+        f"({state} weights, gradients and optimizer; {activations} activations; {workspace} workspace)"
     )
     if line := found["pipeline"]:
         text += (

@@ -125,11 +125,11 @@ def _complete(request: Request) -> None:
         use_cpus_fairly(device)
         if on_gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    stages, line, tp = load_stage(request.weights, request.layout, device, dtype)
+    stages, ranks = load_stage(request.weights, request.layout, device, dtype)
     room = max(map(len, request.prompts)) + request.num_tokens
-    decoder = StageDecoder(stages, request.weights.config, request.prompts, room, line, tp)
+    decoder = StageDecoder(stages, request.weights.config, request.prompts, room, ranks)
     steps = generate(decoder, request.num_tokens, request.eos, request.sampling)
     if rank == 0:
         _print(request, steps)

@@ -47,7 +47,7 @@ def _measure(
         def run() -> None:
             source = inputs.detach().requires_grad_() if inputs.is_floating_point() else inputs
             out = layer(source)
-            (cross_entropy(out, tokens_BL) if with_loss else out.float().sum()).backward()
+            (cross_entropy(out, tokens_BL).total if with_loss else out.float().sum()).backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

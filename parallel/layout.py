@@ -56,9 +56,9 @@ class ParallelConfig:
     """flops or measured: what the split into stages is balanced by."""
 
     @property
-    def place(self) -> Placement:
+    def placement(self) -> Placement:
         """Which rank of a pipeline holds which stages."""
-        return schedules.placement(self.schedule, self.pp, self.virtual_stages)
+        return schedules.placement_of(self.schedule, self.pp, self.virtual_stages)
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
             f"parallel.pp={parallel.pp}: more stages than the {model.n_layers} layers of the model "
             f"(model.n_layers={model.n_layers}); parallel.pp={model.n_layers} is the most that works"
         )
-    place = parallel.place if parallel.pp >= 1 and not found else None
-    if place and place.virtual > 1 and place.num_stages > model.n_layers + 2 >= 3:
+    placement = parallel.placement if parallel.pp >= 1 and not found else None
+    if placement and placement.virtual > 1 and placement.num_stages > model.n_layers + 2 >= 3:
         most = (model.n_layers + 2) // parallel.pp
         works = f"parallel.virtual_stages={most} is the most that works" if most > 1 else "parallel.schedule=1f1b works"
         found.append(
-            f"parallel.virtual_stages={place.virtual}: {place.num_stages} stages, and the model has "
+            f"parallel.virtual_stages={placement.virtual}: {placement.num_stages} stages, and the model has "
             f"{model.n_layers + 2} layers with its embedding and head (model.n_layers={model.n_layers}); {works}"
         )
     if parallel.dp is not None and parallel.dp < 1:

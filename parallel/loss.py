@@ -7,15 +7,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.loss import WHOLE_VOCABULARY, VocabularyShard, cross_entropy, head_loss
+from model.loss import WHOLE_VOCABULARY, SummedLoss, VocabularyShard, cross_entropy, head_loss
 from model.transformer import Head
 from parallel.tensor import TensorParallel, whole_sequence
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], SummedLoss]
+"""From the last stage's output and the labels int64 (B, L) to their summed loss."""
 
 
-def vocabulary_shard_of_rank(first_token: int, tp: TensorParallel) -> VocabularyShard:
+def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
     """A rank's part of the vocabulary. The logits are never gathered: three numbers of each token travel."""
     if tp.size == 1:
         return WHOLE_VOCABULARY
@@ -31,23 +32,23 @@ def vocabulary_shard_of_rank(first_token: int, tp: TensorParallel) -> Vocabulary
     return VocabularyShard(first_token, over(dist.ReduceOp.MAX), over(dist.ReduceOp.SUM))
 
 
-def head_and_loss(head: Head, pieces: int, part: VocabularyShard, tp: TensorParallel) -> tuple[Forward, Loss]:
-    """The last function of a last stage, and what makes the loss, the same on every rank, of its result and the labels.
+def head_and_loss(head: Head, pieces: int, first_token: int, tp: TensorParallel) -> tuple[Forward, Loss]:
+    """The last function of a last stage, and the loss of its result, the same on every tensor-parallel rank.
 
     For one piece that result is the logits (B, L, V/tp). For more it is no further than the norm (B, L/tp or L, D), and
-    the gradient of the head's weight is made with that of its input, whatever waits elsewhere.
+    the gradient of the head's weight is computed with that of its input, whatever is deferred elsewhere.
 
     Args:
         head: this rank's part.
         pieces: of the logits, of which one is held at a time; see `model.loss.head_loss`.
-        part: of the vocabulary.
+        first_token: of this rank's part of the vocabulary.
         tp: the ranks.
     """
-    kernels = head.norm.kernels
+    kernels, shard = head.norm.kernels, _vocabulary_shard(first_token, tp)
     if pieces == 1:
-        return head, lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, part, kernels)
+        return head, lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, shard, kernels)
 
-    def loss(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        return head_loss(whole_sequence(x_BlD, tp), head.proj.weight, labels_BL, pieces, part, kernels)
+    def loss(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> SummedLoss:
+        return head_loss(whole_sequence(x_BlD, tp), head.proj.weight, labels_BL, pieces, shard, kernels)
 
     return partial(head, project=False), loss

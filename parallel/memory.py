@@ -1,8 +1,8 @@
 """What a rank holds during a step, in bytes, from the shape of the model and its cut: known before anything runs.
 
-Three things add up. The state: weights, accumulated gradients, master weights and moments (`parallel/zero.py`). What
-forward passes keep for backward, for each micro-batch that is under way. And what the pass that needs most needs beside
-it: the gradients of the head's logits, say, or a block that is computed again.
+Three things add up. The state: weights, accumulated gradients, master weights and moments (`parallel/zero.py`). The
+activations that forward passes save for backward, for each micro-batch that is under way. And the workspace of the pass
+that needs most: the gradients of the head's logits, say, or a block that is computed again.
 
 All is counted in values per token, times tokens, times bytes; d_model, query and key/value widths, d_ff and the
 vocabulary are those of the rank's part under tensor parallelism.
@@ -25,18 +25,18 @@ class Memory:
 
     Attributes:
         state: weights, gradients, master weights, moments.
-        kept: of forward passes, most at any time.
-        passing: what the greediest pass needs besides.
+        activations: saved by forward passes for backward, most at any time.
+        workspace: what the pass that needs most needs besides.
     """
 
     state: float
-    kept: float
-    passing: float
+    activations: float
+    workspace: float
 
     @property
     def peak(self) -> float:
         """Most bytes held at any time of a step."""
-        return self.state + self.kept + self.passing
+        return self.state + self.activations + self.workspace
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def stage_memory(
         model: the whole model's shape.
         layout: the rank grid.
         stages: of the rank.
-        micro_batches: whose activations the schedule has it keep, in those of all its stages
-            (`parallel.schedules.Timeline.kept`).
+        micro_batches: whose activations the schedule has it save, in those of all its stages
+            (`parallel.simulation.Timeline.activations`).
         step: batch, precision, recomputation.
     """
     part = _Part(model, layout, step)
@@ -82,14 +82,14 @@ def stage_memory(
     last = any(one.stop == model.n_layers + 2 for one in stages)
     parameters = blocks * part.block_parameters + (first + last) * part.vocab * model.d_model
     parameters += model.d_model if last else 0
-    kept = micro_batches * blocks * part.kept(step.recompute)
-    # The head keeps nothing for long: its backward pass follows its forward pass.
-    passing = max(
+    activations = micro_batches * blocks * part.saved(step.recompute)
+    # The head saves nothing for long: its backward pass follows its forward pass.
+    workspace = max(
         part.block_backward() if blocks else 0.0,
         part.head() if last else 0.0,
-        part.embedding() - kept / max(micro_batches, 1) if first else 0.0,
+        part.embedding() - activations / max(micro_batches, 1) if first else 0.0,
     )
-    return Memory(parameters * state_bytes_per_parameter(step.bf16, layout.dp), kept, passing)
+    return Memory(parameters * state_bytes_per_parameter(step.bf16, layout.dp), activations, workspace)
 
 
 class _Part:
@@ -114,7 +114,7 @@ class _Part:
     def _of_tokens(self, values: float, fp32: float = 0.0) -> float:
         return self._tokens * (values * self._bytes + fp32 * _FP32)
 
-    def kept(self, recompute: Recompute) -> float:
+    def saved(self, recompute: Recompute) -> float:
         """Bytes that a block's forward pass leaves for its backward pass."""
         if recompute is Recompute.full:
             return self._of_tokens(self._between)
@@ -127,24 +127,24 @@ class _Part:
         return self._of_tokens(residual + attention + normed + gate_up + product, 2 + self._heads)
 
     def block_backward(self) -> float:
-        """Bytes that the backward pass of a block needs beside what is kept, at its worst moment."""
+        """Bytes that the backward pass of a block needs beside what is saved, at its worst moment."""
         how = self._step.recompute
-        before = self.kept(Recompute.none) - self.kept(how) if how is Recompute.full else 0.0
-        keeps = Recompute.none if how is Recompute.full else how
+        before = self.saved(Recompute.none) - self.saved(how) if how is Recompute.full else 0.0
+        saves = Recompute.none if how is Recompute.full else how
         wide, deep, ff = self._d, self._between, self._ff
         gathered = wide if self._sequence_parallel else 0
         weights = self._d * ff * self._bytes
-        remade_product = ff if keeps is not Recompute.none else 0
-        remade_gate_up = 2 * ff + deep if keeps is Recompute.ffn else 0
+        recomputed_product = ff if saves is not Recompute.none else 0
+        recomputed_gate_up = 2 * ff + deep if saves is Recompute.ffn else 0
         # The gradient of down's output, of its input, and of its weight.
-        down = self._of_tokens(deep + gathered + ff + remade_product + remade_gate_up) + weights
+        down = self._of_tokens(deep + gathered + ff + recomputed_product + recomputed_gate_up) + weights
         # The product's own gradient, and those of gate and up.
-        let_go = ff if keeps is Recompute.none else 0
-        silu = self._of_tokens(deep + ff + remade_gate_up + 2 * ff - let_go)
+        let_go = ff if saves is Recompute.none else 0
+        silu = self._of_tokens(deep + ff + recomputed_gate_up + 2 * ff - let_go)
         # Both weights' gradients at once, and the input's.
-        let_go += 2 * ff if keeps is not Recompute.ffn else 0
-        remade_norm = deep if keeps is not Recompute.none else 0
-        gate_up = self._of_tokens(deep + 2 * ff + remade_norm + gathered + wide - let_go) + 2 * weights
+        let_go += 2 * ff if saves is not Recompute.ffn else 0
+        recomputed_norm = deep if saves is not Recompute.none else 0
+        gate_up = self._of_tokens(deep + 2 * ff + recomputed_norm + gathered + wide - let_go) + 2 * weights
         return before + max(down, silu, gate_up)
 
     def head(self) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 from torch.autograd import profiler
 
-from parallel.deferral import Later, weights_later
+from model.batch import Batch
+from model.context import Context
+from model.loss import SummedLoss
+from parallel.build import Forward
+from parallel.deferral import Deferred, DeferredGradients
+from parallel.groups import Links
+from parallel.loss import Loss
 from parallel.schedules import (
     Action,
     Pass,
     Placement,
     Schedule,
-    Span,
     forward_orders,
     orders,
     receiver_of,
@@ -25,247 +30,293 @@ from parallel.schedules import (
     split_off,
     user_of,
 )
-
-Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
-Links = Mapping[tuple[int, int], Any]
-"""Process groups of two neighbours by (from, to), places in the pipeline: one for each direction, so that no message
-waits for one that goes the other way."""
-
-
-def make_links(place: Placement, pipelines: Sequence[Sequence[int]], group: Any) -> Links:
-    """The links of the pipeline that this process is in. Every process calls it, and makes all groups in one order.
-
-    NCCL does what it is told on a group one after another, and a message that is awaited would hold up those that
-    leave. Gloo does not, and the group that is there will do.
-
-    Args:
-        place: of the stages.
-        pipelines: for each pipeline its global ranks by place.
-        group: of this process's pipeline.
-    """
-    own: dict[tuple[int, int], Any] = {}
-    ways = {(place.rank_of(s), place.rank_of(s + 1)) for s in range(place.num_stages - 1)}
-    ways = {way for a, b in ways if a != b for way in ((a, b), (b, a))}
-    for ranks in pipelines:
-        for a, b in sorted(ways):
-            link = group if dist.get_backend(group) == "gloo" else dist.new_group([ranks[a], ranks[b]])
-            if dist.get_rank() in (ranks[a], ranks[b]):
-                own[a, b] = link
-    return own
-
-
-class _Inbox:
-    """Messages from one neighbour, received in the order in which it sends them, one ahead of what is asked for."""
-
-    def __init__(self, coming: list[Action], source: int, group: Any, empty: Callable[[], torch.Tensor]):
-        self._coming, self._source, self._group, self._empty = coming, source, group, empty
-        self._asked = 0
-        self._under_way: dict[Action, tuple[torch.Tensor, Any]] = {}
-        self._ask()
-
-    def _ask(self) -> None:
-        if self._asked < len(self._coming):
-            tensor = self._empty()
-            work = dist.irecv(tensor, src=self._source, group=self._group)
-            self._under_way[self._coming[self._asked]] = tensor, work
-            self._asked += 1
-
-    def take(self, result_of: Action) -> torch.Tensor:
-        """The result of another rank's action, once it is here."""
-        while result_of not in self._under_way:
-            self._ask()
-        tensor, work = self._under_way.pop(result_of)
-        self._ask()
-        work.wait()
-        return tensor
+from parallel.simulation import Program, Span, programs
 
 
 @dataclass(frozen=True)
-class Hop:
-    """What travels between stages: the shape, dtype and device of a micro-batch's activations."""
+class ActivationSpec:
+    """What travels between stages: shape, dtype and device of a micro-batch's activations and of their gradients."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def empty(self) -> torch.Tensor:
-        """Room for one."""
+        """A tensor to receive one in."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
 class Pipeline:
-    """What one rank does in a step.
+    """What one rank does in a step: forward and backward passes through its stages, in the order of a schedule.
 
     Args:
-        stages: the layers of each stage that this rank holds, by index.
-        loss_fn: from the last stage's output and the labels to a scalar.
+        stages: the functions of each stage that this rank holds, by index.
+        loss: of the last stage's output and the labels; None on a rank without that stage.
+        deferred: what the layers were built with, for schedules that split the backward pass.
         schedule: the order of passes.
-        place: which rank holds which stage.
+        placement: which rank holds which stage.
         rank: this one's place in the pipeline.
         ranks: global, by place.
-        links: from `make_links`.
-        hop: what travels.
+        links: of this rank (`parallel.groups.Ranks`).
+        spec: what travels.
     """
 
     def __init__(
         self,
-        stages: Mapping[int, Layers],
-        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        stages: Mapping[int, Sequence[Forward]],
+        loss: Loss | None,
+        deferred: DeferredGradients,
         schedule: Schedule,
-        place: Placement,
+        placement: Placement,
         rank: int,
         ranks: Sequence[int],
         links: Links,
-        hop: Hop,
+        spec: ActivationSpec,
     ):
-        self._stages, self._loss_fn, self._schedule, self.place = stages, loss_fn, schedule, place
-        self._rank, self._ranks, self._links, self._hop = rank, ranks, links, hop
-        self._plans: dict[tuple[bool, int], _Plan] = {}
+        self.stages, self.loss, self.deferred = stages, loss, deferred
+        self.schedule, self.placement, self.spec = schedule, placement, spec
+        self.rank, self.ranks, self.links = rank, ranks, links
         self.began = 0.0
         """When the last step began here, by the wall clock."""
+        self._programs: dict[tuple[bool, int], Program] = {}
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
 
-    @property
-    def loss_rank(self) -> int:
-        """The place of the rank that has the last stage."""
-        return self.place.rank_of(self.place.num_stages - 1)
-
-    def train(self, data: Iterator[Sequence[torch.Tensor]], micro_batches: int) -> list[torch.Tensor]:
-        """Forward and backward passes of a step: gradients of the mean loss are added to the parameters'.
+    def train(self, batches: Iterator[Batch], micro_batches: int) -> SummedLoss:
+        """Forward and backward passes of a step: gradients of the summed loss are added to the parameters'.
 
         Args:
-            data: (tokens, labels) of each micro-batch; read where the first or the last stage is.
+            batches: the micro-batches, the same on every rank of the pipeline.
             micro_batches: of the step.
 
         Returns:
-            The loss of each micro-batch, where the last stage is; else nothing.
+            The loss of all micro-batches, summed, where the last stage is; else zero over zero labels.
         """
-        return self._run(self._plan(True, micro_batches), data, 1 / micro_batches)
+        self.began, self._begin = time.time(), self._now()
+        done = _Training(self, self._program(True, micro_batches), batches).run()
+        self._marks = done.marks
+        return done.summed_loss()
 
     @torch.no_grad()
-    def evaluate(self, data: Iterator[Sequence[torch.Tensor]], micro_batches: int) -> list[torch.Tensor]:
-        """As `train`, forward only."""
-        return self._run(self._plan(False, micro_batches), data, None)
+    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> SummedLoss:
+        """As `train`, forward passes only."""
+        return _Evaluation(self, self._program(False, micro_batches), batches).run().summed_loss()
 
-    def blocks(self) -> list[Span]:
+    def spans(self) -> list[Span]:
         """What was done in the last step, and when, in seconds after it began here; waits for the device."""
         if not self._marks:
             return []
         first = self._begin
-        if self._hop.device.type != "cuda":
+        if self.spec.device.type != "cuda":
             return [Span(action, begin - first, end - first) for action, begin, end in self._marks]
         self._marks[-1][2].synchronize()
         since = [(action, first.elapsed_time(begin), first.elapsed_time(end)) for action, begin, end in self._marks]
         return [Span(action, begin / 1000, end / 1000) for action, begin, end in since]
 
-    def _plan(self, training: bool, micro_batches: int) -> "_Plan":
+    def _program(self, training: bool, micro_batches: int) -> Program:
         """Made once; the steps of a run are all alike."""
-        if (training, micro_batches) not in self._plans:
-            made = (
-                orders(self._schedule, self.place, micro_batches)
+        if (training, micro_batches) not in self._programs:
+            order = (
+                orders(self.schedule, self.placement, micro_batches)
                 if training
-                else forward_orders(self.place, micro_batches)
+                else forward_orders(self.placement, micro_batches)
             )
-            others = {other for other, to in self._links if to == self._rank}
-            coming = {
-                other: [action for action in made[other] if receiver_of(action, self.place) == self._rank]
-                for other in others
-            }
-            turn = {action: index for order in made for index, action in enumerate(order)}
-            self._plans[training, micro_batches] = _Plan(made[self._rank], coming, turn)
-        return self._plans[training, micro_batches]
-
-    def _run(self, plan: "_Plan", data: Iterator[Sequence[torch.Tensor]], share: float | None) -> list[torch.Tensor]:
-        place, last = self.place, self.place.num_stages - 1
-        split = split_off(plan.own)
-        inboxes = {
-            other: _Inbox(plan.coming[other], self._ranks[other], group, self._hop.empty)
-            for (other, to), group in self._links.items()
-            if to == self._rank
-        }
-        batches: dict[int, Sequence[torch.Tensor]] = {}
-        results: dict[Action, torch.Tensor] = {}  # of this rank's own actions, for its own
-        kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        later: dict[tuple[int, int], list[Later]] = {}
-        # In a round no rank is ahead of the next one by more than it has ranks.
-        outbox = _Outbox(2 * place.num_ranks if share is None else None)
-        losses: list[torch.Tensor] = []
-        marks: list[tuple[Action, Any, Any]] = []
-        began, start = time.time(), self._now()
-
-        def batch(mb: int) -> Sequence[torch.Tensor]:
-            while mb not in batches:
-                batches[len(batches)] = [part.to(self._hop.device, non_blocking=True) for part in next(data)]
-            return batches[mb]
-
-        def take(source: Action) -> torch.Tensor:
-            other = place.rank_of(source.stage)
-            if other == self._rank:
-                return results.pop(source)
-            with _span(source, "wait for "):
-                result = inboxes[other].take(source)
-            outbox.clear(other, plan.turn[source])
-            return result
-
-        def hand_on(action: Action, result: torch.Tensor) -> None:
-            to = receiver_of(action, place)
-            if to == self._rank:
-                results[action] = result
-            elif to is not None:
-                result = result.contiguous()
-                work = dist.isend(result, dst=self._ranks[to], group=self._links[self._rank, to])
-                outbox.add(to, plan.turn[user_of(action)], work, result)
-
-        for action in _spanned(plan.own):
-            stage, mb = action.stage, action.micro_batch
-            source = source_of(action, place)
-            if action.what is Pass.F:
-                x = batch(mb)[0] if source is None else take(source)
-                begin = self._now()
-                if source is not None and share is not None:
-                    x = x.detach().requires_grad_()
-                y = x
-                for layer in self._stages[stage]:
-                    y = layer(y)
-                if stage == last:
-                    y = self._loss_fn(y, batch(mb)[1])
-                    losses.append(y.detach())
-                else:
-                    hand_on(action, y.detach())
-                if share is not None:
-                    kept[stage, mb] = x, y
-            elif action.what is Pass.B:
-                assert share is not None
-                grad = None if stage == last else take(source)  # type: ignore[arg-type]
-                begin = self._now()
-                x, y = kept.pop((stage, mb))
-                if stage == last:
-                    y = y * share
-                if (stage, mb) in split:
-                    with weights_later() as left:
-                        torch.autograd.backward(y, grad)
-                    later[stage, mb] = left
-                else:
-                    torch.autograd.backward(y, grad)
-                if x.grad is not None:
-                    hand_on(action, x.grad)
-            else:
-                begin = self._now()
-                for make in later.pop((stage, mb)):
-                    make()
-            marks.append((action, begin, self._now()))
-        outbox.clear()
-        if share is not None:
-            self.began, self._begin, self._marks = began, start, marks
-        return losses
+            self._programs[training, micro_batches] = programs(order, self.placement)[self.rank]
+        return self._programs[training, micro_batches]
 
     def _now(self) -> Any:
-        if self._hop.device.type == "cuda":
+        if self.spec.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             return event
         return time.perf_counter()
+
+
+class _Evaluation:
+    """A rank in the middle of its forward passes: what has come, what has left, what is needed again."""
+
+    # In a round no rank is ahead of the next one by more than twice as many passes as there are ranks.
+    _most_sent = 2
+
+    def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
+        self._pipeline, self._placement, self._program = pipeline, pipeline.placement, program
+        self._source = batches
+        self._batches: dict[int, Batch] = {}
+        self._results: dict[Action, torch.Tensor] = {}  # of this rank's own actions, for its own
+        most_sent = self._most_sent * pipeline.placement.num_ranks if self._most_sent else None
+        self._messages = _Messages(pipeline, program, most_sent)
+        self._losses: list[SummedLoss] = []
+        self.marks: list[tuple[Action, Any, Any]] = []
+
+    def run(self) -> "_Evaluation":
+        """All passes of the program."""
+        compute: dict[Pass, Callable[[Action, Any], torch.Tensor | None]]
+        compute = {Pass.F: self.forward, Pass.B: self.backward, Pass.W: self.weights}
+        for action, awaited in zip(self._program.actions, self._program.receives, strict=True):
+            for result_of in awaited:
+                self._messages.receive(result_of)
+            with _span(action):
+                operand = self._operand(action)
+                begin = self._pipeline._now()
+                result = compute[action.what](action, operand)
+                if result is not None:
+                    self._hand_on(action, result)
+                self.marks.append((action, begin, self._pipeline._now()))
+        self._messages.wait()
+        return self
+
+    def summed_loss(self) -> SummedLoss:
+        """Of all micro-batches that have ended here."""
+        device = self._pipeline.spec.device
+        if not self._losses:
+            return SummedLoss(
+                torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+            )
+        totals, counts = ([getattr(loss, key) for loss in self._losses] for key in ("total", "count"))
+        return SummedLoss(torch.stack(totals).sum(), torch.stack(counts).sum())
+
+    def forward(self, action: Action, x: torch.Tensor) -> torch.Tensor | None:
+        """The pass of a micro-batch through a stage; what the next stage needs."""
+        y = self._through(action, x)
+        if isinstance(y, SummedLoss):
+            self._losses.append(y)
+            return None
+        return y
+
+    def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """There is none in an evaluation."""
+        raise AssertionError(action)
+
+    def weights(self, action: Action, nothing: None) -> None:
+        """There are none in an evaluation."""
+        raise AssertionError(action)
+
+    def _through(self, action: Action, x: torch.Tensor) -> torch.Tensor | SummedLoss:
+        pipeline, batch = self._pipeline, self._batch(action.micro_batch)
+        context = Context(documents_BL=batch.documents)
+        for layer in pipeline.stages[action.stage]:
+            x = layer(x, context)
+        if action.stage < self._placement.num_stages - 1:
+            return x
+        assert pipeline.loss is not None
+        return pipeline.loss(x, batch.labels)
+
+    def _batch(self, micro_batch: int) -> Batch:
+        """Read by every rank: stages between the first and the last one need to know the documents in it."""
+        while micro_batch not in self._batches:
+            self._batches[len(self._batches)] = next(self._source).to(self._pipeline.spec.device)
+        return self._batches[micro_batch]
+
+    def _operand(self, action: Action) -> Any:
+        """What a pass works on: tokens, activations or their gradient, once it is here; None where it needs nothing."""
+        source = source_of(action, self._placement)
+        if source is None:
+            return self._batch(action.micro_batch).tokens
+        if action.what is not source.what:  # the loss, or this rank's own backward pass, whose results it has saved
+            return None
+        if source in self._results:
+            return self._results.pop(source)
+        return self._messages.take(source)
+
+    def _hand_on(self, action: Action, result: torch.Tensor) -> None:
+        receiver = receiver_of(action, self._placement)
+        if receiver == self._pipeline.rank:
+            self._results[action] = result
+        elif receiver is not None:
+            self._messages.send(action, receiver, result.contiguous())
+
+
+class _Training(_Evaluation):
+    """A rank in the middle of a step: as an evaluation, with what backward passes need of forward passes."""
+
+    _most_sent = 0  # messages that come back tell what has been received
+
+    def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
+        super().__init__(pipeline, program, batches)
+        self._split = split_off(program.actions)
+        self._saved: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._left: dict[tuple[int, int], list[Deferred]] = {}
+
+    def forward(self, action: Action, x: torch.Tensor) -> torch.Tensor | None:
+        """As in an evaluation; what goes in and comes out is saved for the backward pass."""
+        if x.is_floating_point():
+            x = x.detach().requires_grad_()
+        y = self._through(action, x)
+        if isinstance(y, SummedLoss):
+            self._losses.append(SummedLoss(y.total.detach(), y.count))
+            y = y.total
+            result = None
+        else:
+            result = y.detach()
+        self._saved[action.stage, action.micro_batch] = x, y
+        return result
+
+    def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of a stage's input, and of its weights where they are not deferred."""
+        key = action.stage, action.micro_batch
+        x, y = self._saved.pop(key)
+        if key in self._split:
+            with self._pipeline.deferred.deferring() as left:
+                torch.autograd.backward(y, gradient)
+            self._left[key] = left
+        else:
+            torch.autograd.backward(y, gradient)
+        return x.grad
+
+    def weights(self, action: Action, nothing: None) -> None:
+        """The gradients of weights that a backward pass has deferred."""
+        for compute in self._left.pop((action.stage, action.micro_batch)):
+            compute()
+
+
+class _Messages:
+    """What travels to and from a rank in a step.
+
+    What has been sent must stay as it is until it has been received. A message from another rank tells that whatever
+    that did before is done, and so that what it used for that has come. Where none comes back, in evaluation, a limit
+    has the sender wait for a receiver that is far behind.
+    """
+
+    def __init__(self, pipeline: Pipeline, program: Program, most_sent: int | None):
+        self._pipeline, self._turn, self._most_sent = pipeline, program.turn, most_sent
+        self._coming: dict[Action, tuple[torch.Tensor, Any]] = {}
+        self._sent: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
+
+    def receive(self, result_of: Action) -> None:
+        """Ask for the result of another rank's action."""
+        pipeline, sender = self._pipeline, self._pipeline.placement.rank_of(result_of.stage)
+        tensor = pipeline.spec.empty()
+        link = pipeline.links[sender, pipeline.rank]
+        self._coming[result_of] = tensor, dist.irecv(tensor, src=pipeline.ranks[sender], group=link)
+
+    def take(self, result_of: Action) -> torch.Tensor:
+        """The result of another rank's action, once it is here."""
+        with _span(result_of, "wait for "):
+            tensor, work = self._coming.pop(result_of)
+            work.wait()
+        self._let_go(self._pipeline.placement.rank_of(result_of.stage), self._turn[result_of])
+        return tensor
+
+    def send(self, action: Action, to: int, result: torch.Tensor) -> None:
+        """Give another rank the result of an action."""
+        pipeline = self._pipeline
+        work = dist.isend(result, dst=pipeline.ranks[to], group=pipeline.links[pipeline.rank, to])
+        sent = self._sent.setdefault(to, deque())
+        sent.append((self._turn[user_of(action)], work, result))
+        if self._most_sent and len(sent) > self._most_sent:
+            sent.popleft()[1].wait()
+
+    def wait(self) -> None:
+        """Wait until all that was sent has been received."""
+        for sent in self._sent.values():
+            while sent:
+                sent.popleft()[1].wait()
+
+    def _let_go(self, receiver: int, turn: int) -> None:
+        """Let go of what a rank that has come to this place in its order has received."""
+        sent = self._sent.get(receiver, deque())
+        while sent and sent[0][0] < turn:
+            sent.popleft()[1].wait()
 
 
 def _span(action: Action, before: str = "") -> AbstractContextManager:
@@ -273,50 +324,3 @@ def _span(action: Action, before: str = "") -> AbstractContextManager:
     if not profiler._is_profiler_enabled:  # record_function would take 5 us to find that out
         return nullcontext()
     return profiler.record_function(f"{before}{action.what.name} stage {action.stage} micro-batch {action.micro_batch}")
-
-
-def _spanned(actions: Iterable[Action]) -> Iterator[Action]:
-    """The actions, each in a span from when it is taken to when the next one is."""
-    for action in actions:
-        with _span(action):
-            yield action
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Orders as one rank sees them.
-
-    Attributes:
-        own: this rank's.
-        coming: by neighbour, those of its actions whose results come here, in the order in which it sends them.
-        turn: the place of each action in its rank's order.
-    """
-
-    own: list[Action]
-    coming: dict[int, list[Action]]
-    turn: dict[Action, int]
-
-
-class _Outbox:
-    """What has been sent, which must stay as it is until it has been received.
-
-    A message from another rank tells that whatever it did before is done, and so that what it used for that has come.
-    Where none comes back, in evaluation, a limit has the sender wait for a receiver that is far behind.
-    """
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._to: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
-
-    def add(self, to: int, used_at: int, work: Any, tensor: torch.Tensor) -> None:
-        """A message that the receiver uses at this place in its order."""
-        sent = self._to.setdefault(to, deque())
-        sent.append((used_at, work, tensor))
-        if self._limit and len(sent) > self._limit:
-            sent.popleft()[1].wait()
-
-    def clear(self, other: int | None = None, turn: int = 0) -> None:
-        """Let go of what a rank that has come to this place in its order has received; without one, wait for all."""
-        for to, sent in self._to.items():
-            while sent and (other is None or (to == other and sent[0][0] < turn)):
-                sent.popleft()[1].wait()

@@ -1,4 +1,4 @@
-"""How tensor parallelism cuts each parameter: the one table that says so.
+"""How tensor parallelism cuts each parameter: the one table that says so, and what follows for a parameter from it.
 
 The parallel layers, the gradient sums, the gradient norm and whatever stores or gathers weights all read it; nothing
 else knows how a weight is cut.
@@ -66,6 +66,31 @@ class Shard:
         return tp_rank % self.copies == 0
 
 
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What is known of a parameter besides its values: what the optimizer, the norm and a checkpoint need of it.
+
+    Attributes:
+        name: in the whole model, such as ``blocks.3.attention.o_proj.weight``.
+        shape: of the whole parameter.
+        shard: the part of it that this rank holds.
+        shared_by: neighbouring tensor-parallel ranks, this one among them, that hold the same part and have to agree on
+            its gradient; 1 for a part of one rank alone.
+        summed: whether each of those computes a part of the gradient (from its own query heads, or its own tokens), so
+            that the parts are summed; else each computes all of it, and the mean keeps what rounding would part.
+        counted: whether the gradient enters the norm on this rank: of those that hold the same, one counts.
+        decays: whether weight decay acts on it: on matrices, not on norm weights.
+    """
+
+    name: str
+    shape: torch.Size
+    shard: Shard
+    shared_by: int
+    summed: bool
+    counted: bool
+    decays: bool
+
+
 def cut_of(name: str) -> Cut:
     """The table's row for a parameter's full name, such as ``blocks.3.attention.o_proj.weight``.
 
@@ -94,6 +119,17 @@ def shard(name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: in
     dim = 1 if cut is Cut.ROWS else 0
     size = shape[dim] // tp
     return Shard(dim, tp_rank * size, (tp_rank + 1) * size, 1)
+
+
+def parameter_info(
+    name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: int, sequence_parallel: bool
+) -> ParameterInfo:
+    """The record of the parameter `name`, of full `shape`, on rank `tp_rank` of `tp`."""
+    part = shard(name, shape, model, tp, tp_rank)
+    # Ranks that share key/value heads compute their gradients from different query heads; those that share a norm
+    # weight, from different tokens, if the sequence is cut.
+    summed = cut_of(name) is not Cut.WHOLE or sequence_parallel
+    return ParameterInfo(name, shape, part, part.copies, summed, part.counts(tp_rank), decays=len(shape) > 1)
 
 
 def vocabulary_shard(model: ModelConfig, tp: int, tp_rank: int) -> Shard:

@@ -7,19 +7,10 @@ same in another layout. Said as boxes of the whole parameter, both are.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from model.config import ModelConfig
-from model.transformer import full_shapes
-from parallel.engine import named_parameters
-from parallel.layout import Layout
-from parallel.sharding import shard
 from parallel.zero import Zero
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
@@ -54,21 +45,14 @@ class Piece:
 
 
 class OptimizerState:
-    """The fp32 state of a stage's engine. No method communicates, except `publish`.
+    """The fp32 state of a rank's layers. No method communicates, except `start_gather`.
 
     Args:
-        engine: of this rank, as `parallel.engine.build_engine` made it.
-        model: the whole model's shape.
-        layout: the rank grid.
-        rank: this one.
+        zero: of the rank.
     """
 
-    def __init__(self, engine: "PipelineEngine", model: ModelConfig, layout: Layout, rank: int):
-        self._zero: Zero = engine.optimizer
-        self._adam = self._zero.adam
-        self._model, self._tp, self._tp_rank = model, layout.tp, layout.tp_rank(rank)
-        self._names = {parameter: name for name, parameter in named_parameters(engine, model)}
-        self._shapes = full_shapes(model)
+    def __init__(self, zero: Zero):
+        self._zero, self._adam = zero, zero.adam
 
     @property
     def adam_step(self) -> int:
@@ -92,9 +76,9 @@ class OptimizerState:
             moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
             self._adam.state[master] = {"step": count, **moments}
 
-    def publish(self) -> None:
-        """Give every replica the weights that the master weights now say, in the precision that stages compute in."""
-        self._zero.publish()
+    def start_gather(self) -> None:
+        """Begin to give every replica the weights that the master weights now say, as the stages compute with them."""
+        self._zero.start_gather()
 
     def pieces(self, flats: Flats) -> dict[str, Piece]:
         """What this rank owns of every tensor of its stage, as views of `flats`.
@@ -110,15 +94,13 @@ class OptimizerState:
         found = {}
         for bucket, tensors in zip(self._zero.buckets, flats, strict=True):
             for own in bucket.owned():
-                name = self._names[own.parameter]
-                shape = self._shapes[name]
-                part = shard(name, shape, self._model, self._tp, self._tp_rank)
-                origin = [0] * len(shape)
-                origin[part.dim] = part.start
+                info = own.slot.info
+                origin = [0] * len(info.shape)
+                origin[info.shard.dim] = info.shard.start
                 for key, flat in tensors.items():
-                    values = flat.narrow(0, own.place, own.size)
-                    cut = boxes(own.start, values, own.parameter.shape, origin)
-                    found[name if key == MASTER else f"{key}/{name}"] = Piece(shape, list(cut))
+                    values = flat.narrow(0, own.offset, own.size)
+                    cut = boxes(own.start, values, own.slot.parameter.shape, origin)
+                    found[info.name if key == MASTER else f"{key}/{info.name}"] = Piece(info.shape, list(cut))
         return found
 
 

@@ -10,7 +10,7 @@ Without it, the all-gather is nothing and the reduce-scatter an all-reduce. Back
 dropout needs no random state to be kept in step between ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,14 +26,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.layers import FusedLinears
-from parallel.deferral import (
-    DeferringFusedLinears,
-    DeferringLinear,
-    are_weights_later,
-    input_gradient,
-    linear,
-    weight_gradients,
-)
+from parallel.deferral import DeferredGradients, DeferringFusedLinears, DeferringLinear, input_gradient, linear
 from parallel.sharding import Cut, cut_of, shard
 
 
@@ -91,7 +84,7 @@ def _reduce(x_BLD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
         out, handle, _ = _start_reduce_scatter(x_BLD, tp)
         handle.wait()
         return out
-    out = x_BLD.clone()  # the input may be kept by selective recomputation, and must not change under it
+    out = x_BLD.clone()  # the input may be saved by selective recomputation, and must not change under it
     dist.all_reduce(out, group=tp.group)
     return out
 
@@ -127,12 +120,14 @@ class _ColumnParallel(torch.autograd.Function):
     """y_i = gather(x) W_i^T for several W_i at once.
 
     Backward, the gradient of the input travels while the gradients of the weights are computed, and the gathered input,
-    which is not kept, is gathered again while the former is. Where weights wait for later, that gathering does too.
+    which is not saved, is gathered again while the former is. Where gradients of weights are deferred, so is that.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tp: TensorParallel, *weights: nn.Parameter) -> tuple[torch.Tensor, ...]:
-        ctx.tp, ctx.weights = tp, weights
+    def forward(
+        ctx: Any, x: torch.Tensor, tp: TensorParallel, deferred: DeferredGradients, *weights: nn.Parameter
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.tp, ctx.deferred, ctx.weights = tp, deferred, weights
         ctx.save_for_backward(x)
         whole = _gather(x, tp) if tp.sequence_parallel else x
         return tuple(F.linear(whole, weight) for weight in weights)
@@ -142,7 +137,7 @@ class _ColumnParallel(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         tp, weights = ctx.tp, ctx.weights
         gather = None
-        if tp.sequence_parallel and not are_weights_later():
+        if tp.sequence_parallel and not ctx.deferred.active:
             gathering, gather = _start_gather(x, tp)
         grad_x = input_gradient(grads, weights)
         if gather:
@@ -157,9 +152,9 @@ class _ColumnParallel(torch.autograd.Function):
             whole = x if gather or not tp.sequence_parallel else _gather(x, tp)
             return [grad.flatten(0, -2).T @ whole.flatten(0, -2) for grad in grads]
 
-        made = weight_gradients(weights, grad_weights)
+        gradients = ctx.deferred.gradients(weights, grad_weights)
         reduction.wait()
-        return grad_x, None, *made
+        return grad_x, None, None, *gradients
 
 
 # ---- layers; their parameters bear the names of the plain ones ----
@@ -168,39 +163,39 @@ class _ColumnParallel(torch.autograd.Function):
 class ColumnParallelFusedLinears(nn.Module):
     """`FusedLinears` with some output features of each map on each rank."""
 
-    def __init__(self, plain: FusedLinears, tp: TensorParallel):
+    def __init__(self, plain: FusedLinears, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
-        self.tp = tp
+        self.tp, self.deferred = tp, deferred
         for name, one in plain.named_children():
             self.add_module(name, one)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, L/tp or L, d_in) to one (B, L, width/tp) for each map."""
-        return _ColumnParallel.apply(x, self.tp, *self.parameters())
+        return _ColumnParallel.apply(x, self.tp, self.deferred, *self.parameters())
 
 
 class ColumnParallelLinear(nn.Module):
     """A linear map with some of its output features on each rank: the output head, by vocabulary."""
 
-    def __init__(self, plain: nn.Linear, tp: TensorParallel):
+    def __init__(self, plain: nn.Linear, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
-        self.weight, self.tp = nn.Parameter(plain.weight), tp
+        self.weight, self.tp, self.deferred = nn.Parameter(plain.weight), tp, deferred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L/tp or L, d_in) to (B, L, d_out/tp)."""
-        return _ColumnParallel.apply(x, self.tp, self.weight)[0]
+        return _ColumnParallel.apply(x, self.tp, self.deferred, self.weight)[0]
 
 
 class RowParallelLinear(nn.Module):
     """A linear map with some of its input features on each rank."""
 
-    def __init__(self, plain: nn.Linear, tp: TensorParallel):
+    def __init__(self, plain: nn.Linear, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
-        self.weight, self.tp = nn.Parameter(plain.weight), tp
+        self.weight, self.tp, self.deferred = nn.Parameter(plain.weight), tp, deferred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, d_in/tp) to (B, L/tp or L, d_out)."""
-        return _ReducePartialSums.apply(linear(x, self.weight), self.tp)
+        return _ReducePartialSums.apply(linear(x, self.weight, self.deferred), self.tp)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -218,56 +213,32 @@ class VocabParallelEmbedding(nn.Module):
         return _ReducePartialSums.apply(x_BLD.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
 
 
-def build_layer(
-    build: Callable[[], nn.Module],
-    prefix: str,
-    model: ModelConfig,
-    tp: TensorParallel,
-    device: torch.device,
-    value: Callable[[str, torch.Size], torch.Tensor],
+def swap(
+    layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel, deferred: DeferredGradients
 ) -> nn.Module:
-    """A layer as this rank holds it: built on the meta device, swapped by the table, materialised, filled.
-
-    Every parameter is made at full size and then cut, so that all layouts hold the same bits; one at a time is held
-    whole.
+    """Put modules that are cut by the table, and can defer their weight gradients, in the place of a plain layer's.
 
     Args:
-        build: makes the plain layer.
+        layer: on the meta device.
         prefix: what stands before the names of its parameters, ``"blocks.3."``.
         model: the whole model's shape.
-        tp: the ranks to cut over; for one, only how weight gradients are made differs from the plain layer.
-        device: to hold it.
-        value: from a parameter's full name and shape to all of it.
+        tp: the ranks to cut over; for one, only how weight gradients are computed differs from the plain layer.
+        deferred: shared by all layers of the rank.
     """
-    with torch.device("meta"):
-        layer = build()
-    shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
     if tp.size > 1:
-        _swap(layer, prefix, model, tp)
-    else:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, FusedLinears):
-                _place(layer, name, DeferringFusedLinears(module))
-            elif isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFusedLinears):
-                _place(layer, name, DeferringLinear(module))
-    layer = layer.to_empty(device=device)
-    for name, parameter in layer.named_parameters():
-        full_name = prefix + name
-        part = shard(full_name, shapes[name], model, tp.size, tp.rank)
-        with torch.no_grad():
-            parameter.copy_(part.of(value(full_name, shapes[name])))
-        if tp.size > 1:
-            whole = cut_of(full_name) is Cut.WHOLE
-            # In the norm of the gradient, once for each different part.
-            parameter.counted = part.counts(tp.rank)  # type: ignore[attr-defined]
-            # Ranks that share key/value heads compute their gradients from different query heads; those that share a
-            # norm weight, from different tokens, if the sequence is cut.
-            parameter.sum_over = 1 if whole and not tp.sequence_parallel else part.copies  # type: ignore[attr-defined]
+        _swap_linears(layer, prefix, model, tp, deferred)
+        return layer
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, FusedLinears):
+            _replace(layer, name, DeferringFusedLinears(module, deferred))
+        elif isinstance(module, nn.Linear) and not isinstance(_parent(layer, name), DeferringFusedLinears):
+            _replace(layer, name, DeferringLinear(module, deferred))
     return layer
 
 
-def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel) -> None:
-    """Cut the parameters of a plain layer on the meta device, and put parallel modules in the place of its own."""
+def _swap_linears(
+    layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel, deferred: DeferredGradients
+) -> None:
     for name, module in list(layer.named_modules()):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
@@ -277,28 +248,28 @@ def _swap(layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel)
         module.weight = nn.Parameter(part.of(weight.data).clone())
         cut = cut_of(full_name)
         if isinstance(module, nn.Embedding):
-            _place(layer, name, VocabParallelEmbedding(module, part.start, tp))
+            _replace(layer, name, VocabParallelEmbedding(module, part.start, tp))
         elif isinstance(module, nn.Linear) and cut is Cut.ROWS:
-            _place(layer, name, RowParallelLinear(module, tp))
+            _replace(layer, name, RowParallelLinear(module, tp, deferred))
         elif isinstance(module, nn.Linear) and cut is Cut.VOCABULARY:
-            _place(layer, name, ColumnParallelLinear(module, tp))
+            _replace(layer, name, ColumnParallelLinear(module, tp, deferred))
     for name, module in list(layer.named_modules()):
         if isinstance(module, FusedLinears):
-            _place(layer, name, ColumnParallelFusedLinears(module, tp))
+            _replace(layer, name, ColumnParallelFusedLinears(module, tp, deferred))
 
 
 def _parent(layer: nn.Module, name: str) -> nn.Module:
     return layer.get_submodule(name.rpartition(".")[0])
 
 
-def _place(layer: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
     setattr(_parent(layer, name), name.rpartition(".")[2], module)
 
 
 @contextmanager
-def whole_sequences(module: nn.Module) -> Iterator[None]:
-    """Within, what lies between the matrices of a module's layers is not cut along the sequence."""
-    layers: list[Any] = list(module.modules())
+def whole_sequences(layers_of_rank: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, what lies between the matrices of these layers is not cut along the sequence."""
+    layers: list[Any] = [module for layer in layers_of_rank for module in layer.modules()]
     cut = [(layer, layer.tp) for layer in layers if isinstance(getattr(layer, "tp", None), TensorParallel)]
     for layer, tp in cut:
         layer.tp = replace(tp, sequence_parallel=False)

@@ -9,11 +9,14 @@ two moments. In bytes per parameter that is
 A gradient is added to its place in the buffer the moment that autograd has made it, and let go. Once a bucket has those
 of the last micro-batch, it is reduced over the replicas, each of which gets its share, while the backward pass goes on
 with the layers before. After the optimizer has moved the shares, the weights are gathered while the next forward pass
-begins: a layer waits for its own buckets and no others. DeepSpeed's optimizers do either after the passes, all at once
-(arXiv 2401.02954, section 2.4, has the first of the two).
+begins, in the order in which it needs them: a layer waits for its own buckets and no others. DeepSpeed's optimizers do
+either after the passes, all at once (arXiv 2401.02954, section 2.4, has the first of the two).
+
+Gradients are those of the loss summed over all labels. The mean is taken, and clipped, where Adam reads the gradients.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,10 +25,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from parallel.build import Layer
+from parallel.sharding import ParameterInfo
+
 BUCKET = 2**25
 """Elements that a bucket has at least, where layers are left: enough to make the most of the network."""
 _ALIGNMENT = 64
 """Parameters begin at multiples of so many elements: the fast matrix products want 16 bytes, their loads 128."""
+_CHUNK = 2**16
+"""Elements whose squares are summed in fp32: on the CPU, PyTorch's sum over one long tensor loses digits (2e-4 of a
+norm at 8 million elements, 2e-3 at 33 million)."""
 
 MakeOptimizer = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.optim.Optimizer]
 """From the tensors that hold matrices and those that hold vectors to the optimizer of both."""
@@ -36,7 +45,7 @@ class Replicas:
     """The data-parallel ranks that hold the same layers.
 
     Attributes:
-        group: of these processes.
+        group: of these processes; None for one.
         rank: of this one among them.
         size: how many they are.
     """
@@ -47,18 +56,37 @@ class Replicas:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the parameters of a bucket have in common.
+class BucketKind:
+    """What the parameters of a bucket have in common: see `parallel.sharding.ParameterInfo`."""
+
+    decays: bool
+    shared_by: int
+    summed: bool
+    counted: bool
+
+    @staticmethod
+    def of(info: ParameterInfo) -> "BucketKind":
+        """The kind of bucket that a parameter lies in."""
+        return BucketKind(info.decays, info.shared_by, info.summed, info.counted)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in a bucket.
 
     Attributes:
-        matrix: whether they are matrices, on which weight decay acts.
-        sum_over: tensor-parallel ranks that hold the same parameter and compute its gradient in parts.
-        counted: whether their gradients enter the norm here; of several ranks that hold the same, one counts.
+        parameter: a view of the bucket's weights.
+        info: its record.
+        offset: of its first element.
     """
 
-    matrix: bool
-    sum_over: int
-    counted: bool
+    parameter: nn.Parameter
+    info: ParameterInfo
+    offset: int
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The parameter's elements in a flat buffer of the bucket, a view of its shape."""
+        return buffer.narrow(0, self.offset, self.parameter.numel()).view_as(self.parameter)
 
 
 @dataclass(frozen=True)
@@ -66,15 +94,15 @@ class Owned:
     """Consecutive elements of a parameter that are in this replica's share of a bucket.
 
     Attributes:
-        parameter: the whole of what this rank computes with.
+        slot: of the parameter.
         start: the first of them, counted in the parameter.
-        place: the first of them, counted in the share.
+        offset: the first of them, counted in the share.
         size: how many.
     """
 
-    parameter: nn.Parameter
+    slot: Slot
     start: int
-    place: int
+    offset: int
     size: int
 
 
@@ -84,19 +112,21 @@ class Bucket:
 
     Attributes:
         kind: of them all.
-        parameters: in order, with the place where each begins.
+        slots: where they lie, in order.
         own: this replica's share.
         weights: (n,) in the stages' precision; the parameters are views of it.
         gradients: (n,) fp32, summed over the micro-batches of a step, and after the reduction, in `own`, over replicas.
         master: (n / dp,) fp32.
+        first_use: the index of the first layer that has one of them.
     """
 
-    kind: Kind
-    parameters: list[tuple[nn.Parameter, int]]
+    kind: BucketKind
+    slots: list[Slot]
     own: slice
     weights: torch.Tensor
     gradients: torch.Tensor
     master: nn.Parameter
+    first_use: int
     _arrived: list[int] = field(default_factory=list)
     _missing: int = 0
     _reducing: Any = None
@@ -104,23 +134,24 @@ class Bucket:
 
     def owned(self) -> Iterator[Owned]:
         """What of each parameter this replica has the master weights of."""
-        for parameter, begin in self.parameters:
-            first, stop = max(begin, self.own.start), min(begin + parameter.numel(), self.own.stop)
+        for slot in self.slots:
+            first = max(slot.offset, self.own.start)
+            stop = min(slot.offset + slot.parameter.numel(), self.own.stop)
             if first < stop:
-                yield Owned(parameter, first - begin, first - self.own.start, stop - first)
+                yield Owned(slot, first - slot.offset, first - self.own.start, stop - first)
 
     def expect(self, micro_batches: int) -> None:
         """Begin a step."""
-        self._arrived = [0] * len(self.parameters)
-        self._missing = micro_batches * len(self.parameters)
+        self._arrived = [0] * len(self.slots)
+        self._missing = micro_batches * len(self.slots)
 
     def add(self, index: int) -> bool:
         """Take a parameter's gradient, which is let go; whether it was the last one of the step."""
-        parameter, begin = self.parameters[index]
-        gradient, parameter.grad = parameter.grad, None
+        slot = self.slots[index]
+        gradient, slot.parameter.grad = slot.parameter.grad, None
         assert gradient is not None
-        place = self.gradients.narrow(0, begin, gradient.numel()).view_as(gradient)
-        (place.add_ if self._arrived[index] else place.copy_)(gradient)
+        total = slot.of(self.gradients)
+        (total.add_ if self._arrived[index] else total.copy_)(gradient)
         self._arrived[index] += 1
         self._missing -= 1
         return self._missing == 0
@@ -129,9 +160,9 @@ class Bucket:
         """Begin to sum the gradients over the replicas; done once a step, whoever asks first."""
         if self._reducing is not None:
             return
-        for (parameter, begin), arrived in zip(self.parameters, self._arrived, strict=True):
+        for slot, arrived in zip(self.slots, self._arrived, strict=True):
             if not arrived:
-                self.gradients.narrow(0, begin, parameter.numel()).zero_()
+                slot.of(self.gradients).zero_()
         self._reducing = True
         if replicas.size > 1:
             share = self.gradients[self.own]
@@ -144,7 +175,7 @@ class Bucket:
         self._reducing = None
         return self.gradients[self.own]
 
-    def publish(self, replicas: Replicas) -> None:
+    def start_gather(self, replicas: Replicas) -> None:
         """Begin to give every replica the weights that the master weights now say."""
         if self.weights.dtype != self.master.dtype:
             self.weights[self.own].copy_(self.master)
@@ -153,7 +184,7 @@ class Bucket:
             self._gathering = dist.all_gather_into_tensor(self.weights, share, group=replicas.group, async_op=True)
 
     def wait(self) -> None:
-        """Until the weights are those of all replicas."""
+        """Wait until the weights are those of all replicas."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
@@ -164,19 +195,19 @@ class Zero:
 
     Args:
         layers: of this rank, in the order of the forward pass, with fp32 parameters on their device; those are made
-            views of the buckets, in `dtype`. A parameter may say `sum_over` and `counted` (see `Kind`).
+            views of the buckets, in `dtype`.
         make_optimizer: of the master weights; has to take `grad_scale` and `found_inf`, as PyTorch's fused ones do.
         dtype: that the stages compute in.
         micro_batches: of a step.
         clip: largest norm of the gradient over all ranks; None does not clip.
         replicas: the ranks that hold the same.
-        sharing: for each `sum_over`, the group of the ranks to sum over.
+        sharing: for each `ParameterInfo.shared_by` above 1, the group of those ranks.
         bucket: elements to fill a bucket with, at least, where layers are left.
     """
 
     def __init__(
         self,
-        layers: Iterable[nn.Module],
+        layers: Sequence[Layer],
         make_optimizer: MakeOptimizer,
         *,
         dtype: torch.dtype,
@@ -188,71 +219,90 @@ class Zero:
     ):
         self._micro_batches, self._clip = micro_batches, clip
         self._replicas, self._sharing = replicas, sharing
-        layers = list(layers)
-        self.buckets = [_bucket(kind, parameters, dtype, replicas) for kind, parameters in _grouped(layers, bucket)]
+        self.buckets = [_bucket(*group, dtype, replicas) for group in _grouped(layers, bucket)]
+        self._by_first_use = sorted(self.buckets, key=lambda one: one.first_use)
         of_parameter = {}
         for one in self.buckets:
             one.expect(micro_batches)
-            for index, (parameter, _) in enumerate(one.parameters):
-                of_parameter[parameter] = one
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, one, index))
+            for index, slot in enumerate(one.slots):
+                of_parameter[slot.parameter] = one
+                # A hook of autograd that held its bucket would close a circle that Python's collector cannot see.
+                arrived = partial(_arrived, weakref.ref(one), index, replicas)
+                slot.parameter.register_post_accumulate_grad_hook(arrived)
         for layer in layers:
-            used = list(dict.fromkeys(of_parameter[parameter] for parameter in layer.parameters()))
-            layer.register_forward_pre_hook(partial(_wait, used))
+            used = list(dict.fromkeys(of_parameter[parameter] for parameter, _ in layer.parameters()))
+            layer.module.register_forward_pre_hook(partial(_wait, used))
         masters: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for one in self.buckets:
-            masters[one.kind.matrix].append(one.master)
+            masters[one.kind.decays].append(one.master)
         self.adam = make_optimizer(masters[True], masters[False])
-        self.norm = torch.zeros((), device=self.buckets[0].weights.device)
-        """Of the last step's gradient over all ranks, before clipping."""
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's, whose learning rate is set here."""
-        return self.adam.param_groups
-
-    def _arrived(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
-        # A backward pass that leaves a weight's gradient for later comes here as well, with none.
-        if parameter.grad is not None and bucket.add(index) and bucket.kind.sum_over == 1:
-            bucket.reduce(self._replicas)
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move the weights by the gradients of a step, whose passes are done. All ranks of all stages call it.
+    def reduce(self) -> torch.Tensor:
+        """Sum the gradients of a step, whose passes are done, over all ranks that hold the same.
 
-        Gradients that are not finite move nothing, and Adam does not count the step. Nothing here waits for a GPU.
+        Returns:
+            The squares of this rank's part of the gradient, summed, fp64: those of all ranks make the squared norm.
         """
         for bucket in self.buckets:
-            if bucket.kind.sum_over > 1:
-                dist.all_reduce(bucket.gradients, group=self._sharing[bucket.kind.sum_over])
+            if (shared_by := bucket.kind.shared_by) > 1:
+                dist.all_reduce(bucket.gradients, group=self._sharing[shared_by])
+                if not bucket.kind.summed:
+                    bucket.gradients /= shared_by
             bucket.reduce(self._replicas)
-        squares = torch.zeros_like(self.norm)
+        squares = torch.zeros((), dtype=torch.float64, device=self.buckets[0].weights.device)
         for bucket in self.buckets:
             bucket.master.grad = bucket.reduced()
             if bucket.kind.counted:
-                squares += torch.linalg.vector_norm(bucket.master.grad).square()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(squares)
-        # The sum over the replicas becomes a mean, and the mean is clipped, where Adam reads it: no pass for either.
-        self.norm = squares.sqrt() / self._replicas.size
-        excess = (self.norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(self.norm)
-        self.adam.grad_scale = excess * self._replicas.size  # type: ignore[attr-defined]
-        self.adam.found_inf = (~self.norm.isfinite()).float()  # type: ignore[attr-defined]
+                squares += sum_of_squares(bucket.master.grad)
+        return squares
+
+    @torch.no_grad()
+    def update(self, rate: float, norm: torch.Tensor, count: torch.Tensor) -> None:
+        """Move the weights, and begin to give them to all replicas. Nothing here waits for a GPU.
+
+        Gradients that are not finite move nothing, and Adam does not count the step.
+
+        Args:
+            rate: the learning rate.
+            norm: of the gradient of the mean loss over all ranks, before clipping.
+            count: of the labels that the loss was summed over.
+        """
+        excess = (norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(norm)
+        self.adam.grad_scale = (excess * count).float()  # type: ignore[attr-defined]
+        self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        for group in self.adam.param_groups:
+            group["lr"] = rate
         self.adam.step()
         for bucket in self.buckets:
             bucket.expect(self._micro_batches)
-        self.publish()
+        self.start_gather()
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def start_gather(self) -> None:
         """Begin to give every replica the weights that the master weights now say; layers wait for them when used."""
-        for bucket in self.buckets:
-            bucket.publish(self._replicas)
+        for bucket in self._by_first_use:
+            bucket.start_gather(self._replicas)
 
     def wait(self) -> None:
-        """Until all weights are those that `publish` said."""
+        """Wait until all weights are those that `start_gather` gives."""
         for bucket in self.buckets:
             bucket.wait()
+
+
+def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
+    """The squares of a flat fp32 tensor of any length, summed in fp64 over chunks summed in fp32; a scalar."""
+    whole = len(values) // _CHUNK * _CHUNK
+    parts = [values[:whole].view(-1, _CHUNK), values[whole:].view(1, -1)]
+    norms = [torch.linalg.vector_norm(part, dim=1) for part in parts if part.numel()]
+    return torch.stack([norm.double().square().sum() for norm in norms]).sum()
+
+
+def _arrived(of_bucket: "weakref.ref[Bucket]", index: int, replicas: Replicas, parameter: torch.Tensor) -> None:
+    # A backward pass that defers a weight's gradient comes here as well, with none.
+    bucket = of_bucket()
+    if bucket is not None and parameter.grad is not None and bucket.add(index) and bucket.kind.shared_by == 1:
+        bucket.reduce(replicas)
 
 
 def _wait(buckets: Sequence[Bucket], *_: Any) -> None:
@@ -260,41 +310,50 @@ def _wait(buckets: Sequence[Bucket], *_: Any) -> None:
         bucket.wait()
 
 
-def _grouped(layers: Sequence[nn.Module], least: int) -> Iterator[tuple[Kind, list[nn.Parameter]]]:
-    """The parameters of each bucket: of one kind, in order, from as few layers as are enough."""
-    open_ones: dict[Kind, list[nn.Parameter]] = {}
-    for layer in layers:
-        for parameter in layer.parameters():
-            kind = Kind(parameter.ndim > 1, getattr(parameter, "sum_over", 1), getattr(parameter, "counted", True))
-            open_ones.setdefault(kind, []).append(parameter)
-        for kind, parameters in list(open_ones.items()):
-            if sum(parameter.numel() for parameter in parameters) >= least:
-                yield kind, open_ones.pop(kind)
-    yield from open_ones.items()
+Group = tuple[BucketKind, list[tuple[nn.Parameter, ParameterInfo]], int]
+
+
+def _grouped(layers: Sequence[Layer], least: int) -> Iterator[Group]:
+    """The parameters of each bucket: of one kind, in order, from as few layers as will do; and the first of these."""
+    filling: dict[BucketKind, Group] = {}
+    for index, layer in enumerate(layers):
+        for parameter, info in layer.parameters():
+            kind = BucketKind.of(info)
+            filling.setdefault(kind, (kind, [], index))[1].append((parameter, info))
+        for kind, (_, parameters, _) in list(filling.items()):
+            if sum(parameter.numel() for parameter, _ in parameters) >= least:
+                yield filling.pop(kind)
+    yield from filling.values()
 
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bucket(kind: Kind, parameters: Sequence[nn.Parameter], dtype: torch.dtype, replicas: Replicas) -> Bucket:
-    places: list[tuple[nn.Parameter, int]] = []
+def _bucket(
+    kind: BucketKind,
+    parameters: Sequence[tuple[nn.Parameter, ParameterInfo]],
+    first_use: int,
+    dtype: torch.dtype,
+    replicas: Replicas,
+) -> Bucket:
+    slots: list[Slot] = []
     size = 0
-    for parameter in parameters:
-        places.append((parameter, size))
+    for parameter, info in parameters:
+        slots.append(Slot(parameter, info, size))
         size = _aligned(size + parameter.numel())
     share = _aligned(-(-size // replicas.size))
     own = slice(replicas.rank * share, (replicas.rank + 1) * share)
-    buffer = partial(torch.zeros, share * replicas.size, device=parameters[0].device)
+    buffer = partial(torch.zeros, share * replicas.size, device=parameters[0][0].device)
     weights, gradients = buffer(dtype=dtype), buffer(dtype=torch.float32)
     master = weights[own] if dtype == torch.float32 else torch.zeros_like(gradients[own])
-    bucket = Bucket(kind, places, own, weights, gradients, nn.Parameter(master))
+    bucket = Bucket(kind, slots, own, weights, gradients, nn.Parameter(master), first_use)
     with torch.no_grad():
-        for piece in bucket.owned():  # before the weights are rounded
-            drawn = piece.parameter.flatten().narrow(0, piece.start, piece.size)
-            bucket.master.narrow(0, piece.place, piece.size).copy_(drawn)
-        for parameter, begin in places:
-            place = weights.narrow(0, begin, parameter.numel()).view_as(parameter)
-            place.copy_(parameter)
-            parameter.data = place
+        for owned in bucket.owned():  # before the weights are rounded
+            drawn = owned.slot.parameter.flatten().narrow(0, owned.start, owned.size)
+            bucket.master.narrow(0, owned.offset, owned.size).copy_(drawn)
+        for slot in slots:
+            view = slot.of(weights)
+            view.copy_(slot.parameter)
+            slot.parameter.data = view
     return bucket

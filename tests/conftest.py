@@ -3,17 +3,18 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests.devices import GPUS, hide_gpus_from_children
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-if not torch.cuda.is_available():
+hide_gpus_from_children()
+if not GPUS:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton kernels on the CPU, slowly
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not GPUS:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))

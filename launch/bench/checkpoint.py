@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from conf.schema import Config, to_jsonable
 from conf.train_settings import CheckpointConfig
 from launch.bench.common import composed, device_name
-from parallel.engine import EngineSettings, build_engine, start_process_group
+from model.batch import Batch
+from parallel.engine import Engine, EngineSettings, build_engine
 from parallel.layout import Layout
 from parallel.stages import split
 from parallel.state import OptimizerState
@@ -22,9 +23,6 @@ from train.agreement import control_group
 from train.checkpoint.saver import Saver
 from train.optimizer import adamw
 from train.pretrain import stand_alone_unless_launched
-
-if TYPE_CHECKING:
-    from deepspeed.runtime.pipe.engine import PipelineEngine
 
 DEFAULTS = ["model=12x768", "model.vocab_size=32000", "model.max_seq_len=256", "train.seq_len=256"]
 """134 million parameters, and steps of seconds on a CPU."""
@@ -40,6 +38,8 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
     composition = composed(DEFAULTS, overrides)
     config, layout = composition.config, Layout(dp=1, pp=1)
     stand_alone_unless_launched()
+    from parallel.deepspeed_engine import start_process_group
+
     device = start_process_group()
     shape = config.model
     engine = build_engine(
@@ -56,19 +56,19 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
     home = composition.run_dir.absolute().parent
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home, prefix="bench-checkpoint-") as folder:
-        saver = _saver(Path(folder), config, layout, OptimizerState(engine, shape, layout, 0))
+        saver = _saver(Path(folder), config, layout, OptimizerState(engine.zero))
         num_bytes = 0
         for number in range(-1, rounds):  # the first allocates the copies, and is not counted
-            times["step"] += [_step(engine, batches)]
+            times["step"] += [_step(engine, batches, config.optimizer.lr)]
             begin = time.perf_counter()
             saver.save(2 * number + 10, tokens=0)
             times["blocked"] += [time.perf_counter() - begin]
             while saver.busy:
-                times["step_while_saving"] += [_step(engine, batches)]
+                times["step_while_saving"] += [_step(engine, batches, config.optimizer.lr)]
             outcome = saver.wait()
             assert outcome is not None and outcome.error is None, outcome
             times["written"] += [outcome.seconds]
-            _step(engine, batches)
+            _step(engine, batches, config.optimizer.lr)
             begin = time.perf_counter()
             saver.save(2 * number + 11, tokens=0)
             outcome = saver.wait()
@@ -114,14 +114,14 @@ def _saver(folder: Path, config: Config, layout: Layout, state: OptimizerState) 
     return Saver(state, folder / "checkpoints", settings, facts, tokenizer, control_group())
 
 
-def _step(engine: "PipelineEngine", batches: Iterator[Any]) -> float:
+def _step(engine: Engine, batches: Iterator[Batch], rate: float) -> float:
     begin = time.perf_counter()
-    float(engine.train_batch(batches))
+    engine.step(batches, rate)
     return time.perf_counter() - begin
 
 
-def _batches(config: Config) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(config: Config) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(1)
     while True:
         rows = torch.randint(config.model.vocab_size, (1, config.train.seq_len + 1), generator=generator)
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        yield Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())

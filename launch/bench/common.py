@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
@@ -20,13 +19,12 @@ from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
 from model.problems import BadInput
-from model.transformer import full_shapes, layer_builders
+from model.transformer import full_shapes
+from parallel.build import ALONE, RankStages, build_stages
 from parallel.stages import Stage
-from parallel.tensor import TensorParallel, build_layer
 
 SEED, STD = 1, 0.02
 """Of weights that are drawn for a benchmark."""
-ALONE = TensorParallel(None, 0, 1, False, {})
 
 
 def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
@@ -58,13 +56,11 @@ class Drawn:
         return initial_value(name, self._shapes[name], SEED, self._std)
 
 
-def stage_layers(model: ModelConfig, stage: Stage, device: torch.device) -> list[nn.Module]:
-    """The layers of a stage as one rank trains them, fp32, with the weights of `Drawn`."""
+def drawn_stages(model: ModelConfig, stages: Sequence[Stage], device: torch.device) -> RankStages:
+    """Some stages as one rank trains them, fp32, with the weights of `Drawn`."""
     weights = Drawn(model)
-    return [
-        build_layer(build, f"{name}.", model, ALONE, device, lambda name, _: weights.read(name))
-        for name, build in list(layer_builders(model).items())[stage.start : stage.stop]
-    ]
+    ranges = {stage.index: range(stage.start, stage.stop) for stage in stages}
+    return build_stages(model, ranges, ALONE, device, lambda name, _: weights.read(name))
 
 
 def device_name(device: torch.device) -> str:

@@ -165,5 +165,5 @@ def _loaded(config: Config, there: Config, prepared: PreparedData, limit: float)
     next(batches)
     begin, tokens = time.perf_counter(), 0
     while (seconds := time.perf_counter() - begin) < limit:
-        tokens += next(batches)[0].numel()
+        tokens += next(batches).tokens.numel()
     return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}

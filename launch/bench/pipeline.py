@@ -19,13 +19,13 @@ from rich.table import Table
 
 from launch.bench import schedules
 from launch.bench.common import composed, device_name, rendered
-from launch.bench.schedules import layers_of, micro_batches_of, pipeline_of, share_of_cores
+from launch.bench.schedules import micro_batches_of, pipeline_of, share_of_cores, stages_of
 from model.config import ModelConfig
-from model.loss import cross_entropy
 from parallel.processes import free_port
-from parallel.schedules import ONE_F_ONE_B, placement
+from parallel.schedules import ONE_F_ONE_B, placement_of
 from parallel.stages import split_for
 from train import timeline
+from train.strict_json import dumps
 
 DEFAULTS = [*schedules.DEFAULTS, "train.seq_len=256"]
 RANKS = 2
@@ -85,9 +85,11 @@ def measure(overrides: Sequence[str], micro_batches: int = 8, rounds: int = 7, l
 
 def speedup_bound(model: ModelConfig, seq_len: int, micro_batches: int) -> float:
     """How many times as fast as one core 1f1b can be on two, with this model's cut: 2 m / (m + 1) for an even one."""
-    place = placement(ONE_F_ONE_B, RANKS, None)
-    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
-    return micro_batches / timeline.expected(ONE_F_ONE_B, place, micro_batches, [s.cost_share for s in stages]).seconds
+    placement = placement_of(ONE_F_ONE_B, RANKS, None)
+    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], placement)
+    return (
+        micro_batches / timeline.expected(ONE_F_ONE_B, placement, micro_batches, [s.cost_share for s in stages]).seconds
+    )
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -124,14 +126,14 @@ def _process(
     """One process: a stage, or on the last one the whole model; what was found to a file."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS + 1)
     alone = rank == RANKS
-    place = placement(ONE_F_ONE_B, 1 if alone else RANKS, None)
+    placement = placement_of(ONE_F_ONE_B, 1 if alone else RANKS, None)
     own, first = (0, RANKS) if alone else (rank, 0)
-    layers = layers_of(model, seq_len, place, own)
-    pipeline = pipeline_of(layers, cross_entropy, place, own, (1, seq_len, model.d_model), first=first)
-    parameters = [parameter for stage in layers.values() for layer in stage for parameter in layer.parameters()]
+    stages = stages_of(model, seq_len, placement, own)
+    pipeline = pipeline_of(stages, placement, own, (1, seq_len, model.d_model), first=first)
+    parameters = [parameter for layer in stages.in_order() for parameter, _ in layer.parameters()]
     seconds: dict[str, list[float]] = {turn: [] for turn in TURNS}
     bubbles, ideals = [], []
-    losses: list[torch.Tensor] = []
+    mean_loss, count = 0.0, micro_batches * seq_len
     begin, late = time.perf_counter(), torch.zeros(1)
     for number in range(rounds + 1):
         if rank == 0 and number > 2:
@@ -146,22 +148,23 @@ def _process(
                 torch.set_num_threads(threads)
                 for parameter in parameters:
                     parameter.grad = None
-                losses = pipeline.train(micro_batches_of(model, seq_len, micro_batches), micro_batches)
+                loss = pipeline.train(micro_batches_of(model, seq_len, micro_batches), micro_batches)
+                mean_loss = float(loss.total) / count
             dist.barrier()
-            blocks = timeline.gather(pipeline, None, range(RANKS) if cut else [RANKS])
-            if blocks and number:
-                seconds[turn].append(max(row[-1].end for row in blocks))
+            spans = timeline.gather(pipeline.began, pipeline.spans(), None, range(RANKS) if cut else [RANKS])
+            if spans and number:
+                seconds[turn].append(max(row[-1].end for row in spans))
                 if cut:
-                    step = timeline.Measured(0, ONE_F_ONE_B, place, micro_batches, blocks)
+                    step = timeline.MeasuredStep(0, ONE_F_ONE_B, placement, micro_batches, spans)
                     bubbles.append(step.bubble)
                     ideals.append(step.ideal().bubble)
     # The first stage has no loss, and each its own gradients: sums over ranks are those of a model.
     checks = torch.zeros(2, 2, dtype=torch.float64)
-    checks[int(alone), 0] = sum(float(loss) for loss in losses) / micro_batches
+    checks[int(alone), 0] = mean_loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    checks[int(alone), 1] = sum(float(gradient.square().sum()) for gradient in gradients)
+    checks[int(alone), 1] = sum(float(gradient.double().square().sum()) for gradient in gradients) / count**2
     dist.all_reduce(checks)
     if rank == 0:
         bubble = {"bubble": statistics.median(bubbles), "bubble_expected": statistics.median(ideals)}
-        out.write_text(json.dumps({"seconds": seconds, **bubble, "checks": checks.tolist()}), "utf-8")
+        out.write_text(dumps({"seconds": seconds, **bubble, "checks": checks.tolist()}), "utf-8")
     dist.destroy_process_group()

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,21 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import composed, rendered, stage_layers
+from launch.bench.common import composed, drawn_stages, rendered
+from model.batch import Batch
 from model.config import ModelConfig
-from model.loss import cross_entropy
-from parallel.deferral import weight_gradients
-from parallel.pipeline import Hop, Layers, Pipeline, make_links
+from model.context import Context
+from model.loss import SummedLoss
+from parallel.build import Forward, RankStages, forward_functions
+from parallel.deferral import DeferredGradients
+from parallel.layout import Recompute
+from parallel.loss import Loss
+from parallel.pipeline import ActivationSpec, Pipeline
 from parallel.processes import free_port
-from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, batch_problems, placement
+from parallel.schedules import ONE_F_ONE_B, Placement, Schedule, batch_problems, placement_of
 from parallel.stages import split_for
 from train import timeline
+from train.strict_json import dumps
 
 DEFAULTS = [
     *["model.n_layers=8", "model.d_model=256", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=768"],
@@ -111,12 +117,12 @@ def _rank(
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     pipelines = {}
     for name, virtual in KINDS:
-        place = placement(Schedule[name], ranks, virtual)
+        placement = placement_of(Schedule[name], ranks, virtual)
         if nap is None:
-            hop = (1, seq_len, model.d_model)
-            pipeline = pipeline_of(layers_of(model, seq_len, place, rank), cross_entropy, place, rank, hop, name)
+            stages = stages_of(model, seq_len, placement, rank)
+            pipeline = pipeline_of(stages, placement, rank, (1, seq_len, model.d_model), name)
         else:
-            pipeline = pipeline_of(_asleep(place, rank, nap), _sum, place, rank, (1,), name)
+            pipeline = _asleep(placement, rank, nap, name)
         pipelines[name, virtual] = pipeline
     seconds: dict[Any, list[float]] = {}
     bubbles: dict[Any, list[float]] = {}
@@ -129,11 +135,11 @@ def _rank(
                     continue
                 dist.barrier()
                 pipeline.train(micro_batches_of(model, seq_len, m), m)
-                blocks = timeline.gather(pipeline, None, range(ranks))
-                if blocks and turn:
-                    step = timeline.Measured(0, Schedule[kind[0]], pipeline.place, m, blocks)
+                spans = timeline.gather(pipeline.began, pipeline.spans(), None, range(ranks))
+                if spans and turn:
+                    step = timeline.MeasuredStep(0, Schedule[kind[0]], pipeline.placement, m, spans)
                     key = (*kind, m)
-                    seconds.setdefault(key, []).append(max(row[-1].end for row in blocks))
+                    seconds.setdefault(key, []).append(max(row[-1].end for row in spans))
                     bubbles.setdefault(key, []).append(step.bubble)
                     expected.setdefault(key, []).append(_expected(step, nap))
     if rank == 0:
@@ -146,56 +152,68 @@ def _rank(
             }
             for (name, virtual, m), values in seconds.items()
         ]
-        out.write_text(json.dumps(rows), "utf-8")
+        out.write_text(dumps(rows), "utf-8")
     dist.destroy_process_group()
 
 
-def _expected(step: timeline.Measured, nap: float | None) -> float:
+def _expected(step: timeline.MeasuredStep, nap: float | None) -> float:
     """What theory says: of naps that are equally long, or of passes as long as they were."""
     if nap is None:
         return step.ideal().bubble
-    even = [1 / step.place.num_stages] * step.place.num_stages
-    return timeline.expected(step.schedule, step.place, step.micro_batches, even).bubble
+    even = [1 / step.placement.num_stages] * step.placement.num_stages
+    return timeline.expected(step.schedule, step.placement, step.micro_batches, even).bubble
 
 
-def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Sequence[torch.Tensor]]:
+def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Batch]:
     """Random tokens and labels of a step, int64 (1, L) each; the same every time."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         tokens = torch.randint(model.vocab_size, (1, seq_len + 1), generator=generator)
-        yield tokens[:, :-1], tokens[:, 1:]
+        yield Batch(tokens[:, :-1], tokens[:, 1:])
 
 
-def layers_of(model: ModelConfig, seq_len: int, place: Placement, rank: int) -> dict[int, list[nn.Module]]:
-    """The layers of each stage of one rank, by its place in the pipeline, on the CPU, drawn alike for every cut."""
-    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], place)
-    return {index: stage_layers(model, stages[index], torch.device("cpu")) for index in place.stages_of(rank)}
+def stages_of(model: ModelConfig, seq_len: int, placement: Placement, rank: int) -> RankStages:
+    """The stages of one rank, by its place in the pipeline, on the CPU, drawn alike for every cut."""
+    stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], placement)
+    return drawn_stages(model, [stages[index] for index in placement.stages_of(rank)], torch.device("cpu"))
 
 
 def pipeline_of(
-    stages: Mapping[int, Layers],
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    place: Placement,
+    stages: RankStages,
+    placement: Placement,
     rank: int,
-    hop: tuple[int, ...],
+    shape: tuple[int, ...],
     schedule: str = ONE_F_ONE_B.name,
     first: int = 0,
 ) -> Pipeline:
     """One rank's `Pipeline` over gloo, without an engine around it.
 
     Args:
-        stages: of this rank, by index.
-        loss: from the last stage's output and the labels.
-        place: of the stages.
+        stages: of this rank.
+        placement: of all stages.
         rank: this one's place in the pipeline.
-        hop: the shape of what travels between stages, fp32.
+        shape: of what travels between stages, fp32.
         schedule: the order of passes.
         first: the global rank of the pipeline's first; the others follow it.
     """
-    ranks = range(first, first + place.num_ranks)
-    links = make_links(place, [ranks], dist.group.WORLD)
-    what = Hop(hop, torch.float32, torch.device("cpu"))
-    return Pipeline(stages, loss, Schedule[schedule], place, rank, ranks, links, what)
+    functions, loss = forward_functions(stages, Recompute.none, head_pieces=1)
+    return _pipeline(functions, loss, stages.deferred, placement, rank, shape, schedule, first)
+
+
+def _pipeline(
+    functions: Mapping[int, Sequence[Forward]],
+    loss: Loss | None,
+    deferred: DeferredGradients,
+    placement: Placement,
+    rank: int,
+    shape: tuple[int, ...],
+    schedule: str,
+    first: int = 0,
+) -> Pipeline:
+    ranks = range(first, first + placement.num_ranks)
+    links = {link: dist.group.WORLD for link in placement.links if rank in link}
+    spec = ActivationSpec(shape, torch.float32, torch.device("cpu"))
+    return Pipeline(functions, loss, deferred, Schedule[schedule], placement, rank, ranks, links, spec)
 
 
 class _Nap(torch.autograd.Function):
@@ -205,28 +223,36 @@ class _Nap(torch.autograd.Function):
     """Of its time; less in the round that only opens connections."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, seconds: float) -> torch.Tensor:
-        ctx.weight, ctx.seconds = weight, seconds
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, seconds: float, deferred: DeferredGradients
+    ) -> torch.Tensor:
+        ctx.weight, ctx.seconds, ctx.deferred = weight, seconds, deferred
         time.sleep(_Nap.share * seconds)
         return x * weight
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        def later() -> list[torch.Tensor]:
+        def weight_gradient() -> list[torch.Tensor]:
             time.sleep(_Nap.share * ctx.seconds)
             return [torch.zeros_like(ctx.weight)]
 
         time.sleep(_Nap.share * ctx.seconds)
-        return grads[0], *weight_gradients([ctx.weight], later), None
+        return grads[0], *ctx.deferred.gradients([ctx.weight], weight_gradient), None, None
 
 
-def _asleep(place: Placement, rank: int, nap: float) -> dict[int, list[Any]]:
-    def stage(index: int) -> Any:
+def _asleep(placement: Placement, rank: int, nap: float, schedule: str) -> Pipeline:
+    deferred = DeferredGradients()
+
+    def stage(index: int) -> Forward:
         weight, first = nn.Parameter(torch.ones(1)), index == 0
-        return lambda x: _Nap.apply(torch.ones(1) if first else x, weight, nap / place.virtual)
 
-    return {index: [stage(index)] for index in place.stages_of(rank)}
+        def forward(x: torch.Tensor, context: Context) -> torch.Tensor:
+            return _Nap.apply(torch.ones(1) if first else x, weight, nap / placement.virtual, deferred)
 
+        return forward
 
-def _sum(y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return y.sum()
+    def loss(y: torch.Tensor, labels: torch.Tensor) -> SummedLoss:
+        return SummedLoss(y.sum().double(), torch.tensor(1))
+
+    functions = {index: [stage(index)] for index in placement.stages_of(rank)}
+    return _pipeline(functions, loss, deferred, placement, rank, (1,), schedule)

@@ -15,22 +15,19 @@ from rich.table import Table
 
 from conf.schema import Config
 from launch.bench.common import (
-    ALONE,
     PeakBytes,
     composed,
     device_name,
+    drawn_stages,
     product_flops,
     rendered,
     seconds_of,
-    stage_layers,
 )
+from model.context import Context
 from model.kernels import which_and_why
-from model.loss import WHOLE_VOCABULARY
-from model.transformer import Block, Head
+from parallel.build import forward_functions
 from parallel.layout import Layout
-from parallel.loss import head_and_loss
 from parallel.memory import Step, stage_memory
-from parallel.recompute import recomputing
 from parallel.stages import Stage
 from parallel.zero import Replicas, Zero
 from train.metrics import peak_flops
@@ -58,8 +55,9 @@ def measure(
 
     Returns:
         ``product_flops``, of a large matrix product in this run; ``rows``, for each case with ``tokens_per_second``,
-        ``flops`` a second by true model FLOPs (arithmetic of `ModelConfig`; causal attention counted half) and
-        ``flops_by_m`` by the paper's M, ``mfu`` and ``mfu_by_m`` of the device's nominal peak where that is known,
+        ``flops`` a second by true model FLOPs (arithmetic of `ModelConfig`; causal attention counted half),
+        ``flops_whole_attention`` with all of it counted and ``flops_by_m`` by the paper's M, ``mfu``,
+        ``mfu_whole_attention`` and ``mfu_by_m`` of the device's nominal peak where that is known,
         ``share`` of the matrix product's, ``peak_bytes`` and ``predicted_bytes``.
 
     Raises:
@@ -96,7 +94,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"training a stage (ends: embedding and head), {found['precision']} on {found['device']}; {found['kernels']}; "
     )
     title += f"a matrix product alone: {found['product_flops'] / 1e12:.3g} TFLOP/s"
-    columns = ["tokens/s", "TFLOP/s", "of product", "MFU", "by M", "peak GiB", "predicted", "ratio"]
+    columns = ["tokens/s", "TFLOP/s", "of product", "MFU", "whole", "by M", "peak GiB", "predicted", "ratio"]
     table = Table("stage", "recompute", *columns, title=title, title_justify="left")
     for row in found["rows"]:
         table.add_row(
@@ -105,7 +103,7 @@ def as_text(found: dict[str, Any]) -> str:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['flops'] / 1e12:.3g}",
             f"{row['share']:.1%}",
-            *(f"{row[key]:.1%}" if row[key] else "-" for key in ("mfu", "mfu_by_m")),
+            *(f"{row[key]:.1%}" if row[key] else "-" for key in ("mfu", "mfu_whole_attention", "mfu_by_m")),
             f"{row['peak_bytes'] / 2**30:.3f}",
             f"{row['predicted_bytes'] / 2**30:.3f}",
             f"{row['predicted_bytes'] / row['peak_bytes']:.3f}",
@@ -137,7 +135,10 @@ def _row(
     step = Step(train.micro_batch, train.seq_len, bf16, parallel.recompute, parallel.head_pieces)
     tokens = micro_batches * train.micro_batch * train.seq_len
     per_token = 3 * sum(model.layer_flops(train.seq_len)[stage.start : stage.stop])
-    flops, by_m = (tokens * one / seconds for one in (per_token, model.scaling_m(train.seq_len)))
+    # The other half of each block's causal attention, forward and backward.
+    unmasked = per_token + 3 * blocks * 2 * model.n_heads * model.d_head * train.seq_len
+    by_count = {"": per_token, "_whole_attention": unmasked, "_by_m": model.scaling_m(train.seq_len)}
+    flops = {name: tokens * count / seconds for name, count in by_count.items()}
     nominal = peak_flops(device)
     return {
         "stage": f"{name}, {blocks} blocks" + (" + ends" if whole else ""),
@@ -146,11 +147,9 @@ def _row(
         "tokens_per_micro_batch": train.micro_batch * train.seq_len,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "flops": flops,
-        "flops_by_m": by_m,
-        "mfu": flops / nominal if nominal else None,
-        "mfu_by_m": by_m / nominal if nominal else None,
-        "share": flops / bound,
+        **{f"flops{name}": count for name, count in flops.items()},
+        **{f"mfu{name}": count / nominal if nominal else None for name, count in flops.items()},
+        "share": flops[""] / bound,
         "peak_bytes": peak.bytes,
         "predicted_bytes": stage_memory(model, Layout(1, 1), [stage], 1, step).peak,
     }
@@ -161,9 +160,9 @@ def _step(
 ) -> Callable[[], None]:
     """A stage, and a step of it."""
     model, train, parallel = config.model, config.train, config.parallel
-    layers = stage_layers(model, stage, device)
+    stages = drawn_stages(model, [stage], device)
     optimizer = Zero(
-        layers,
+        stages.in_order(),
         partial(adamw, settings=config.optimizer),
         dtype=dtype,
         micro_batches=micro_batches,
@@ -171,28 +170,21 @@ def _step(
         replicas=Replicas(None, 0, 1),
         sharing={},
     )
-    run: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        recomputing(layer, parallel.recompute) if isinstance(layer, Block) else layer for layer in layers
-    ]
+    functions, loss = forward_functions(stages, parallel.recompute, parallel.head_pieces)
     shape = (train.micro_batch, train.seq_len)
     tokens_BL = torch.randint(model.vocab_size, shape, device=device)
-    if isinstance(head := layers[-1], Head):
-        run[-1], loss = head_and_loss(head, parallel.head_pieces, WHOLE_VOCABULARY, ALONE)
+    count = torch.tensor(float(micro_batches * tokens_BL.numel()), device=device, dtype=torch.float64)
 
     def step() -> None:
         for _ in range(micro_batches):
-            if isinstance(head, Head):
-                x = tokens_BL
-            else:
-                x = torch.randn(*shape, model.d_model, device=device, dtype=dtype).requires_grad_()
-            y = x
-            for layer in run:
-                y = layer(y)
-            if isinstance(head, Head):
-                y = loss(y, tokens_BL) / micro_batches  # and no name for the logits, which would keep them
+            y = tokens_BL if loss else torch.randn(*shape, model.d_model, device=device, dtype=dtype).requires_grad_()
+            for function in functions[stage.index]:
+                y = function(y, Context())
+            if loss:
+                y = loss(y, tokens_BL).total  # and no name for the logits, which would keep them
                 y.backward()
             else:
                 y.backward(torch.ones_like(y).div_(y.numel()))
-        optimizer.step()
+        optimizer.update(config.optimizer.lr, optimizer.reduce().sqrt() / count, count)
 
     return step

@@ -1,6 +1,5 @@
 """One benchmark or all of them, and the file of what they found."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from launch.bench import ALL, SUBJECTS
 from launch.bench.common import device_name
 from model.problems import BadInput
+from train.strict_json import dumps
 
 
 def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
@@ -46,7 +46,7 @@ def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json
         if not as_json:
             print(f"{name}: " * (not subject) + benchmark.as_text(found) + "\n" * (not subject), flush=True)
     if as_json:
-        print(json.dumps(found if subject else record, indent=2))
+        print(dumps(found if subject else record, indent=2))
 
 
 def facts() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def facts() -> dict[str, Any]:
 def write(record: dict[str, Any], out: Path) -> None:
     """The record as JSON, whole or not at all."""
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    draft.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    draft.write_text(dumps(record, indent=2) + "\n", "utf-8")
     os.replace(draft, out)
 
 

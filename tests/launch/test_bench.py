@@ -16,7 +16,7 @@ from launch.bench.schedules import micro_batches_of
 from launch.cli import main
 from model.problems import BadInput
 from model.weights import streamed_logits
-from parallel.schedules import ONE_F_ONE_B, placement
+from parallel.schedules import ONE_F_ONE_B, placement_of
 from parallel.stages import split_for
 from tests.shapes import preset, small
 
@@ -73,7 +73,8 @@ def test_without_a_subject_all_run_into_one_file(all_found):
 def test_two_stages_compute_what_one_process_does(all_found):
     found = all_found[0]["subjects"]["pipeline"]
     config = preset(*SHAPE).model
-    tokens, labels = map(torch.cat, zip(*micro_batches_of(config, 32, 8), strict=True))
+    batches = [*micro_batches_of(config, 32, 8)]
+    tokens, labels = (torch.cat([getattr(batch, key) for batch in batches]) for key in ("tokens", "labels"))
     assert found["loss"] == pytest.approx(loss_of(config, tokens, labels, 0.02), abs=1e-5)
     assert found["loss_difference"] < 1e-5 and found["gradient_difference"] < 1e-4
     assert found["parameters"] == config.num_params
@@ -212,7 +213,7 @@ def test_a_busy_machine_gets_fewer_rounds():
 def test_the_bound_is_that_of_the_slower_stage_and_one_filling(vocab_size, micro_batches):
     config = small(n_layers=6, vocab_size=vocab_size)
     costs = [float(flops) for flops in config.layer_flops(64)]
-    share = max(stage.cost_share for stage in split_for(costs, placement(ONE_F_ONE_B, 2, None)))
+    share = max(stage.cost_share for stage in split_for(costs, placement_of(ONE_F_ONE_B, 2, None)))
     expected = micro_batches / (micro_batches * share + 1 - share)
     assert pipeline.speedup_bound(config, 64, micro_batches) == pytest.approx(expected)
     if micro_batches == 1:

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from conf.train_settings import OptimizerConfig
+from model.batch import Batch
 from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer
 from parallel.layout import Balance, Layout, Recompute
-from parallel.schedules import Schedule, placement
+from parallel.schedules import Schedule, placement_of
 from parallel.stages import split_for
 from tests.ranks import report
 from tests.shapes import matrices_and_vectors, small
@@ -44,18 +45,24 @@ class Case:
     head_pieces: int = 1
     schedule: str = "1f1b"
     virtual: int | None = None
+    d_model: int | None = None
+    bucket: int = 1000
+    """Elements: many buckets, as a large model has."""
+    tolerance: float = 1e-5
+    """Of losses and norms in fp32."""
 
     @property
     def layout(self):
         return Layout(self.dp, self.pp, self.tp, self.sequence_parallel)
 
     @property
-    def place(self):
-        return placement(Schedule[self.schedule], self.pp, self.virtual)
+    def placement(self):
+        return placement_of(Schedule[self.schedule], self.pp, self.virtual)
 
     @property
     def model(self):
-        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size)
+        wide = {"d_model": self.d_model, "d_ff": 3 * self.d_model} if self.d_model else {}
+        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size, **wide)
 
 
 def both(**case):
@@ -89,6 +96,8 @@ CASES = {
             for pp in cuts
         ],
         *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in RECOMPUTED],
+        # A bucket of 22 million elements, over whose length a sum in fp32 must not lose digits.
+        Case(pp=2, dp=2, n_layers=11, d_model=576, micro_batch=3, bucket=2**25, tolerance=3e-5),
         *[Case(pp=2, dp=2, head_pieces=3, bf16=bf16) for bf16 in (False, True)],
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
         *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
@@ -127,6 +136,30 @@ CASES = {
 }
 
 
+GPU_CASES = {
+    1: [
+        *[Case(bf16=True, recompute=how, micro_batch=3) for how in ("none", *RECOMPUTED)],
+        Case(bf16=True, head_pieces=3, micro_batch=3),
+        Case(micro_batch=3, tolerance=1e-4),
+    ],
+    2: [
+        *[Case(pp=2, schedule=name, virtual=v, n_layers=7, bf16=True) for name, v in [("1f1b", None), *SCHEDULES]],
+        Case(pp=2, n_layers=7, tolerance=1e-4),
+        Case(dp=2, bf16=True, micro_batch=3),
+        *both(tp=2, bf16=True),
+        *both(tp=2, kv_heads=1, tolerance=1e-4),
+    ],
+    8: [
+        *[Case(pp=8, schedule=name, n_layers=14, bf16=True) for name in ("1f1b", "zero_bubble", "zbv")],
+        *[case for name in ("1f1b", *TWO) for case in both(pp=2, tp=2, dp=2, schedule=name, n_layers=4, bf16=True)],
+        *both(pp=2, tp=4, kv_heads=2, bf16=True),
+        Case(pp=2, tp=2, dp=2, sequence_parallel=True, n_layers=4, micro_batch=2, tolerance=1e-4),
+    ],
+}
+"""By number of GPUs: what NCCL carries, with the tolerances of bf16 where it is."""
+CASES |= {f"{number} GPUs": cases for number, cases in GPU_CASES.items()}
+
+
 def batches(step, vocab_size):
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
@@ -142,10 +175,11 @@ def plain_loop(case):
     curve = []
     for step in range(STEPS):
         tokens, labels = batches(step, case.vocab_size)
-        loss = cross_entropy(model(tokens), labels)
+        loss = cross_entropy(model(tokens), labels).mean
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip or float("inf"))
+        norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt().float()
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), case.clip or float("inf"), norm)
         optimizer.step()
         curve.append((loss.item(), norm.item()))
     return model, torch.tensor(curve)
@@ -154,27 +188,28 @@ def plain_loop(case):
 def micro_batches(case, tensors):
     replica = case.layout.replica(dist.get_rank())
     rows = torch.arange(BATCH).reshape(-1, case.dp, case.micro_batch)[:, replica]
-    return iter([tuple(tensor[row] for tensor in tensors) for row in rows])
+    return iter([Batch(*(tensor[row] for tensor in tensors)) for row in rows])
 
 
 def digest(tensor):
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def masters(engine, parameters):
     """Every fp32 master weight of this rank's layers, whole."""
     found = {}
-    for bucket in engine.optimizer.buckets:
-        whole = torch.empty(bucket.gradients.shape)
-        dist.all_gather_into_tensor(whole, bucket.master.detach(), group=engine.grid.get_data_parallel_group())
-        found.update({p: whole[begin : begin + p.numel()].view_as(p).clone() for p, begin in bucket.parameters})
+    for bucket in engine.zero.buckets:
+        whole = bucket.master.detach()
+        if engine.ranks.dp:
+            whole = torch.empty_like(bucket.gradients)
+            dist.all_gather_into_tensor(whole, bucket.master.detach(), group=engine.ranks.dp)
+        found.update({slot.parameter: slot.of(whole).clone().cpu() for slot in bucket.slots})
     return {name: found[p] for name, p in parameters.items()}
 
 
 def train(case):
     """Train as a case says; what this rank held and saw."""
-    from parallel.decode import engine_decoder
-    from parallel.engine import EngineSettings, build_engine, named_parameters
+    from parallel.engine import EngineSettings, build_engine
 
     print(case, flush=True)  # into the rank's log: where it stood if it hangs
     model, accumulation = case.model, BATCH // (case.micro_batch * case.dp)
@@ -183,31 +218,32 @@ def train(case):
         recompute=Recompute(case.recompute),
         head_pieces=case.head_pieces,
         schedule=Schedule[case.schedule],
-        place=case.place,
-        bucket=1000,  # many, as a large model has
+        placement=case.placement,
+        bucket=case.bucket,
     )
-    stages = split_for(model.layer_flops(SEQ_LEN), case.place)
+    stages = split_for(model.layer_flops(SEQ_LEN), case.placement)
     engine = build_engine(model, case.layout, stages, settings, partial(adamw, settings=OPTIMIZER))
-    parameters = dict(named_parameters(engine, model))
-    start = {name: p.detach().clone() for name, p in parameters.items()}
+    parameters = {
+        f"{layer}.{name}": parameter
+        for layer, module in engine.layers.items()
+        for name, parameter in module.named_parameters()
+    }
+    start = {name: p.detach().clone().cpu() for name, p in parameters.items()}
     curve, digests = [], []
     for step in range(STEPS):
-        loss = engine.train_batch(micro_batches(case, batches(step, case.vocab_size)))
-        curve.append((float(loss), float(engine.get_global_grad_norm())))
-        engine.optimizer.wait()
+        result = engine.step(micro_batches(case, batches(step, case.vocab_size)), OPTIMIZER.lr)
+        curve.append((result.loss, result.grad_norm))
+        engine.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
-    evaluated = engine.eval_batch(micro_batches(case, batches(99, case.vocab_size)), num_micro_batches=accumulation)
+    evaluated = engine.evaluate(micro_batches(case, batches(99, case.vocab_size)), accumulation)
     tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
     weights = masters(engine, parameters)
-    with engine_decoder(
-        engine, model, [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)], 16
-    ) as decoder:
+    prompts = [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)]
+    with engine.decoder(prompts, 16) as decoder:
         logits = [decoder.prefill()]
         for step in range(2):
             logits.append(decoder.step(tokens[:, step]))
-    for group in engine.optimizer.param_groups:  # as the trainer sets the rate of each step
-        group["lr"] = 0.0
-    engine.train_batch(micro_batches(case, batches(0, case.vocab_size)))
+    engine.step(micro_batches(case, batches(0, case.vocab_size)), 0.0)
     after = masters(engine, parameters)
     return {
         "case": asdict(case),
@@ -215,21 +251,20 @@ def train(case):
         "start": start,
         "digests": digests,
         "weights": weights,
-        "eval": float(evaluated),
-        "logits": torch.stack(logits),
+        "eval": evaluated,
+        "logits": torch.stack(logits).cpu(),
         "moved_at_rate_0": [name for name in parameters if not torch.equal(after[name], weights[name])],
     }
 
 
 def sweep():
     from parallel.costs import layer_costs
-    from parallel.engine import start_process_group
+    from parallel.deepspeed_engine import start_process_group
 
-    start_process_group()
+    device = start_process_group()
     runs = [train(case) for case in CASES[Path(sys.argv[1], "cases").read_text()]]
-    measured = layer_costs(
-        Case().model, Balance.measured, seq_len=SEQ_LEN, micro_batch=1, device=torch.device("cpu"), dtype=torch.float32
-    )
+    shape, batch = Case().model, {"seq_len": SEQ_LEN, "micro_batch": 1}
+    measured = layer_costs(shape, Balance.measured, **batch, device=device, dtype=torch.float32)
     return {"runs": runs, "measured": measured}
 
 

@@ -12,7 +12,12 @@ from parallel.sharding import Cut, assemble, cut_of
 from tests.parallel.sweep import CASES, PROMPTS, SEED, Case, batches, plain_loop
 from tests.ranks import run_ranks
 
-ALL = [pytest.param(name, index, id=f"{name} {index}") for name in CASES for index in range(len(CASES[name]))]
+ALL = [
+    pytest.param(name, index, id=f"{name} {index}")
+    for name in CASES
+    for index in range(len(CASES[name]))
+    if "GPUs" not in name  # tests/parallel/test_nccl.py
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,8 @@ every_run = pytest.mark.parametrize("run", [param.values for param in ALL], indi
 
 
 def reference(case):
-    return plain_loop(Case(kv_heads=case.kv_heads, n_layers=case.n_layers, vocab_size=case.vocab_size, clip=case.clip))
+    shape = ("kv_heads", "n_layers", "vocab_size", "clip", "d_model")
+    return plain_loop(Case(**{key: getattr(case, key) for key in shape}))
 
 
 def gathered(case, reports, what):
@@ -69,7 +75,7 @@ def test_loss_and_gradient_norm_are_those_of_a_plain_loop_on_every_rank(run):
     _, expected = reference(case)
     if not case.bf16:
         for report in reports:
-            torch.testing.assert_close(report["curve"], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(report["curve"], expected, rtol=case.tolerance, atol=case.tolerance)
     else:
         torch.testing.assert_close(reports[0]["curve"][:, 0], expected[:, 0], rtol=2e-3, atol=0)
         torch.testing.assert_close(reports[0]["curve"][:, 1], expected[:, 1], rtol=3e-2, atol=0)
@@ -125,14 +131,14 @@ def test_evaluation_and_decoding_see_the_trained_model(run):
     fed = batches(98, case.vocab_size)[0][:3]
     logits = []
     with torch.no_grad():
-        loss = cross_entropy(model(tokens), labels).item()
+        loss = cross_entropy(model(tokens), labels).mean.item()
         for step in range(3):
             logits.append(torch.stack([model(row.unsqueeze(0))[0, -1] for row in rows]))
             rows = [torch.cat([row, token.unsqueeze(0)]) for row, token in zip(rows, fed[:, step], strict=True)]
     logits = torch.stack(logits)
     for report in reports:
-        assert report["eval"] == pytest.approx(loss, rel=2e-3 if case.bf16 else 1e-5)
-        assert (report["logits"] - logits).norm() / logits.norm() < (5e-2 if case.bf16 else 1e-4)
+        assert report["eval"] == pytest.approx(loss, rel=2e-3 if case.bf16 else case.tolerance)
+        assert (report["logits"] - logits).norm() / logits.norm() < (5e-2 if case.bf16 else 10 * case.tolerance)
         assert torch.equal(report["logits"], reports[0]["logits"])
 
 

@@ -6,18 +6,17 @@ import pytest
 
 from parallel.schedules import (
     Action,
-    Costs,
     Pass,
     Placement,
     Schedule,
     batch_problems,
     forward_orders,
     orders,
-    placement,
+    placement_of,
     problems,
-    simulate,
     splits_backward,
 )
+from parallel.simulation import Costs, simulate
 
 KINDS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zero_bubble", 1)]
 KINDS += [("zero_bubble", 2), ("zero_bubble", 3), ("zbv", 2), ("dualpipev", 2)]
@@ -29,7 +28,7 @@ EVERY = [
 
 
 def made(name, p, v, m):
-    place = placement(Schedule[name], p, v)
+    place = placement_of(Schedule[name], p, v)
     return orders(Schedule[name], place, m), place
 
 
@@ -56,10 +55,10 @@ def even(place, seconds=1.0, link=0.0):
 
 def waiting(timeline):
     """The longest that a rank waits between its first pass and its last."""
-    spans = [order[-1].end - order[0].start for order in timeline.blocks]
+    spans = [order[-1].end - order[0].start for order in timeline.spans]
     return max(
         span - sum(block.end - block.start for block in order)
-        for span, order in zip(spans, timeline.blocks, strict=True)
+        for span, order in zip(spans, timeline.spans, strict=True)
     )
 
 
@@ -137,7 +136,7 @@ def test_bubbles_and_kept_activations_of_4_and_8_ranks(name, v, at_4, at_8, kept
         order, place = made(name, p, v, 4 * p)
         timeline = simulate(order, place, even(place))
         assert timeline.bubble == pytest.approx(bubble)
-    assert max(timeline.kept) == kept
+    assert max(timeline.activations) == kept
 
 
 def test_1f1b_is_written_out():
@@ -165,9 +164,9 @@ def test_ranks_that_wait_for_each_other_are_found():
 def test_stages_lie_there_and_back():
     assert [Placement(3, 2, True).stages_of(rank) for rank in range(3)] == [[0, 5], [1, 4], [2, 3]]
     assert [Placement(3, 2).stages_of(rank) for rank in range(3)] == [[0, 3], [1, 4], [2, 5]]
-    assert placement(Schedule["zbv"], 4, None) == Placement(4, 2, True)
-    assert placement(Schedule["interleaved"], 4, None) == Placement(4, 2)
-    assert placement(Schedule["zero_bubble"], 4, None) == placement(Schedule["1f1b"], 4, None) == Placement(4)
+    assert placement_of(Schedule["zbv"], 4, None) == Placement(4, 2, True)
+    assert placement_of(Schedule["interleaved"], 4, None) == Placement(4, 2)
+    assert placement_of(Schedule["zero_bubble"], 4, None) == placement_of(Schedule["1f1b"], 4, None) == Placement(4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from parallel.schedules import Schedule, placement
+from parallel.schedules import Schedule, placement_of
 from parallel.stages import split, split_for, stage_rows, stage_table
 from tests.shapes import preset
 
@@ -70,7 +70,7 @@ def test_the_table_names_every_stage():
 @pytest.mark.parametrize("schedule", ["interleaved", "zero_bubble", "zbv"])
 @pytest.mark.parametrize(("name", "p", "v"), [("7b", 2, 2), ("7b", 4, 2), ("67b", 4, 2), ("67b", 8, 2), ("67b", 12, 3)])
 def test_several_stages_of_a_rank_come_out_even_by_rank(schedule, name, p, v):
-    place = placement(Schedule[schedule], p, 2 if schedule == "zbv" else v)
+    place = placement_of(Schedule[schedule], p, 2 if schedule == "zbv" else v)
     costs = preset(name).model.layer_flops(4096)
     stages = split_for(costs, place)
     assert [stage.start for stage in stages[1:]] == [stage.stop for stage in stages[:-1]]
@@ -81,7 +81,7 @@ def test_several_stages_of_a_rank_come_out_even_by_rank(schedule, name, p, v):
 
 
 def test_the_head_on_the_first_rank_leaves_it_fewer_blocks():
-    place = placement(Schedule["zbv"], 2, None)
+    place = placement_of(Schedule["zbv"], 2, None)
     costs = [0, *[1] * 10, 2]  # 6 for each rank
     stages = split_for(costs, place)
     loads = [sum(sum(costs[stages[s].start : stages[s].stop]) for s in place.stages_of(rank)) for rank in range(2)]
@@ -90,8 +90,8 @@ def test_the_head_on_the_first_rank_leaves_it_fewer_blocks():
 
 
 def test_seven_layers_on_two_by_two_stages_and_too_few():
-    place = placement(Schedule["interleaved"], 2, 2)
+    place = placement_of(Schedule["interleaved"], 2, 2)
     stages = split_for([0, *[1] * 7, 1], place)
     assert [stage.stop - stage.start for stage in stages] == [3, 2, 2, 2]
     with pytest.raises(ValueError, match="4 layers cannot be cut into 6 stages"):
-        split_for([0, 1, 1, 1], placement(Schedule["interleaved"], 2, 3))
+        split_for([0, 1, 1, 1], placement_of(Schedule["interleaved"], 2, 3))

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from model.layers import FusedLinears
+from parallel.deferral import DeferredGradients
 from parallel.tensor import ColumnParallelFusedLinears, TensorParallel
 
 
@@ -17,7 +18,7 @@ def alone():
 
 
 def test_the_gathered_sequence_is_not_kept_for_backward(alone):
-    layer = ColumnParallelFusedLinears(FusedLinears(8, q=16, k=4), alone)
+    layer = ColumnParallelFusedLinears(FusedLinears(8, q=16, k=4), alone, DeferredGradients())
     x = torch.randn(2, 6, 8, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):

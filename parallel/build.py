@@ -1,0 +1,147 @@
+"""The layers of a stage as a rank holds them: built for training, decoding, benchmarks and dry runs by one function."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.context import Context
+from model.init import initial_value
+from model.transformer import Block, Head, layer_builders
+from parallel.deferral import DeferredGradients
+from parallel.layout import Recompute
+from parallel.loss import Loss, head_and_loss
+from parallel.recompute import recomputing
+from parallel.sharding import ParameterInfo, parameter_info
+from parallel.tensor import TensorParallel, swap
+
+Forward = Callable[[torch.Tensor, Context], torch.Tensor]
+Value = Callable[[str, torch.Size], torch.Tensor]
+"""From a parameter's full name and shape to all of it, fp32 on the CPU."""
+
+ALONE = TensorParallel(None, 0, 1, sequence_parallel=False, sharing={})
+"""A rank that shares its matrices with no other."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the model, by its name in it.
+
+    Attributes:
+        name: ``"embedding"``, ``"blocks.3"``, ``"head"``.
+        module: this rank's part of it.
+        infos: of its parameters, by their names inside the module.
+    """
+
+    name: str
+    module: nn.Module
+    infos: Mapping[str, ParameterInfo]
+
+    def parameters(self) -> Iterator[tuple[nn.Parameter, ParameterInfo]]:
+        """Each parameter with its record."""
+        return ((parameter, self.infos[name]) for name, parameter in self.module.named_parameters())
+
+
+@dataclass(frozen=True)
+class RankStages:
+    """What a rank holds of a model.
+
+    Attributes:
+        layers: of each of its stages, by the index of the stage.
+        tp: the ranks that share its matrices.
+        deferred: what backward passes of all its layers leave for later.
+    """
+
+    layers: Mapping[int, Sequence[Layer]]
+    tp: TensorParallel
+    deferred: DeferredGradients
+
+    def in_order(self) -> list[Layer]:
+        """All layers, in the order of the model."""
+        return [layer for _, layers in sorted(self.layers.items()) for layer in layers]
+
+
+def drawn(model: ModelConfig, seed: int) -> Value:
+    """Initial values: the same for every layout, from the seed and a parameter's full name."""
+    return lambda name, shape: initial_value(name, shape, seed, model.init_std)
+
+
+def build_stages(
+    model: ModelConfig, ranges: Mapping[int, range], tp: TensorParallel, device: torch.device, value: Value
+) -> RankStages:
+    """The stages of a rank, in fp32, filled: no layer of another rank is ever built.
+
+    Args:
+        model: the whole model's shape.
+        ranges: of each stage of this rank, the layers in the order of `model.transformer.layer_builders`.
+        tp: the ranks to cut every matrix over.
+        device: to hold the layers.
+        value: of each parameter.
+    """
+    deferred, builders = DeferredGradients(), list(layer_builders(model).items())
+    layers = {
+        stage: [_build_layer(*builders[index], model, tp, deferred, device, value) for index in indices]
+        for stage, indices in ranges.items()
+    }
+    return RankStages(layers, tp, deferred)
+
+
+def _build_layer(
+    name: str,
+    build: Callable[[], nn.Module],
+    model: ModelConfig,
+    tp: TensorParallel,
+    deferred: DeferredGradients,
+    device: torch.device,
+    value: Value,
+) -> Layer:
+    """A layer built on the meta device, swapped by the table, materialised, filled.
+
+    Every parameter is drawn or read at full size and then cut, so that all layouts hold the same bits; one at a time is
+    held whole.
+    """
+    with torch.device("meta"):
+        module = build()
+    shapes = {inner: parameter.shape for inner, parameter in module.named_parameters()}
+    infos = {
+        inner: parameter_info(f"{name}.{inner}", shape, model, tp.size, tp.rank, tp.sequence_parallel)
+        for inner, shape in shapes.items()
+    }
+    module = swap(module, f"{name}.", model, tp, deferred).to_empty(device=device)
+    with torch.no_grad():
+        for inner, parameter in module.named_parameters():
+            info = infos[inner]
+            parameter.copy_(info.shard.of(value(info.name, info.shape)))
+    return Layer(name, module, infos)
+
+
+def forward_functions(
+    stages: RankStages, recompute: Recompute, head_pieces: int
+) -> tuple[dict[int, list[Forward]], Loss | None]:
+    """What training runs of a rank's stages, and the loss where the head is among them.
+
+    Args:
+        stages: of the rank.
+        recompute: what blocks compute again in backward.
+        head_pieces: of the logits, of which one is held at a time.
+    """
+    functions: dict[int, list[Forward]] = {}
+    loss: Loss | None = None
+    for stage, layers in stages.layers.items():
+        functions[stage] = []
+        for layer in layers:
+            if isinstance(layer.module, Block):
+                functions[stage].append(recomputing(layer.module, recompute))
+            elif isinstance(layer.module, Head):
+                first_token = layer.infos["proj.weight"].shard.start
+                last, loss = head_and_loss(layer.module, head_pieces, first_token, stages.tp)
+                functions[stage].append(_without_context(last))
+            else:
+                functions[stage].append(_without_context(layer.module))
+    return functions, loss
+
+
+def _without_context(run: Callable[[torch.Tensor], torch.Tensor]) -> Forward:
+    return lambda x, context: run(x)

@@ -1,0 +1,166 @@
+"""All that is DeepSpeed's: how processes find each other, and its pipeline engine, by subclassing.
+
+Its launcher starts the processes. Its engine checks the batch, holds the module and frames a step; what it does within
+(passes, messages, reduction, optimizer, the loss of all ranks) is ours. `tests/parallel/test_deepspeed.py` names every
+internal that this file relies on, so that an upgrade fails there. Importing it imports DeepSpeed, which takes seconds.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.batch import Batch
+from parallel.environment import name_accelerator, prepare_gpu_environment, quiet, raise_file_limit
+from parallel.groups import Ranks
+
+name_accelerator(os.environ)
+with quiet():
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+    from deepspeed.utils.timer import NoopTimer
+
+
+def start_process_group() -> torch.device:
+    """Join the processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR ... in the environment).
+
+    Returns:
+        This rank's device: its GPU by LOCAL_RANK, or the CPU.
+
+    Raises:
+        RuntimeError: this system lets a process open too few files for so many processes.
+    """
+    # Said once per collective and process; the names that replace them are not in every torch that is supported.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
+    with quiet():
+        # On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        on_gpu = get_accelerator().device_name() == "cuda"
+        if on_gpu:
+            prepare_gpu_environment(os.environ)
+            get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+        return current_device()
+
+
+def current_device() -> torch.device:
+    """The device that DeepSpeed's accelerator stands on."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+class RankGrid(PipelineParallelGrid):
+    """The rank grid by DeepSpeed's names, over groups that are there already: its own would open every one anew.
+
+    Args:
+        ranks: this process and its groups.
+    """
+
+    def __init__(self, ranks: Ranks):
+        layout = ranks.layout
+        self._topo = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
+        self.global_rank, self.world_size = ranks.rank, layout.world_size
+        self.data_parallel_size, self.pipe_parallel_size = layout.dp, layout.pp
+        self.model_parallel_size = self.slice_parallel_size = layout.tp
+        self.stage_id, self.data_parallel_id = ranks.pp_rank, ranks.dp_rank
+        # What DeepSpeed calls a model group is a replica; nothing but a count of parameters is summed over it, for a
+        # line of its log.
+        self.ds_model_proc_group, self.ds_model_world_size = None, layout.pp * layout.tp
+        self.ds_model_rank = ranks.pp_rank * layout.tp + ranks.tp_rank
+        self.dp_proc_group, self.pp_proc_group, self.slice_proc_group = ranks.dp, ranks.pp, ranks.tp
+        self.pp_group = list(ranks.pipeline)
+        self.p2p_groups: list[list[int]] = []
+
+
+class StageModule(PipelineModule):
+    """Layers that are built already, in DeepSpeed's terms: it partitions nothing, builds nothing, ties nothing.
+
+    Args:
+        layers: of this rank.
+        ranks: this process and its groups.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], ranks: Ranks):
+        nn.Module.__init__(self)
+        self.layers = nn.ModuleList(layers)
+        self._grid = RankGrid(ranks)
+        self._topo, self.stage_id, self.num_stages = self._grid._topo, ranks.pp_rank, ranks.layout.pp
+        self._local_start, self._local_stop = 0, len(layers)
+        self.tied_comms: dict[str, Any] = {}
+        self.activation_checkpoint_interval, self.activation_checkpoint_func = 0, None
+        self.dynamic_shape = False
+
+
+class StageEngine(PipelineEngine):
+    """A step and an evaluation of ours in the frame of DeepSpeed's, made as `deepspeed.initialize` makes an engine.
+
+    Args:
+        layers: of this rank, in fp32 on their device.
+        ranks: this process and its groups.
+        micro_batch: sequences.
+        accumulation: micro-batches of a step.
+        train: what `train_batch` does with the micro-batches of a step, and returns.
+        evaluate: what `eval_batch` does with so many micro-batches, and returns.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        ranks: Ranks,
+        micro_batch: int,
+        accumulation: int,
+        train: Callable[[Iterator[Batch]], Any],
+        evaluate: Callable[[Iterator[Batch], int], Any],
+    ):
+        self._train, self._evaluate, self._outcome = train, evaluate, None
+        settings = {
+            "train_batch_size": micro_batch * accumulation * ranks.layout.dp,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "steps_per_print": None,
+            "wall_clock_breakdown": False,
+        }
+        module = StageModule(layers, ranks)
+        grid = module.mpu()
+        super().__init__(
+            args=None, model=module, mpu=grid, config=settings, config_class=DeepSpeedConfig(settings, grid)
+        )
+        self.timers = NoopTimer()  # its own keeps two events of every step for ever
+        self.fwd_outputs: list[Any] = []  # which it makes with the schedule that it does not run
+
+    def _broadcast_model(self) -> None:
+        """Weights are drawn from their names, or read, the same on all replicas: nothing is sent."""
+
+    def _train_schedule(self) -> Callable[[Iterator[Batch]], Any]:
+        return self._train
+
+    def _inference_schedule(self, micro_batches: int) -> Callable[[Iterator[Batch]], Any]:
+        return lambda batches: self._evaluate(batches, micro_batches)
+
+    def _exec_schedule(self, pipe_schedule: Callable[[Iterator[Batch]], Any]) -> None:
+        self._outcome = pipe_schedule(self.data_iterator)
+
+    # Every rank reads the data and ends with the loss of all: none sends it to others, and no link is warmed for that.
+    def is_first_stage(self) -> bool:
+        """Whether this rank reads micro-batches."""
+        return True
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the loss."""
+        return True
+
+    def _aggregate_total_loss(self) -> Any:
+        return self._outcome
+
+    def _reduce_outputs(self, outputs: Any, **how: Any) -> Any:
+        return self._outcome
+
+    def _bcast_pipe_scalar(self, data: Any, **how: Any) -> Any:
+        return data

@@ -1,0 +1,84 @@
+"""What a process sets before it touches a device, and keeps off the terminal."""
+
+import contextlib
+import io
+import logging
+import resource
+import warnings
+from collections.abc import Iterator, Mapping, MutableMapping
+
+import torch
+
+_GPU_DEFAULTS = {
+    # Streams that share a hardware queue wait for each other: a rank has one for computing and one for each group.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # A message is a small kernel that others wait for; it should not stand behind a matrix product.
+    "TORCH_NCCL_HIGH_PRIORITY": "1",
+    # Memory that is given back in parts is not given back with a wait for the whole device.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+
+
+def name_accelerator(environment: MutableMapping[str, str]) -> None:
+    """Say in an environment that DeepSpeed is to run on the CPU, where there is nothing else: unasked, it warns."""
+    if not torch.accelerator.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def prepare_gpu_environment(environment: MutableMapping[str, str]) -> None:
+    """Set what CUDA, NCCL and PyTorch's allocator read once, before they are used; what is set already stays."""
+    for key, value in _GPU_DEFAULTS.items():
+        if key == "PYTORCH_ALLOC_CONF" and "PYTORCH_CUDA_ALLOC_CONF" in environment:  # its older name
+            continue
+        environment.setdefault(key, value)
+
+
+def problems(environment: Mapping[str, str], pp: int) -> list[str]:
+    """Variables under which a run on GPUs would hang, a sentence each with what would work.
+
+    Args:
+        environment: of the ranks.
+        pp: ranks of a pipeline.
+    """
+    found = []
+    if environment.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1":
+        found.append(
+            "NCCL_LAUNCH_ORDER_IMPLICIT=1: has messages of different groups wait for each other, which a pipeline does "
+            "not survive; unset it"
+        )
+    if pp > 1 and environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        found.append(
+            "CUDA_DEVICE_MAX_CONNECTIONS=1: all streams of a GPU share one queue, in which a pipeline waits behind its "
+            f"own messages (parallel.pp={pp}); unset it, or 8 to 32 would work"
+        )
+    return found
+
+
+def raise_file_limit(processes: int) -> None:
+    """Let this process open as many files as its system allows: each group over Gloo has a socket to every process.
+
+    Args:
+        processes: of the run.
+
+    Raises:
+        RuntimeError: that is too few; says how many would do.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 3 * processes + 256  # two groups over Gloo, the store, and what a process has open anyway
+    if soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        if most < needed:
+            raise RuntimeError(
+                f"ulimit -n {hard}: {processes} processes need {needed} open files each; ulimit -Hn {needed} would work"
+            )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep DeepSpeed's prints and log lines, dozens per rank at start, off the terminal; errors pass."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,25 @@
+"""Which devices the tests see: a GPU is for those marked `gpu`; the ranks that others start are processes on the CPU.
+
+Several ranks of a test would else meet on one GPU, which NCCL refuses.
+"""
+
+import os
+
+import torch
+
+GPUS = torch.cuda.device_count()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def hide_gpus_from_children() -> None:
+    """Have processes that are started from here on run on the CPU; this one keeps its GPUs."""
+    if GPUS:
+        torch.cuda.init()  # it reads the variable now, and not again
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
+def environment_with_gpus() -> dict[str, str]:
+    """The environment of a process that is to have the GPUs after all."""
+    found = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    del found["CUDA_VISIBLE_DEVICES"]
+    return found if VISIBLE is None else {**found, "CUDA_VISIBLE_DEVICES": VISIBLE}
