@@ -1,4 +1,4 @@
-"""From command-line overrides to a configuration, with every mistake in them said at once."""
+"""Command-line overrides are composed into a configuration, and all mistakes in them reported at once."""
 
 import copy
 import difflib
@@ -21,15 +21,17 @@ from model.problems import BadInput
 
 
 class Composition:
-    """What a command line says: the settings, where the run is kept, and what is wrong.
+    """A configuration composed from a command line: the settings, the run folder, and the problems found.
 
     Attributes:
+        node: what Hydra composed, its own section among it: the source of all files and logs of the run.
         config: the settings; overrides that cannot be applied are left out of it and stand in `problems`.
         run_dir: `hydra.run.dir`.
         problems: one sentence per override that cannot be applied.
     """
 
     def __init__(self, node: DictConfig, problems: list[str]):
+        self.node = node
         self.run_dir = Path(node.hydra.run.dir)
         self.problems = problems
         settings = copy.deepcopy(node)
@@ -39,14 +41,14 @@ class Composition:
 
 
 def to_config(node: DictConfig) -> Config:
-    """The dataclasses of a composed Hydra configuration."""
+    """Turn a composed Hydra configuration into the dataclasses of the schema."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config), "config.yaml starts from the schema"
     return config
 
 
 def quoted(value: object) -> str:
-    """A text as the value of an override, whatever is in it."""
+    """Quote a text as the value of an override, whatever is in it."""
     return QuotedString(str(value), Quote.single).with_quotes()
 
 
@@ -91,7 +93,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _sift(config_name: str, search: list[str], overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides that can be applied, and a sentence for each of the others."""
+    """Sift the overrides that can be applied from the others, and return a sentence for each of the latter."""
     sound: list[str] = []
     problems: list[str] = []
     defaults = _compose(config_name, search)
@@ -151,7 +153,7 @@ _IMPOSSIBLE = (HydraException, OmegaConfBaseException, ValueError)
 
 
 def _keys(node: DictConfig) -> list[str]:
-    """Every dotted key, sections included, Hydra's own left out."""
+    """List every dotted key, sections included, without those of Hydra's own section."""
     found: list[str] = []
     for name in map(str, node):
         if name == "hydra":
@@ -163,13 +165,13 @@ def _keys(node: DictConfig) -> list[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:
-    """At most two of the known words, nearest first; a key given without its section counts as near."""
+    """Find at most two of the known words, nearest first; a key given without its section counts as near."""
     by_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
     return list(dict.fromkeys(by_leaf + difflib.get_close_matches(word, known, n=2, cutoff=0.5)))[:2]
 
 
 def _one_line(error: Exception) -> str:
-    """The innermost cause in one sentence: Hydra wraps OmegaConf's reason in a longer and emptier one."""
+    """Say the innermost cause in one sentence: Hydra wraps OmegaConf's reason in a longer and emptier one."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

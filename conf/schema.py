@@ -55,13 +55,13 @@ _RECIPE_SECTIONS = ("model", "data", "optimizer", "schedule", "train")
 _NOT_RECIPE = {
     "model": set(EXECUTION_KEYS),
     "data": {"cache_dir"},
-    "train": {"max_steps", "micro_batch", "precision", "profile", "profile_ranks"}
-    | {"timeline_at", "val_at", "val_every", "val_sequences"},
+    "train": {"max_steps", "micro_batch", "precision", "deterministic", "profile", "profile_ranks"}
+    | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
 }
 
 
 def to_jsonable(value: Any) -> Any:
-    """Nested settings, such as `dataclasses.asdict` makes, with enums as their names: what JSON can hold."""
+    """Replace the enums of nested settings, such as `dataclasses.asdict` makes, by their names, which JSON can hold."""
     if isinstance(value, dict):
         return {key: to_jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -70,10 +70,13 @@ def to_jsonable(value: Any) -> Any:
 
 
 def recipe_fields(sections: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes the loss curve, by dotted key: model, data, optimizer, schedule, seed, batch, length, first weights.
+    """Select what shapes the loss curve: model, data, optimizer, schedule, seed, batch, length, first weights.
 
     Args:
-        sections: of a configuration, as plain dictionaries with enums by name. The layout is no part of it.
+        sections: of a configuration, as plain dictionaries with enums by name. The layout is no part of a recipe.
+
+    Returns:
+        The values by dotted key.
     """
     found = {
         f"{section}.{key}": value
@@ -86,7 +89,7 @@ def recipe_fields(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_name(root: DictConfig) -> str:
-    """``67b-files-f6aa340``: preset, corpus, and a fingerprint of what shapes the loss curve."""
+    """Name a run, as ``67b-files-f6aa340``: preset, corpus, and a fingerprint of the recipe fields."""
     sections: dict[str, Any] = {
         section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _RECIPE_SECTIONS
     }

@@ -1,6 +1,6 @@
 """The settings of `train/`: data, optimizer, schedule, length, checkpoints, tracking.
 
-`model/config.py` and `parallel/layout.py` own theirs; `conf/schema.py` composes them all.
+`model/config.py` and `parallel/layout.py` hold those of their floors; `conf/schema.py` composes them all.
 """
 
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Source(Enum):
-    """Where documents come from."""
+    """The kind of corpus that documents are read from."""
 
     stdlib = "stdlib"
     """The source files of the running interpreter's standard library: text that every machine has."""
@@ -99,7 +99,7 @@ class OptimizerConfig:
 
 
 class Precision(Enum):
-    """In what the stages compute; master weights, moments and gradient accumulation are fp32 in every case."""
+    """The dtype that stages compute in; master weights, moments and accumulated gradients are fp32 in every case."""
 
     auto = "auto"
     """bf16 on a GPU, fp32 on the CPU."""
@@ -109,7 +109,7 @@ class Precision(Enum):
 
 @dataclass
 class TrainConfig:
-    """Length, batch, evaluation."""
+    """Length of a run, batch, evaluation, what is logged and traced."""
 
     seed: int = 1
     """Decides initial weights and sample order."""
@@ -138,13 +138,17 @@ class TrainConfig:
     """Steps to trace operator by operator, for Perfetto; they take longer, and do not count in the run's speed."""
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     """Global ranks that trace them."""
+    log_every: int | None = None
+    """Steps from one line about training in the log to the next; null writes one a minute."""
+    deterministic: bool = False
+    """Bitwise reproducible on GPUs too, slower: PyTorch's deterministic algorithms. On a CPU runs always are."""
     val_sequences: int = 2048
     """At most so many held-out sequences, always the same."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved, and what is kept. It is also saved when training ends or is told to stop."""
+    """When a checkpoint is saved, and which are kept. One is also saved when training ends or is told to stop."""
 
     enabled: bool = True
     """false saves nothing, for trials; what is there is still resumed from."""
@@ -159,7 +163,7 @@ class CheckpointConfig:
 
 
 class Rate(Enum):
-    """The learning rate of an uptraining."""
+    """How the learning rate of an uptraining is set."""
 
     end = "end"
     """The rate that the original run ended with, held to the end."""
@@ -169,7 +173,7 @@ class Rate(Enum):
 
 @dataclass
 class UptrainConfig:
-    """Training on for a short while from `init_from`, with the recipe of the run that made those weights."""
+    """Uptraining: a short training on from `init_from`, with the recipe of the run that made those weights."""
 
     alpha: float | None = None
     """Tokens to train on, as a share of those that the weights were trained on (arXiv 2305.13245 settles on 0.05).
@@ -192,7 +196,7 @@ class SampleConfig:
 
 
 class WandbMode(Enum):
-    """Where a run is logged."""
+    """Where W&B logs a run."""
 
     auto = "auto"
     """online where an API key is set up, else offline."""

@@ -1,4 +1,4 @@
-"""Settings that cannot work together, each said in one sentence with the key, the value and what would work."""
+"""Validation of a configuration: one sentence per problem, with the key, the value and what would work."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is to be started on.
+    """The hardware and processes that a run is to be started on.
 
     Attributes:
         gpus: of this host; 0 where it has none.
@@ -27,7 +27,7 @@ class Machine:
 
 
 def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]]:
-    """The layout of the run, None where there cannot be one, and every problem found."""
+    """Validate a configuration; the run's layout, None where there cannot be one, and every problem found."""
     parallel, run_layout = config.parallel, None
     cut = layout.problems(parallel, config.model)
     problems = config.model.problems() + cut
@@ -47,7 +47,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
 
 
 def warnings(config: Config, layout: Layout, machine: Machine) -> list[str]:
-    """What works, and may not be what was meant; one sentence each."""
+    """Warn of settings that work and may not be what was meant, in one sentence each."""
     found = []
     if machine.local_processes and machine.local_processes % layout.tp:
         found.append(
@@ -60,7 +60,7 @@ def warnings(config: Config, layout: Layout, machine: Machine) -> list[str]:
 
 
 def _processes(config: Config, machine: Machine) -> int:
-    """How many processes to start here: what the layout asks for, else every GPU, else one pipeline."""
+    """Count the processes to start here: what the layout asks for, else every GPU, else one pipeline."""
     pipeline = config.parallel.pp * config.parallel.tp
     return pipeline * (config.parallel.dp or max(1, machine.gpus // pipeline))
 
@@ -126,6 +126,8 @@ def _lengths(config: Config) -> list[str]:
         problems.append(f"train.skip_samples={train.skip_samples}: must be at least 0")
     if train.val_every < 0:
         problems.append(f"train.val_every={train.val_every}: must be at least 1, or 0 to validate only at the end")
+    if train.log_every is not None and train.log_every < 1:
+        problems.append(f"train.log_every={train.log_every}: must be at least 1, or null for a line a minute")
     for key in ("val_at", "timeline_at", "profile"):
         if any(step < 1 for step in getattr(train, key)):
             problems.append(f"train.{key}={getattr(train, key)}: steps count from 1")
@@ -139,7 +141,7 @@ def _lengths(config: Config) -> list[str]:
 
 
 def _kernels(config: Config) -> list[str]:
-    """What was asked for by name and runs on GPUs, on a machine that has none."""
+    """Find kernels that were asked for by name and run on GPUs, on a machine that has none."""
     model = config.model
     return [
         f"model.{key}={way.name}: runs on GPUs, and this machine has none; model.{key}=auto takes what there is"

@@ -98,7 +98,7 @@ def train(options: argparse.Namespace) -> int:
     if prepared.complete:
         print(prepared.complete, file=sys.stderr)
         return 0
-    arguments = pretrain.for_hydra(hydra_options, prepared.overrides, prepared.run_dir)
+    arguments = pretrain.for_ranks(hydra_options, prepared.overrides, prepared.run_dir)
     return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 

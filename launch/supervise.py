@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from parallel.engine import name_accelerator
+from parallel.environment import name_accelerator
 from parallel.processes import SUPERVISOR, free_port
 from train.tracking import SUMMARY
 

@@ -1,13 +1,12 @@
 """The timelines that a run has kept, drawn."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.problems import BadInput
-from train.timeline import Measured, draw, kept
+from train.timeline import draw, read, written
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         BadInput: no such step is kept, or the picture is of no kind that can be drawn.
     """
     run_dir = Path(options.source)
-    found = kept(run_dir)
+    found = written(run_dir)
     if not found:
         works = "a run with parallel.pp above 1 keeps those of train.timeline_at"
         raise BadInput([f"{run_dir}: no timeline is there; {works}"])
@@ -41,11 +40,11 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput([f"--step={step}: not kept; there are {', '.join(map(str, found))}"])
     out = Path(options.out) if options.out else run_dir / f"timeline-{step}.svg"
     with picture("--out", out):
-        measured = Measured.from_json(json.loads(found[step].read_text("utf-8")))
+        measured = read(found[step])
         draw(measured, out)
     print(
         f"{out}: step {step}, {measured.schedule.value}, {measured.micro_batches} micro-batches on "
-        f"{measured.place.num_ranks} ranks: bubble {measured.bubble:.1%}, "
+        f"{measured.placement.num_ranks} ranks: bubble {measured.bubble:.1%}, "
         f"{measured.ideal().bubble:.1%} without waiting for messages"
     )
     return 0

@@ -1,4 +1,4 @@
-"""What ranks tell each other between steps; small, over the CPU, so that no device has to stop for it."""
+"""Collectives over the CPU, by which ranks agree between steps; they are small, and no device has to stop for them."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,19 +14,19 @@ PATIENCE = timedelta(hours=6)
 
 
 def control_group() -> dist.ProcessGroup:
-    """A group of all ranks over the CPU. All ranks call it together; what runs in another thread needs its own."""
+    """Make a Gloo group of all ranks. All ranks call it together; a thread that communicates needs its own."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
-    """The largest of each value over all ranks, on every rank. All ranks call it together, with equally many."""
+    """All-reduce the largest of each value over all ranks. All ranks call it together, with equally many values."""
     most = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     return most.tolist()
 
 
 def from_rank_0(value: T, group: dist.ProcessGroup) -> T:
-    """What rank 0 has, on every rank. All ranks call it together."""
+    """Broadcast the value of rank 0. All ranks call it together."""
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]

@@ -1,4 +1,4 @@
-"""Files that outlive the machine they were written on."""
+"""Durability of files."""
 
 import os
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder, as far as its file system lets one ask that of a folder."""
+    """Make a file durable (fsync), or the names in a folder, as far as its file system allows that for a folder."""
     unasked = (OSError,) if path.is_dir() else ()
     with suppress(*unasked):
         handle = os.open(path, os.O_RDONLY)

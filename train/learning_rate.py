@@ -9,7 +9,7 @@ from conf.train_settings import Decay, ScheduleConfig
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, in one place.
+    """The length of a run in steps and tokens.
 
     Attributes:
         tokens_per_step: train.global_batch x train.seq_len.
@@ -23,7 +23,7 @@ class Length:
 
 
 def length_of(config: Config) -> Length:
-    """The length that a configuration asks for."""
+    """Compute the length that a configuration asks for."""
     tokens_per_step = config.train.global_batch * config.train.seq_len
     schedule_steps = math.ceil(config.train.total_tokens / tokens_per_step)
     steps = min(schedule_steps, config.train.max_steps or schedule_steps)
@@ -31,7 +31,7 @@ def length_of(config: Config) -> Length:
 
 
 def rate_share(step: int, num_steps: int, settings: ScheduleConfig) -> float:
-    """The share of the peak learning rate that step number `step` (from 1 to `num_steps`) uses.
+    """Compute the share of the peak learning rate that step number `step` (from 1 to `num_steps`) uses.
 
     Warm-up rises linearly and reaches the peak at step `warmup_steps`. Then, with p = (step - 1) / num_steps the share
     of the tokens seen before this step:

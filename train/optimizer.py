@@ -10,11 +10,11 @@ from conf.train_settings import OptimizerConfig
 def adamw(
     matrices: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor], settings: OptimizerConfig
 ) -> torch.optim.AdamW:
-    """PyTorch's fused AdamW (GPU and CPU), with weight decay on matrices and none on norm weights.
+    """Make PyTorch's fused AdamW (GPU and CPU), with weight decay on matrices and none on norm weights.
 
     Args:
-        matrices: what decays, in any shape: `parallel/zero.py` keeps them flat.
-        vectors: what does not.
+        matrices: parameters with weight decay, in any shape: `parallel/zero.py` keeps them flat.
+        vectors: parameters without.
         settings: rates and decay.
     """
     groups = [

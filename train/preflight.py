@@ -1,4 +1,4 @@
-"""Everything that can be found wrong before a process is started or a device touched, and what a run needs from it."""
+"""Preflight: all checks that need no process or device, and the preparation of what a run needs."""
 
 import json
 import os
@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from conf.compose import compose_overrides
+from conf.compose import Composition, compose_overrides
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
 from model.problems import BadInput
+from parallel import environment
 from parallel.layout import Layout
 from parallel.processes import local_processes
 from train import uptrain
@@ -30,10 +31,11 @@ from train.uptrain import implied
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that can start.
+    """A run that is checked and can start.
 
     Attributes:
         config: all settings, sound.
+        composition: what they were taken from, with Hydra's own.
         layout: the rank grid.
         data: tokenised, memory-mapped.
         run_dir: where the run writes.
@@ -45,6 +47,7 @@ class PreparedRun:
     """
 
     config: Config
+    composition: Composition
     layout: Layout
     data: PreparedData
     run_dir: Path
@@ -64,6 +67,8 @@ def preflight(
     writes: bool = True,
 ) -> PreparedRun:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
+
+    The configuration is composed once; with `init_from` once more, since what it implies is said as overrides.
 
     Args:
         overrides: as on Hydra's command line.
@@ -86,6 +91,8 @@ def preflight(
     layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems]
     problems += uptrain.problems(config, source)
+    if machine.gpus:  # the ranks inherit what is set here
+        problems += environment.problems(os.environ, config.parallel.pp)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
         unusable = _check_run_dir(run_dir)
@@ -107,6 +114,7 @@ def preflight(
     complete = _complete(config, composition.run_dir, start)
     return PreparedRun(
         config,
+        composition,
         layout,
         data,
         run_dir=composition.run_dir,
@@ -119,7 +127,7 @@ def preflight(
 
 
 def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
-    """What to say of a run that has taken all its steps already."""
+    """Say that a run has taken all its steps already; None where it has not."""
     if not start.own or start.rewind:
         return None
     try:
@@ -136,7 +144,7 @@ def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder while it is written, as far as its file system can; it is made where it is not there.
+    """Lock a run folder while it is written, as far as its file system can; it is made where it is not there.
 
     Raises:
         BadInput: another process holds it.
@@ -157,7 +165,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def this_machine() -> Machine:
-    """GPUs here, and the processes that a launcher has started, by the environment it sets."""
+    """Count the GPUs here, and the processes that a launcher has started, by the environment it sets."""
     processes = os.environ.get("WORLD_SIZE")
     return Machine(
         gpus=torch.cuda.device_count(),
@@ -167,7 +175,7 @@ def this_machine() -> Machine:
 
 
 def _check_run_dir(run_dir: Path) -> list[str]:
-    """Whether the run folder is one or can be made; nothing is."""
+    """Check that the run folder is one or can be made; nothing is made."""
     nearest = run_dir.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent

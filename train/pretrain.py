@@ -17,9 +17,8 @@ _ROOT = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
     sys.path[0] = _ROOT
 
-import hydra  # noqa: E402
-
 from conf.compose import quoted  # noqa: E402
+from conf.job import run_as_job  # noqa: E402
 from conf.schema import register  # noqa: E402
 from model.problems import BadInput  # noqa: E402
 from parallel.processes import SUPERVISOR, die_with, free_port  # noqa: E402
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     register()
     if asks_hydra(arguments):
         if os.environ.get("RANK", "0") == "0":  # one answer, however many were started
-            _hydra_main(arguments, lambda node: None)
+            _answer(arguments)
         return
 
     stand_alone_unless_launched()
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0
         )
         with StopSignals() as signals:
-            from train.trainer import train
+            from train.loop import train
 
             if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
                 train(prepared, signals)
@@ -65,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 with locked(prepared.run_dir):
                     clear_run_dir(prepared)
-                    _hydra_main(
-                        for_hydra(options, prepared.overrides, prepared.run_dir), lambda node: train(prepared, signals)
-                    )
+                    run_as_job(prepared.composition, prepared.run_dir, lambda: train(prepared, signals))
     except BadInput as error:
         if rank != 0:
             time.sleep(SPEAK_AFTER)
@@ -88,11 +85,12 @@ def clear_run_dir(prepared: "PreparedRun") -> None:
         print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
 
 
-def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:
-    """The arguments of a run that is to be kept in `run_dir`.
+def for_ranks(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """Write the arguments of the ranks of a run that is to be kept in `run_dir`.
 
-    Hydra would look up ${now:...} in hydra.run.dir again, and find another folder a second later. Nor may it change
-    the working directory: paths in the configuration are relative to where the run was started.
+    Each composes its configuration, would look up ${now:...} in hydra.run.dir again, and find another folder a second
+    later. Nor may Hydra change the working directory: paths in the configuration are relative to where the run was
+    started.
     """
     fixed = [f"hydra.run.dir={quoted(run_dir)}", "hydra.job.chdir=false"]
     extra = [f"--config-dir={options.config_dir}"] if options.config_dir else []
@@ -101,14 +99,14 @@ def for_hydra(options: argparse.Namespace, overrides: Sequence[str], run_dir: Pa
 
 
 def asks_hydra(arguments: Sequence[str]) -> bool:
-    """Whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
+    """Tell whether the arguments ask Hydra a question (--help, --cfg job, ...) instead of starting a run."""
     long = {"--help", "--hydra-help", "--version", "--cfg", "--info", "--shell-completion"}
     short = {"-h", "-c", "-i", "-sc"}
     return any(argument.partition("=")[0] in long | short for argument in arguments)
 
 
 def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Hydra's own options that decide what is composed, and the overrides."""
+    """Parse Hydra's own options that decide what is composed, and the overrides."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-cn", "--config-name", default="config")
     parser.add_argument("-cd", "--config-dir")
@@ -122,14 +120,16 @@ def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     return options, rest
 
 
-def _hydra_main(arguments: Sequence[str], run: "hydra.types.TaskFunction") -> None:
+def _answer(arguments: Sequence[str]) -> None:
+    """Let Hydra answer what it was asked."""
+    import hydra
+
     sys.argv = [str(Path(_ROOT) / "train" / "pretrain.py"), *arguments]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a failing run shows where it failed, not a summary of it
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run)()
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(lambda node: None)()
 
 
 def stand_alone_unless_launched() -> None:
-    """Without a launcher this is a run of one process."""
+    """Set the environment of a run of one process, where no launcher has."""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

@@ -44,7 +44,7 @@ class Source:
 
 
 def open_source(path: Path, *, checked: bool = True) -> Source:
-    """The weights at a path; of a run, those of its newest sound checkpoint.
+    """Open the weights at a path; of a run, those of its newest sound checkpoint.
 
     Args:
         path: of a run, a checkpoint or a Hugging Face directory.
@@ -146,13 +146,17 @@ def export(weights: Weights, source: Source, folder: Path, dtype: torch.dtype, m
 
 
 def largest_difference(one: Weights, two: Weights, tokens_BL: torch.Tensor) -> float:
-    """Of the two models' logits on the same tokens, relative to the largest logit; one layer in memory at a time."""
+    """Compare two models' logits on the same tokens, with one layer in memory at a time.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+    """
     logits, others = streamed_logits(one, tokens_BL), streamed_logits(two, tokens_BL)
     return float((logits - others).abs().max() / logits.abs().max())
 
 
 def real_tokens(source: Source, length: int) -> torch.Tensor:
-    """Text of this interpreter's standard library in the source's tokens, int64 (1, at most `length`).
+    """Encode text of this interpreter's standard library in the source's tokens, int64 (1, at most `length`).
 
     Raises:
         BadInput: there is no tokenizer.
@@ -166,7 +170,7 @@ def real_tokens(source: Source, length: int) -> torch.Tensor:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which is `path` once it is complete, and gone if that fails.
+    """Make a folder to fill, which is renamed to `path` once it is complete, and deleted if that fails.
 
     Raises:
         BadInput: something is at `path` already.
@@ -191,12 +195,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _shape(run: Manifest) -> ModelConfig:
-    """As the run had it, but for what may run elsewhere in another way."""
+    """The model's shape as the run had it, with the default execution keys."""
     return ModelConfig(**{key: value for key, value in run.config["model"].items() if key not in EXECUTION_KEYS})
 
 
 def _copy_tokenizer(source: Source, folder: Path) -> list[str]:
-    """The names copied: tokenizer.json, and what says which of its tokens ends a document."""
+    """Copy tokenizer.json and the files that say which token ends a document; return the names copied."""
     if source.tokenizer is None:
         return []
     copied = []

@@ -1,4 +1,4 @@
-"""A step of one rank operator by operator, for Perfetto, and what a GPU's memory held meanwhile."""
+"""Profiles of a step: a trace of one rank's operators for Perfetto, and a snapshot of a GPU's memory."""
 
 import gzip
 import json
@@ -86,7 +86,7 @@ def write(path: Path, trace: profile, *, on_gpu: bool) -> None:
 
 
 def messages_aside(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The events of a trace, with Gloo's messages on tracks of their own.
+    """Move Gloo's messages in the events of a trace to tracks of their own.
 
     They are under way while their thread does other things, and written as if it did nothing else: of two that overlap
     on a track, Perfetto drops one, which may be a pass of the pipeline.

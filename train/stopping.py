@@ -1,4 +1,4 @@
-"""Being told to stop: by Ctrl-C, by a scheduler, or by whoever started the run."""
+"""Signals that ask a run to stop: from Ctrl-C, from a scheduler, or from whoever started the run."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ class StopSignals:
         self._telling.close()
 
     def ignore(self) -> None:
-        """From here on signals change nothing: all is done, and only the process is left to end."""
+        """Ignore signals from here on: all is saved, and only the process is left to end."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,193 +1,209 @@
-"""Where the time of a step goes: what each stage did when, beside what its schedule would have it do."""
+"""Timelines of a step: when each rank of a pipeline did which pass, beside the simulation of its schedule."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from parallel.pipeline import Pipeline
-from parallel.schedules import Action, Costs, Pass, Placement, Schedule, Span, Timeline, orders, simulate, split_off
+from parallel.schedules import Action, Pass, Placement, Schedule, orders, split_off
+from parallel.simulation import Costs, Span, Timeline, simulate
+from train import strict_json
 
 COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
 NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
 
 
-def seconds_by_rank(blocks: Sequence[Span], rank: int, num_ranks: int) -> list[float]:
-    """Forward, backward and weight-gradient seconds of this rank, and the second at which its last pass ended, each at
-    the place of its rank among zeros: the highest over all ranks is each rank's."""
-    found = [0.0] * (4 * num_ranks)
-    for block in blocks:
-        found[[*Pass].index(block.action.what) * num_ranks + rank] += block.end - block.start
-    found[3 * num_ranks + rank] = blocks[-1].end if blocks else 0.0
-    return found
+def seconds_of(what: Pass, spans: Iterable[Span]) -> float:
+    """Sum the seconds that a rank spent on one kind of pass."""
+    return sum(span.end - span.start for span in spans if span.action.what is what)
 
 
-def as_record(highest: Sequence[float], num_ranks: int, seconds: float) -> dict[str, Any]:
-    """What of `seconds_by_rank` over all ranks stands in a step's record.
+def as_record(
+    forward: Sequence[float], backward: Sequence[float], weight: Sequence[float], ends: Sequence[float], seconds: float
+) -> dict[str, Any]:
+    """Break the time of a step down for its record.
 
-    ``forward_seconds``, ``backward_seconds``, ``weight_seconds`` (where the schedule splits them off) and
-    ``wait_seconds`` are lists by rank of the pipeline; ``bubble`` is the share of the time of all ranks, from the
-    step's beginning to the last pass of the slowest, in which they wait; ``optimizer_seconds`` what comes then of the
-    step's `seconds`: the reduction over replicas, clipping, the optimizer.
+    Args:
+        forward, backward, weight: seconds of each rank of a pipeline; of weight gradients 0 where the schedule does
+            not split them off.
+        ends: the second at which each rank's last pass ended.
+        seconds: of the whole step.
+
+    Returns:
+        ``forward_seconds``, ``backward_seconds``, ``weight_seconds`` (where the schedule splits them off) and
+        ``wait_seconds``, lists by rank of the pipeline; ``bubble``, the share of the time of all ranks, from the step's
+        beginning to the last pass of the slowest, in which they wait; ``optimizer_seconds``, what comes then of the
+        step: the reduction over replicas, clipping, the optimizer.
     """
-    forward, backward, weights, ends = (list(highest[i * num_ranks : (i + 1) * num_ranks]) for i in range(4))
     length = max(ends)
-    waits = [length - f - b - w for f, b, w in zip(forward, backward, weights, strict=True)]
-    record = {
-        "forward_seconds": forward,
-        "backward_seconds": backward,
-        "weight_seconds": weights,
+    waits = [length - f - b - w for f, b, w in zip(forward, backward, weight, strict=True)]
+    return {
+        "forward_seconds": list(forward),
+        "backward_seconds": list(backward),
+        **({"weight_seconds": list(weight)} if any(weight) else {}),
         "wait_seconds": waits,
+        "bubble": sum(waits) / len(waits) / length,
+        "optimizer_seconds": seconds - length,
     }
-    if not any(weights):
-        del record["weight_seconds"]
-    return {**record, "bubble": sum(waits) / num_ranks / length, "optimizer_seconds": seconds - length}
 
 
-def expected(schedule: Schedule, place: Placement, micro_batches: int, shares: Sequence[float]) -> Timeline:
-    """A step of a schedule whose stages cost what they should, with messages that take no time.
+def expected(schedule: Schedule, placement: Placement, micro_batches: int, shares: Sequence[float]) -> Timeline:
+    """Simulate a step of a schedule whose stages cost what they should, with messages that take no time.
 
     Forward, input gradient and weight gradient are taken to be equally long, which they are in matrix products. The
     unit of time is a micro-batch's three passes through all stages.
 
     Args:
-        schedule, place, micro_batches: of the step.
+        schedule, placement, micro_batches: of the step.
         shares: of each stage in the cost of all.
     """
     each = [share / 3 for share in shares]
-    return simulate(orders(schedule, place, micro_batches), place, Costs(each, each, each))
+    return simulate(orders(schedule, placement, micro_batches), placement, Costs(each, each, each))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A step of one pipeline.
+class MeasuredStep:
+    """A step of one pipeline, as it was measured.
 
     Attributes:
         step: its number.
-        schedule, place, micro_batches: what was run.
-        blocks: of each rank.
+        schedule, placement, micro_batches: what was run.
+        spans: of the passes of each rank, in seconds after the first rank began.
     """
 
     step: int
     schedule: Schedule
-    place: Placement
+    placement: Placement
     micro_batches: int
-    blocks: list[list[Span]]
+    spans: list[list[Span]]
 
     def ideal(self) -> Timeline:
-        """The same schedule with passes that take their mean time, and messages none."""
+        """Simulate the same schedule with passes that take their mean time, and messages none."""
         seconds: dict[tuple[Pass, int], list[float]] = {}
-        split = split_off(block.action for rank in self.blocks for block in rank)
-        for rank in self.blocks:
-            for block in rank:
-                action = block.action
+        split = split_off(span.action for rank in self.spans for span in rank)
+        for rank in self.spans:
+            for span in rank:
+                action = span.action
                 if action.what is not Pass.B or (action.stage, action.micro_batch) in split or not split:
-                    seconds.setdefault((action.what, action.stage), []).append(block.end - block.start)
+                    seconds.setdefault((action.what, action.stage), []).append(span.end - span.start)
         means = {key: sum(values) / len(values) for key, values in seconds.items()}
         forward, backward, weights = (
-            [means.get((what, stage), 0.0) for stage in range(self.place.num_stages)] for what in Pass
+            [means.get((what, stage), 0.0) for stage in range(self.placement.num_stages)] for what in Pass
         )
-        return simulate(
-            orders(self.schedule, self.place, self.micro_batches), self.place, Costs(forward, backward, weights)
-        )
+        order = orders(self.schedule, self.placement, self.micro_batches)
+        return simulate(order, self.placement, Costs(forward, backward, weights))
 
     @property
     def bubble(self) -> float:
         """Share of waiting from the step's beginning to its last pass."""
-        length = max(rank[-1].end for rank in self.blocks)
-        busy = sum(block.end - block.start for rank in self.blocks for block in rank)
-        return 1 - busy / length / len(self.blocks)
+        length = max(rank[-1].end for rank in self.spans)
+        busy = sum(span.end - span.start for rank in self.spans for span in rank)
+        return 1 - busy / length / len(self.spans)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """Turn the step into what a file of the run folder holds."""
         rows = [
-            [[b.action.what.name, b.action.stage, b.action.micro_batch, b.start, b.end] for b in rank]
-            for rank in self.blocks
+            [[span.action.what.name, span.action.stage, span.action.micro_batch, span.start, span.end] for span in rank]
+            for rank in self.spans
         ]
-        place = {"num_ranks": self.place.num_ranks, "virtual": self.place.virtual}
-        place["there_and_back"] = self.place.there_and_back
+        # The keys are those of the first version, so that each reads the files of all others.
+        placement = {"num_ranks": self.placement.num_ranks, "virtual": self.placement.virtual}
+        placement["there_and_back"] = self.placement.there_and_back
         facts = {"step": self.step, "schedule": self.schedule.value, "micro_batches": self.micro_batches}
-        return {**facts, "place": place, "bubble": self.bubble, "blocks": rows}
+        return {**facts, "place": placement, "bubble": self.bubble, "blocks": rows}
 
     @staticmethod
-    def from_json(found: dict[str, Any]) -> "Measured":
-        """The inverse of `as_json`."""
-        blocks = [
-            [Span(Action(Pass[what], s, mb), start, end) for what, s, mb, start, end in rank]
+    def from_json(found: dict[str, Any]) -> "MeasuredStep":
+        """Read what `as_json` made, in this version or an earlier one."""
+        spans = [
+            [Span(Action(Pass[what], stage, mb), start, end) for what, stage, mb, start, end in rank]
             for rank in found["blocks"]
         ]
-        place = Placement(**found["place"])
-        return Measured(found["step"], Schedule[found["schedule"]], place, found["micro_batches"], blocks)
+        placement = Placement(**found["place"])
+        return MeasuredStep(found["step"], Schedule[found["schedule"]], placement, found["micro_batches"], spans)
 
 
-def gather(pipeline: Pipeline, group: Any, ranks: Sequence[int]) -> list[list[Span]] | None:
-    """The last step of the ranks of one pipeline, on rank 0, in seconds after the first of them began; None elsewhere.
+def gather(began: float, spans: Sequence[Span], group: Any, ranks: Sequence[int]) -> list[list[Span]] | None:
+    """Gather the spans of the ranks of one pipeline on rank 0, in seconds after the first of them began.
 
     Hosts are taken to agree on the time of day. All ranks call it together.
 
     Args:
-        pipeline: this rank's.
+        began: when this rank's step began, by the wall clock.
+        spans: of this rank's passes, in seconds after that.
         group: of all ranks.
-        ranks: of the pipeline that is asked for, by place.
+        ranks: of the pipeline that is asked for, in the order of its stages.
+
+    Returns:
+        The spans by rank of the pipeline on rank 0; None elsewhere.
     """
     of_all: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
-    dist.gather_object((pipeline.began, pipeline.blocks()), of_all, dst=0, group=group)
+    dist.gather_object((began, list(spans)), of_all, dst=0, group=group)
     if of_all is None:
         return None
     first = min(of_all[rank][0] for rank in ranks)
     late = {rank: of_all[rank][0] - first for rank in ranks}
-    return [[replace(b, start=b.start + late[r], end=b.end + late[r]) for b in of_all[r][1]] for r in ranks]
+    return [
+        [replace(span, start=span.start + late[rank], end=span.end + late[rank]) for span in of_all[rank][1]]
+        for rank in ranks
+    ]
 
 
 TIMELINES = "timelines"
 """In the run folder."""
 
 
-def write(measured: Measured, run_dir: Path) -> Path:
-    """Keep a timeline, and draw it; the path of the picture."""
+def write(measured: MeasuredStep, run_dir: Path) -> Path:
+    """Write a step's timeline to the run folder, draw it, and return the path of the picture."""
     path = run_dir / TIMELINES / f"step-{measured.step:08d}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(measured.as_json()) + "\n", "utf-8")
+    path.write_text(strict_json.dumps(measured.as_json()) + "\n", "utf-8")
     draw(measured, path.with_suffix(".png"))
     return path.with_suffix(".png")
 
 
-def kept(run_dir: Path) -> dict[int, Path]:
-    """The timelines that `write` has kept, by step."""
+def written(run_dir: Path) -> dict[int, Path]:
+    """List the timelines that `write` has left in a run folder, by step."""
     return {int(path.stem.removeprefix("step-")): path for path in sorted(run_dir.glob(f"{TIMELINES}/step-*.json"))}
 
 
-def draw(measured: Measured, path: Path) -> None:
-    """What was measured above, what the schedule would have been below.
+def read(path: Path) -> MeasuredStep:
+    """Read a timeline that `write` has left."""
+    return MeasuredStep.from_json(json.loads(path.read_text("utf-8")))
+
+
+def draw(measured: MeasuredStep, path: Path) -> None:
+    """Draw what was measured above, what the schedule would have been below.
 
     Args:
         measured: a step.
         path: of the picture; its suffix says which kind, ``.png`` or ``.svg``.
     """
     ideal = measured.ideal()
-    title = f"step {measured.step}, {named(measured.schedule, measured.place)}: measured, bubble {measured.bubble:.1%}"
+    named = schedule_name(measured.schedule, measured.placement)
+    above = f"step {measured.step}, {named}: measured, bubble {measured.bubble:.1%}"
     below = f"the same passes without waiting for messages: bubble {ideal.bubble:.1%}"
-    draw_rows([(title, measured.blocks), (below, ideal.blocks)], measured.place, path, 1000, "ms")
+    draw_rows([(above, measured.spans), (below, ideal.spans)], measured.placement, path, 1000, "ms")
 
 
-def named(schedule: Schedule, place: Placement) -> str:
-    """A schedule for a title."""
-    return schedule.name + (f", {place.virtual} stages a rank" if place.virtual > 1 else "")
+def schedule_name(schedule: Schedule, placement: Placement) -> str:
+    """Name a schedule in a title."""
+    return schedule.name + (f", {placement.virtual} stages a rank" if placement.virtual > 1 else "")
 
 
 def draw_rows(
-    pictures: Sequence[tuple[str, list[list[Span]]]], place: Placement, path: Path, scale: float, unit: str
+    pictures: Sequence[tuple[str, list[list[Span]]]], placement: Placement, path: Path, scale: float, unit: str
 ) -> None:
-    """Timelines under each other, ranks as rows, passes as coloured blocks.
+    """Draw timelines under each other, ranks as rows, passes as coloured bars.
 
     Args:
-        pictures: a title, and the blocks of each rank.
-        place: of the stages.
+        pictures: a title, and the spans of each rank.
+        placement: of the stages.
         path: of the picture.
-        scale: from the blocks' time to the unit that is written below.
+        scale: from the spans' time to the unit that is written below.
         unit: that one.
     """
     import matplotlib
@@ -196,27 +212,27 @@ def draw_rows(
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    height = 0.8 * len(pictures) + 0.4 * place.num_ranks * len(pictures)
+    height = 0.8 * len(pictures) + 0.4 * placement.num_ranks * len(pictures)
     figure, axes_of = pyplot.subplots(
         len(pictures), 1, sharex=True, figsize=(11, height), layout="constrained", squeeze=False
     )
     found: set[Pass] = set()
     for (title, rows), axes in zip(pictures, axes_of[:, 0], strict=True):
         for rank, row in enumerate(rows):
-            stages = place.stages_of(rank)
-            spans: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
-            for block in row:
-                key = block.action.what, stages.index(block.action.stage)
-                spans.setdefault(key, []).append((scale * block.start, scale * (block.end - block.start)))
-            for (what, turn), ranges in spans.items():
-                paler = 1.0 - 0.45 * turn / max(1, place.virtual - 1)
+            stages = placement.stages_of(rank)
+            bars: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
+            for span in row:
+                key = span.action.what, stages.index(span.action.stage)
+                bars.setdefault(key, []).append((scale * span.start, scale * (span.end - span.start)))
+            for (what, turn), ranges in bars.items():
+                paler = 1.0 - 0.45 * turn / max(1, placement.virtual - 1)
                 look = {"facecolor": COLORS[what], "alpha": paler, "edgecolor": "white", "linewidth": 0.4}
                 axes.broken_barh(ranges, (rank - 0.4, 0.8), **look)
                 found.add(what)
-        axes.set_yticks(range(place.num_ranks), [f"rank {rank}" for rank in range(place.num_ranks)])
+        axes.set_yticks(range(placement.num_ranks), [f"rank {rank}" for rank in range(placement.num_ranks)])
         axes.invert_yaxis()
         axes.set_title(title, fontsize="small", loc="left")
-    axes_of[-1, 0].set_xlabel(unit + ("; paler: a rank's later stages" if place.virtual > 1 else ""))
+    axes_of[-1, 0].set_xlabel(unit + ("; paler: a rank's later stages" if placement.virtual > 1 else ""))
     patches = [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in found]
     figure.legend(handles=patches, loc="outside upper right", ncols=3, fontsize="x-small")
     figure.savefig(path, dpi=150)

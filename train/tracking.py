@@ -1,43 +1,39 @@
-"""What a run says: metrics.jsonl, Weights & Biases, the terminal. Only rank 0 has a tracker."""
+"""Tracking of a run: metrics.jsonl, Weights & Biases, the terminal. Only rank 0 has a tracker."""
 
 import json
 import logging
-import netrc
 import os
-import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
-import wandb
 from tqdm import tqdm
 
 from conf.schema import Config, to_jsonable
-from conf.train_settings import WandbConfig, WandbMode
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
 from train.checkpoint.saver import Outcome
+from train.log_lines import SkippedSteps, StepLines, loss_and_rate
 from train.profiling import PROFILES
+from train.strict_json import dumps_flagged, with_nan
 from train.timeline import TIMELINES
-from train.wandb_file import last_offline_step
+from train.wandb_run import start_wandb, wandb_id, wandb_mode
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-INIT_TIMEOUT = 20.0
-"""Seconds that W&B's server has to answer at the start of a run."""
 
 
 class Tracker:
-    """One record per step to every place; text to the terminal and the log.
+    """Writes one record per step to metrics.jsonl and W&B, and text to the terminal and the log.
 
     A run that goes on keeps its earlier records and its W&B run: no step is missing there or stands twice.
 
@@ -47,9 +43,18 @@ class Tracker:
         steps: length of the run, for the progress bar.
         facts: what else identifies the run: layout, device, parameters.
         resumed: the step after which the run in this folder goes on; None for a run that begins here.
+        clock: seconds that only rise, by which the log's lines are spaced.
     """
 
-    def __init__(self, config: Config, run_dir: Path, steps: int, facts: dict[str, Any], resumed: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        steps: int,
+        facts: dict[str, Any],
+        resumed: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.run_dir = run_dir
         self.first: dict[str, Any] | None = None
         """The record of the first step in metrics.jsonl."""
@@ -57,10 +62,12 @@ class Tracker:
         """The record of the last."""
         self.val_loss: float | None = None
         """The validation loss last measured."""
+        self._skipped = SkippedSteps(clock)
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
+        self._wandb_id = wandb_id(run_dir)
         run, self.mode, self._logged = start_wandb(
             wandb_mode(config.wandb),
-            wandb_id(run_dir),
+            self._wandb_id,
             project=config.wandb.project,
             entity=config.wandb.entity,
             tags=config.wandb.tags,
@@ -69,17 +76,17 @@ class Tracker:
             config={**to_jsonable(asdict(config)), **facts, "code": code_version()},
         )
         self._wandb: Any = run
-        self._wandb_folder, self._wandb_id = Path(run.dir).parent, run.id
+        self._wandb_folder = Path(run.dir).parent if run else run_dir / "wandb"
         self._wandb_url = run.url if self.mode == "online" else None
-        for record in _cut(run_dir / METRICS, resumed) if resumed is not None else ():
+        for written in _cut(run_dir / METRICS, resumed) if resumed is not None else ():
+            record = with_nan(written)
             self._remember(record)
             self._log(record)  # what W&B missed of it, killed with the run
         self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._steps = steps
         # A bar where someone watches; in a log file, a line now and then.
         watched = sys.stderr.isatty()
         self._bar = tqdm(initial=resumed or 0, total=steps, unit="step", dynamic_ncols=True) if watched else None
-        self._said: int | None = None
+        self._lines = StepLines(steps, config.train.log_every, clock)
         self._costs: dict[str, float] = {}
 
     def begin(self, val_loss: float) -> None:
@@ -87,22 +94,35 @@ class Tracker:
         self._keep({"step": 0, "tokens": 0, "val_loss": val_loss})
         self.say(f"before the first step: validation loss {val_loss:.4f}")
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Log one step; `record` has at least step, loss, grad_norm, lr and tokens."""
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps of the run that were skipped since their gradients were not finite."""
+        return self._skipped.total
+
+    def step(self, record: dict[str, Any], skipped: bool = False) -> None:
+        """Log one step.
+
+        Args:
+            record: of the step: at least step, loss, grad_norm, lr, tokens and tokens_per_second; a number that is not
+                finite is null in metrics.jsonl, and flagged.
+            skipped: whether the optimizer skipped it.
+        """
         record, self._costs = {**record, **self._costs}, {}
+        if skipped and (warning := self._skipped.add(record)):
+            self.say(warning, logging.WARNING)
+        if self.skipped_steps:
+            record["skipped_steps"] = self.skipped_steps
         self._keep(record)
-        step, text = record["step"], f"loss {record['loss']:.4f}  lr {record['lr']:.2e}"
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.set_postfix_str(loss_and_rate(record), refresh=False)
             self._bar.update(1)
-        elif self._said is None or step == self._steps or step * 20 // self._steps > self._said:
-            self._said = step * 20 // self._steps
-            log.info("step %d/%d  %s  %.0f tokens/s", step, self._steps, text, record["tokens_per_second"])
+        elif line := self._lines.line(record):
+            log.info("%s", line)
         if "val_loss" in record:
-            self.say(f"step {step}: validation loss {record['val_loss']:.4f}")
+            self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}")
 
     def _keep(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record), file=self._metrics, flush=True)
+        print(dumps_flagged(record), file=self._metrics, flush=True)
         self._remember(record)
         self._log(record)
 
@@ -115,7 +135,7 @@ class Tracker:
         self._tell_wandb(lambda run: run.log(flat, step=record["step"], commit=True))
 
     def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
-        """W&B runs in a process of its own, which a signal to all may end: that must not end the run."""
+        """Call W&B, whose process a signal to all may have ended: that must not end the run."""
         if self._wandb is None:
             return
         try:
@@ -123,6 +143,8 @@ class Tracker:
         except Exception as error:
             self._wandb = None
             with suppress(Exception):  # or it would try, and fail, to take leave of it when Python ends
+                import wandb
+
                 wandb.teardown()
             self.say(
                 f"W&B has ended ({error}); {METRICS} has what it misses, and gives it to W&B on resuming",
@@ -133,6 +155,7 @@ class Tracker:
         if "loss" in record:
             self.first, self.last = self.first or record, record
         self.val_loss = record.get("val_loss", self.val_loss)
+        self._skipped.total = record.get("skipped_steps", self._skipped.total)
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Write a line to the terminal and the log without tearing the progress bar."""
@@ -140,7 +163,7 @@ class Tracker:
             log.log(level, text)
 
     def saved(self, outcome: Outcome | None) -> None:
-        """Say how a save ended, if one has; what it cost stands in the record of the next step."""
+        """Log how a save ended, if one has; its cost stands in the record of the next step."""
         if outcome is None:
             return
         if outcome.error:
@@ -163,12 +186,24 @@ class Tracker:
         """Log text drawn from the model."""
         if self._bar is not None:
             self._bar.close()
-        table = wandb.Table(columns=["prompt", "text"], data=[[p, t] for p, t in zip(prompts, texts, strict=True)])
-        self._tell_wandb(lambda run: run.log({"samples": table}))
+
+        def tell(run: Any) -> None:
+            import wandb
+
+            rows = [[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
+            run.log({"samples": wandb.Table(columns=["prompt", "text"], data=rows)})
+
+        self._tell_wandb(tell)
 
     def picture(self, name: str, path: Path) -> None:
         """Log a picture, with the next step."""
-        self._tell_wandb(lambda run: run.log({name: wandb.Image(str(path))}, commit=False))
+
+        def tell(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Image(str(path))}, commit=False)
+
+        self._tell_wandb(tell)
 
     def finish(self, summary: dict[str, Any], ended: bool = True) -> None:
         """Close everything; summary.json is written last and says that the run ended as it should.
@@ -187,12 +222,12 @@ class Tracker:
         if not ended:
             return
         unfinished = self.run_dir / (SUMMARY + ".tmp")
-        unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(dumps_flagged(summary, indent=2) + "\n", encoding="utf-8")
         unfinished.rename(self.run_dir / SUMMARY)
 
 
 def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
-    """The records up to a step, once the rest and what a dying process left of a line are out of the file."""
+    """Cut a file after the record of a step, partly written lines included, and yield the records up to there."""
     kept, whole = [], True
     with suppress(FileNotFoundError), open(metrics, encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -213,72 +248,9 @@ def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
         unfinished.rename(metrics)
 
 
-def wandb_id(run_dir: Path) -> str:
-    """The id of the W&B run of this folder; kept in it, so that the run goes on in W&B too."""
-    path = run_dir / "wandb" / "run-id"
-    with suppress(OSError):
-        if known := path.read_text("utf-8").strip():
-            return known
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(secrets.token_hex(4) + "\n", "utf-8")
-    return path.read_text("utf-8").strip()
-
-
-def start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
-    """Start or go on with a W&B run.
-
-    Args:
-        mode: from `wandb_mode`.
-        run_id: from `wandb_id`.
-        run: arguments of `wandb.init`, ``dir`` among them.
-
-    Returns:
-        The run; its mode, offline where it should be online and no server or key lets it be; the last step that it
-        holds already, -1 for none.
-    """
-    # By default W&B retries for 90 s, while all ranks wait.
-    os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
-    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
-    offline_before = last_offline_step(run["dir"] / "wandb", run_id)
-    logged_offline = -1 if offline_before is None else offline_before
-    if mode == "online" and offline_before is not None:
-        # Steps that were only logged offline can be uploaded in order, and not behind later ones.
-        log.warning("W&B: this run was logged offline so far, and goes on offline; wandb sync uploads all of it")
-        mode = os.environ["WANDB_MODE"] = "offline"
-    try:
-        # Offline, the id alone says that it is the same run.
-        goes_on: Literal["allow"] | None = "allow" if mode == "online" else None
-        started = wandb.init(mode=mode, settings=settings, id=run_id, resume=goes_on, **run)
-        return started, mode, started.starting_step - 1 if mode == "online" else logged_offline
-    except wandb.Error as error:
-        if mode == "offline":
-            raise
-        log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
-    os.environ["WANDB_MODE"] = "offline"
-    return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
-
-
-def wandb_mode(settings: WandbConfig) -> Any:
-    """What `wandb.mode=auto` means here: W&B's own variable, else online where there is a key, else offline."""
-    if settings.mode is not WandbMode.auto:
-        return settings.mode.value
-    asked = os.environ.get("WANDB_MODE", "")
-    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's older names
-    if asked in ("online", "offline", "disabled"):
-        return asked
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
-    with suppress(OSError, netrc.NetrcParseError):
-        keys = netrc.netrc(os.environ.get("NETRC"))
-        # `wandb login` keeps the key under the server's name, which is not the same in all versions of W&B.
-        own = os.environ.get("WANDB_BASE_URL")
-        for url in [own] if own else [wandb.Settings().base_url, "https://api.wandb.ai"]:
-            has_key = has_key or keys.authenticators(urlparse(url).hostname or "") is not None
-    return "online" if has_key else "offline"
-
-
 @cache
 def code_version() -> str:
-    """The commit this code is at, with ``+changes`` where the working tree differs; else the installed version."""
+    """Find the commit of this code, with ``+changes`` where the working tree differs; else the installed version."""
     root = Path(__file__).parent.parent
     with suppress(OSError, subprocess.SubprocessError):
         git = ["git", "-C", str(root)]

@@ -1,4 +1,4 @@
-"""A run that begins with trained weights: their shape, and for an uptraining the recipe that made them.
+"""Runs that begin with trained weights take over their shape, and an uptraining the recipe that made them.
 
 What they imply is said as overrides that stand before the command's own: whatever the command says wins, and Hydra's
 files in the run folder tell what was trained.
@@ -24,7 +24,7 @@ _RECIPE = ("data", "optimizer", "schedule", "train")
 
 
 def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[str]:
-    """The overrides that `init_from` and `uptrain` stand for, without those that the command sets itself.
+    """Write the overrides that `init_from` and `uptrain` stand for, without those that the command sets itself.
 
     Args:
         config: of the command alone.
@@ -46,7 +46,7 @@ def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[st
 
 
 def problems(config: Config, source: Source | None) -> list[str]:
-    """Why a run cannot begin with these weights, a sentence each; a share of nothing among them."""
+    """Say why a run cannot begin with these weights, in a sentence each."""
     alpha, found = config.uptrain.alpha, []
     if alpha is not None and not 0 < alpha < math.inf:
         found.append(f"uptrain.alpha={alpha}: must be above 0, such as 0.05, or null for no uptraining")
@@ -66,7 +66,7 @@ def problems(config: Config, source: Source | None) -> list[str]:
 
 
 def other_tokenizer(source: Source | None, data: PreparedData) -> list[str]:
-    """That the corpus is in other tokens than the weights know, in a sentence."""
+    """Say, in a sentence, if the corpus is in other tokens than the weights know."""
     if source is None or source.tokenizer is None:
         return []
     if manifest.checksum(source.tokenizer) == manifest.checksum(data.tokenizer_path):
@@ -103,7 +103,7 @@ def _recipe(config: Config, source: Source) -> dict[str, Any]:
 
 
 def _hydra(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
+    """Write a value as Hydra's command line reads it."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What W&B has written of an offline run: records in LevelDB's log format behind a header of 7 bytes.
+"""Files of W&B's offline runs: records in LevelDB's log format behind a header of 7 bytes.
 
 W&B's client keeps no step for an offline run that goes on in another process, and its process can lose its last records
 when it is killed; the file alone says which steps are there.
@@ -16,7 +16,7 @@ _FULL, _LAST = 1, 4
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The `Record`s of a .wandb file, up to where a killed process left it."""
+    """Read the `Record`s of a .wandb file, up to where a killed process left it."""
     data = path.read_bytes()
     at, parts = _HEADER, []
     while at + _HEADER <= len(data):
@@ -38,7 +38,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def last_offline_step(folder: Path, run_id: str) -> int | None:
-    """The last step that any offline part of a run holds, -1 for none, and None where there is no such part.
+    """Find the last step that any offline part of a run holds, -1 for none, and None where there is no such part.
 
     Args:
         folder: W&B's, of the run folder.

@@ -47,7 +47,7 @@ def decode_seconds(
         for heads, weights in models.items():
             # Rotary positions go on without end: a longer context changes no weight.
             config = replace(weights.config, max_seq_len=max(contexts) + STEPS + 2)
-            stages, _, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
+            stages, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
             for batch in batches:
                 for context in contexts:
                     times.setdefault((heads, batch, context), []).extend(

@@ -19,7 +19,9 @@ from train import pretrain
 from train import pretrained as trained
 from train.preflight import preflight
 from train.pretrained import Source, open_source
-from train.tracking import METRICS, SUMMARY, code_version, start_wandb, wandb_id, wandb_mode
+from train.strict_json import dumps, with_nan
+from train.tracking import METRICS, SUMMARY, code_version
+from train.wandb_run import start_wandb, wandb_id, wandb_mode
 
 Launch = Callable[[Sequence[str], int, Path], int]
 RESULTS, TEXT = "study.json", "study.txt"
@@ -73,7 +75,7 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
     times, device = decode_seconds(models, settings.batches, settings.contexts, _say)
     found = findings(made, source, losses, times, device)
     pictures = draw(found, made.folder)
-    (made.folder / RESULTS).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    (made.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     text = as_text(found)
     (made.folder / TEXT).write_text(text + "\n", "utf-8")
     print(text)
@@ -85,7 +87,7 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
 def _train(overrides: list[str], launch: Launch) -> int:
     prepared = preflight(overrides)
     options, _ = pretrain.hydra_options([])
-    arguments = pretrain.for_hydra(options, prepared.overrides, prepared.run_dir)
+    arguments = pretrain.for_ranks(options, prepared.overrides, prepared.run_dir)
     return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 
@@ -115,7 +117,7 @@ def _weights(made: Plan, kv_heads: int, method: Method | None, source: Source) -
 
 def _losses(run_dir: Path, uptraining: Uptraining) -> dict[float, float]:
     """The validation loss at each share of an uptraining, 0 among them."""
-    records = [json.loads(line) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
+    records = [with_nan(json.loads(line)) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
     by_step = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     try:
         shares = zip((0.0, *uptraining.alphas), (0, *uptraining.steps), strict=True)

@@ -60,6 +60,7 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
     same = folder("model=7b")
     assert same == folder("model=7b", "parallel.pp=8", "train.micro_batch=4", "wandb.mode=offline", "train.max_steps=9")
     assert same == folder("model=7b", "train.profile=[10]", "train.profile_ranks=[1]", "train.timeline_at=[]")
+    assert same == folder("model=7b", "train.log_every=10", "train.deterministic=true")
     assert str(same).startswith("runs/7b-stdlib-")
     for other in ("train.seed=2", "optimizer.lr=1e-3", "model.n_layers=31", "data.val_fraction=0.1", "schedule=cosine"):
         assert folder("model=7b", other) != same

@@ -54,6 +54,7 @@ def problems(*overrides, machine=CPU):
             ["train.profile_ranks=[2]: 0 to 1 are those of dp1 x pp2 x tp1"],
         ),
         (["train.val_at=[0]"], ["train.val_at=[0]", "count from 1"]),
+        (["train.log_every=0"], ["train.log_every=0: must be at least 1, or null for a line a minute"]),
         (["sample.temperature=nan"], ["sample.temperature=nan", "0 (the likeliest token) or above"]),
     ],
 )

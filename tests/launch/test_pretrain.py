@@ -15,7 +15,7 @@ from parallel.processes import free_port
 from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
-from train.timeline import Measured
+from train.timeline import MeasuredStep
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
@@ -130,10 +130,10 @@ def test_the_timeline_of_a_step_is_kept_and_drawn(pipelined, tmp_path, capsys):
     folder, _ = pipelined
     names = sorted(path.name for path in (folder / "timelines").iterdir())
     assert names == [f"step-0000000{step}.{kind}" for step in (2, 5) for kind in ("json", "png")]
-    measured = Measured.from_json(json.loads((folder / "timelines" / "step-00000005.json").read_text()))
-    done = [[block.action for block in rank] for rank in measured.blocks]
+    measured = MeasuredStep.from_json(json.loads((folder / "timelines" / "step-00000005.json").read_text()))
+    done = [[span.action for span in rank] for rank in measured.spans]
     assert done == orders(Schedule["zbv"], Placement(2, 2, True), 4)
-    for rank in measured.blocks:
+    for rank in measured.spans:
         assert all(one.end <= two.start + 1e-9 for one, two in pairwise(rank))
     # the one by each rank's clock, the other by a common one
     assert metrics(folder)[4]["bubble"] == pytest.approx(measured.bubble, abs=0.1)

@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import sys
 from urllib.parse import urlparse
 
 import wandb
@@ -8,7 +10,8 @@ from conf.train_settings import WandbConfig, WandbMode
 from tests.shapes import preset
 from train.checkpoint.saver import Outcome
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
-from train.tracking import METRICS, SUMMARY, Tracker, set_aside, wandb_mode
+from train.tracking import METRICS, SUMMARY, Tracker, set_aside
+from train.wandb_run import wandb_mode
 
 
 def test_wandb_is_offline_without_a_key_and_online_with_one(monkeypatch, tmp_path):
@@ -73,7 +76,7 @@ class Online:
 
 
 def record(step):
-    return {"step": step, "loss": 1.0, "lr": 0.1, "tokens_per_second": 1.0}
+    return {"step": step, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 1.0}
 
 
 def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_path):
@@ -138,6 +141,72 @@ def test_a_save_is_told_of_and_its_cost_stands_with_the_next_step(monkeypatch, t
     assert "step 2 could not be saved (OSError on rank 1: no space)" in caplog.text
 
 
+def strictly(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def quiet_tracker(folder, *overrides, **facts):
+    return Tracker(preset("tiny", "wandb.mode=disabled", *overrides), folder, facts={}, **facts)
+
+
+def test_skipped_steps_are_counted_said_and_written_as_json(tmp_path, caplog):
+    tracker = quiet_tracker(tmp_path, steps=5)
+    lost = {"loss": math.nan, "grad_norm": math.inf, "memory_gib": [1.0]}
+    tracker.step(record(1))
+    tracker.step(record(2) | lost, skipped=True)
+    tracker.step(record(3))
+    tracker.step(record(4) | lost, skipped=True)
+    tracker.finish({"complete": True, "loss_last": tracker.last["loss"], "skipped_steps": tracker.skipped_steps})
+    records = [strictly(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert records[1]["loss"] is None and records[1]["nonfinite"] == ["loss", "grad_norm"]
+    assert [found.get("skipped_steps") for found in records] == [None, 1, 1, 2]
+    assert "nonfinite" not in records[2]
+    summary = strictly((tmp_path / SUMMARY).read_text())
+    assert summary["loss_last"] is None and summary["nonfinite"] == ["loss_last"] and summary["skipped_steps"] == 2
+    warnings = [said.message for said in caplog.records if said.levelname == "WARNING"]
+    assert len(warnings) == 1 and warnings[0].startswith("step 2 was skipped: its gradients are not finite")
+
+
+def test_a_run_that_goes_on_goes_on_counting_skipped_steps(tmp_path):
+    first = quiet_tracker(tmp_path, steps=9)
+    for step in (1, 2, 3):
+        first.step(record(step) | {"loss": math.nan}, skipped=step < 3)
+    second = quiet_tracker(tmp_path, steps=9, resumed=1)  # its checkpoint is older than its records
+    assert second.skipped_steps == 1 and math.isnan(second.first["loss"])
+    second.step(record(2) | {"grad_norm": math.inf}, skipped=True)
+    second.step(record(3))
+    records = [strictly(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [found["step"] for found in records] == [1, 2, 3]
+    assert [found["skipped_steps"] for found in records] == [1, 2, 2]
+
+
+def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
+    run, logged = Online(0), []
+    run.log = lambda values, step, commit: logged.append(values)
+    monkeypatch.setattr(wandb, "init", lambda **given: run)
+    tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
+    tracker.step(record(1) | {"loss": math.nan}, skipped=True)
+    assert math.isnan(logged[0]["loss"]) and logged[0]["skipped_steps"] == 1
+
+
+def test_a_log_has_a_line_a_minute_or_by_steps(tmp_path, caplog):
+    now = [0.0]
+    with caplog.at_level("INFO"):
+        for name, asked in (("by the minute", "null"), ("by steps", "20")):
+            (tmp_path / name).mkdir()
+            tracker = quiet_tracker(tmp_path / name, f"train.log_every={asked}", steps=50, clock=lambda: now[0])
+            for step in range(1, 51):
+                now[0] += 5.0
+                tracker.step(record(step))
+    lines = [said.message for said in caplog.records if said.message.startswith("step ")]
+    steps = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
+    assert steps == [1, 13, 25, 37, 49, 50, 1, 20, 40, 50]
+    assert lines[1] == "step 13/50  loss 1.0000  lr 1.00e-01  1 tokens/s  eta 00:03:05"
+
+
 def test_going_back_keeps_what_was_before_and_moves_what_came_after(tmp_path):
     (tmp_path / METRICS).write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 9)))
     for step in (4, 8):
@@ -176,6 +245,9 @@ def test_known_devices(monkeypatch):
         ("NVIDIA H200", 989e12),
         ("NVIDIA H20", 148e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H800 PCIe", 756e12),
+        ("NVIDIA H800", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA GB200", 2500e12),
         ("Some GPU", None),
@@ -191,3 +263,13 @@ def test_memory_on_the_cpu_is_what_the_process_holds():
 
     before = peak_memory(torch.device("cpu"))
     assert 2**20 < before < 2**40
+
+
+def test_a_run_that_does_not_log_there_does_not_need_wandb(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = quiet_tracker(tmp_path, steps=1)
+    tracker.step(record(1))
+    tracker.samples(["a"], ["ab"])
+    tracker.picture("timeline", tmp_path / "none.png")
+    tracker.finish({"complete": True})
+    assert json.loads((tmp_path / "summary.json").read_text())["wandb"]["mode"] == "disabled"

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: names, what is kept, what is cleared away.
+"""The folder of a run's checkpoints: how they are named, which are kept, which are deleted.
 
 ``step-00000400`` is whole: it was renamed to that when all of it was on disk. ``….tmp`` is being written or deleted, or
 was when its process died. ``….damaged`` was whole once. ``latest`` points at the newest.
@@ -20,23 +20,23 @@ _LEFTOVER = re.compile(r"(step-\d{8,}|latest)\.tmp")
 
 
 def name_of(step: int) -> str:
-    """``step-00000400``."""
+    """Name the checkpoint of a step, as ``step-00000400``."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says, None for what is no whole checkpoint."""
+    """Read the step from a checkpoint's name; None for what is no whole checkpoint."""
     match = _WHOLE.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def temporary(path: Path) -> Path:
-    """Where a checkpoint is written before it has its name."""
+    """Name the path that a checkpoint is written to before it has its own."""
     return path.with_name(path.name + ".tmp")
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, sound or damaged since; none where there is no such folder."""
+    """List the whole checkpoints of a folder, sound or damaged since; none where there is no such folder."""
     with suppress(FileNotFoundError, NotADirectoryError):
         found = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
         return sorted(found, key=lambda path: -found[path])
@@ -44,12 +44,12 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def below(path: Path) -> list[Path]:
-    """The whole checkpoints of a run folder or a folder of checkpoints, newest first."""
+    """List the whole checkpoints of a run folder or a folder of checkpoints, newest first."""
     return newest_first(path / CHECKPOINTS) or newest_first(path)
 
 
 def point_at(path: Path) -> None:
-    """Let ``latest`` beside a checkpoint lead to it; at no moment does it lead nowhere."""
+    """Point the symbolic link ``latest`` at a checkpoint beside it; at no moment does it dangle."""
     link = path.with_name(LATEST)
     link.with_name(LATEST + ".tmp").unlink(missing_ok=True)
     link.with_name(LATEST + ".tmp").symlink_to(path.name)
@@ -82,7 +82,7 @@ def remove(path: Path) -> None:
 
 
 def mark_damaged(path: Path) -> Path:
-    """Rename a checkpoint so that it is not resumed from; where it is now."""
+    """Rename a checkpoint so that it is not resumed from, and return its new path."""
     number, target = 1, path.with_name(path.name + ".damaged")
     while target.exists():
         number += 1

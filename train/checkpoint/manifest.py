@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether its files are what it says.
+"""The manifest of a checkpoint: what the checkpoint holds, and whether its files are intact.
 
 A checkpoint is a folder of safetensors files, tokenizer.json and manifest.json. Neither JSON nor safetensors can hold
 code, so that reading one, from wherever it comes, runs none.
@@ -22,7 +22,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json.
+    """The content of manifest.json.
 
     Attributes:
         step: optimizer steps taken.
@@ -64,7 +64,7 @@ class Manifest:
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what its manifest says; the message says where, in a few words."""
+    """A checkpoint differs from its manifest; the message says where, in a few words."""
 
 
 def write(folder: Path, manifest: Manifest) -> None:
@@ -78,7 +78,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, itself checked; its files are not.
+    """Read the manifest of a checkpoint and check it against its own checksum; the files are not checked.
 
     Raises:
         Damaged: it is missing, unreadable or changed.
@@ -122,7 +122,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str] | None = 
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Compute the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(1 << 24):

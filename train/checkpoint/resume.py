@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it fits, and how each rank gets its part of it."""
+"""Resuming from a checkpoint: which one, whether it fits, and how each rank loads its part of it."""
 
 import logging
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ _MUST_AGREE = ("train.global_batch", "train.seq_len")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The checkpoint that a run starts from.
 
     Attributes:
         candidates: checkpoints to begin from, the best first; none for a run from the beginning.
@@ -45,7 +45,7 @@ class Start:
 
 
 def find(resume: str, run_dir: Path) -> Start:
-    """Where `resume` says to begin; nothing is checked but that it is there.
+    """Find the checkpoints that `resume` names; nothing is checked but that they are there.
 
     Raises:
         BadInput: the path holds no checkpoint.
@@ -70,7 +70,7 @@ def find(resume: str, run_dir: Path) -> Start:
 
 
 def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[str]:
-    """Why the run cannot go on from the newest checkpoint that can be read, a sentence each.
+    """Say why the run cannot resume from the newest checkpoint that can be read, a sentence each.
 
     Args:
         config: of the run.
@@ -91,7 +91,7 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
 
 
 def warnings(config: Config, found: Manifest, data: str) -> list[str]:
-    """What a run may change and may not have meant to; one sentence each."""
+    """Warn of what a resumed run has changed and may not have meant to, in one sentence each."""
     now, then = recipe_fields(to_jsonable(asdict(config))), recipe_fields(found.config)
     changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
     lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
@@ -101,7 +101,7 @@ def warnings(config: Config, found: Manifest, data: str) -> list[str]:
 
 
 def load_newest_sound(config: Config, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:
-    """Fill the optimizer's state and the stages' weights from the first candidate that is sound; its manifest.
+    """Load the optimizer's state and the stages' weights from the first candidate that is sound; return its manifest.
 
     Every rank checks its share of the files. A damaged checkpoint of the run's own folder is renamed, with a warning,
     so that it is not tried again. All ranks call it together.
@@ -141,7 +141,7 @@ def load_newest_sound(config: Config, start: Start, state: OptimizerState, group
 
 
 def load_weights(state: OptimizerState, weights: StoredWeights, group: dist.ProcessGroup) -> None:
-    """Begin with these weights: every rank reads its part of them. All ranks call it together.
+    """Load weights to begin with; every rank reads its part of them. All ranks call it together.
 
     Args:
         state: of an engine of the same shape that has taken no step; its moments are zero.
@@ -164,7 +164,7 @@ def _load(
     for flats, read in zip(on_device, on_host, strict=True):
         for key, flat in flats.items():
             flat.copy_(read[key])
-    state.publish()
+    state.start_gather()
 
 
 def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
@@ -198,7 +198,7 @@ def _none_is_sound(config: Config, start: Start, reasons: list[str]) -> str:
 
 
 def _origin(own: list[Path]) -> str | None:
-    """What the run was told to begin from when it made the newest of its checkpoints that can be read."""
+    """Read from the newest readable checkpoint of a run what that run was told to begin from."""
     for path in own:
         try:
             return manifest.read(path).origin

@@ -1,4 +1,4 @@
-"""Saving while training goes on: a copy to host memory, then a thread that writes it."""
+"""Asynchronous checkpoints: the state is copied to host memory, and a thread writes it while training goes on."""
 
 import hashlib
 import logging
@@ -16,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from conf.train_settings import CheckpointConfig
 from parallel.state import Flats, OptimizerState
 from train.checkpoint import folder, manifest
+from train.checkpoint.host_memory import host_buffer
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.storage import SavePieces, Writer
 from train.data.tokenizer import config_file
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended.
+    """The result of a save.
 
     Attributes:
         step: that was saved.
@@ -81,7 +82,7 @@ class Saver:
         self._last_begin = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether the settings ask for a save after this step; by time, once the one before is done."""
+        """Tell whether the settings ask for a save after this step; by time, once the one before is done."""
         by_steps, minutes = self._settings.every_steps, self._settings.every_minutes
         if not self._settings.enabled:
             return False
@@ -90,7 +91,7 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way, on this rank."""
+        """Whether this rank is still writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, *, tokens: int) -> None:
@@ -112,13 +113,13 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> Outcome | None:
-        """The outcome of the save under way, once it has ended; None where it is known already or there is none."""
+        """Wait for the save under way and return its outcome; None where that is known already or there is none."""
         if self._thread is not None:
             self._thread.join()
         return self.news()
 
     def news(self) -> Outcome | None:
-        """The outcome of a save that has ended since this was last asked."""
+        """Return the outcome of a save that has ended since this was last asked, or None."""
         if self.busy:
             return None
         self._thread, (outcome, self._outcome) = None, (self._outcome, None)
@@ -126,10 +127,7 @@ class Saver:
 
     def _copy(self, flats: Flats) -> None:
         if not self._copies:
-            self._copies = [
-                {key: torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda) for key, flat in group.items()}
-                for group in flats
-            ]
+            self._copies = [{key: host_buffer(flat) for key, flat in group.items()} for group in flats]
         for copies, group in zip(self._copies, flats, strict=True):
             for key, flat in group.items():
                 copies[key].copy_(flat, non_blocking=True)
@@ -154,7 +152,7 @@ class Saver:
         self._outcome = Outcome(facts["step"], path, blocked, time.monotonic() - begin, size, error)
 
     def _commit(self, path: Path, described: Manifest) -> int:
-        """On one rank, when all have written: from the temporary name to the checkpoint; its size in bytes."""
+        """Rename a checkpoint that all ranks have written from its temporary name, on one rank; its size in bytes."""
         unfinished = folder.temporary(path)
         for name, content in self._tokenizer.items():
             (unfinished / name).write_bytes(content)
@@ -176,7 +174,7 @@ class Saver:
 
 
 def _in_a_line(failure: BaseException) -> str:
-    """Of DCP's failures by rank, with a traceback each, the first one's reason."""
+    """Reduce DCP's failures by rank, with a traceback each, to the first one's reason."""
     if isinstance(failure, dcp.CheckpointException):
         rank, (cause, _) = next(iter(failure.failures.items()))
         return f"{type(cause).__name__} on rank {rank}: {cause}"

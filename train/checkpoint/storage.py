@@ -1,4 +1,4 @@
-"""How PyTorch's distributed checkpoint (DCP) lays tensors on disk here: one safetensors file per rank.
+"""Storage of PyTorch's distributed checkpoint (DCP): one safetensors file per rank.
 
 DCP plans which rank writes what, once where several hold it, refuses a plan with gaps or overlaps, carries one rank's
 failure to all, and computes which parts of which pieces a rank of another layout has to read. Its own files are
@@ -49,7 +49,7 @@ class SavePieces(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        """This rank's boxes."""
+        """Plan to write this rank's boxes."""
         properties = TensorProperties(dtype=DTYPE)
         self.plan = SavePlan(
             [
@@ -79,7 +79,7 @@ class LoadPieces(DefaultLoadPlanner):
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        """The parts of stored pieces that overlap this rank's boxes."""
+        """Plan to read the parts of stored pieces that overlap this rank's boxes."""
         assert self.metadata is not None
         items = []
         for name, piece in self.state_dict.items():
@@ -112,7 +112,7 @@ class Writer(StorageWriter):
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As planned; whoever comes first makes the folder."""
+        """Keep the plan as it is, and make the folder if no other rank has."""
         self._folder.mkdir(parents=True, exist_ok=True)
         return plan
 
@@ -141,7 +141,7 @@ class Writer(StorageWriter):
         ]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On one rank: what was written where, handed to `commit`."""
+        """Hand over to `commit`, on one rank, what was written where."""
         tensors: dict[str, Any] = {}
         files: dict[str, Any] = {}
         for name, stored in metadata.state_dict_metadata.items():
@@ -175,7 +175,7 @@ class Reader(StorageReader):
         """Nothing is kept between loads."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The tensors in DCP's terms."""
+        """Describe the stored tensors in DCP's terms."""
         tensors, places = {}, {}
         for name, entry in self._tensors.items():
             chunks = []
@@ -186,7 +186,7 @@ class Reader(StorageReader):
         return Metadata(cast(Any, tensors), storage_data=places)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Keep where each piece lies."""
+        """Keep which file and key each piece has."""
         self._places = cast(dict[MetadataIndex, tuple[str, str]], metadata.storage_data)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -228,5 +228,5 @@ def _values(pieces: dict[str, Piece], index: MetadataIndex) -> torch.Tensor:
 
 
 def _key(index: MetadataIndex) -> str:
-    """``exp_avg/head.proj.weight[128,0]``: a rank may hold several boxes of a tensor."""
+    """Key a box in a file, as ``exp_avg/head.proj.weight[128,0]``: a rank may hold several boxes of a tensor."""
     return f"{index.fqn}[{','.join(map(str, index.offset or ()))}]"

@@ -1,4 +1,4 @@
-"""Sequences to the micro-batches of one data-parallel rank."""
+"""The micro-batches of one data-parallel rank, read from packed sequences."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -7,12 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from model.batch import Batch
 from model.loss import IGNORED
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Tokens and labels, both int64 of shape (micro_batch, seq_len), on the CPU."""
 
 
 def train_micro_batches(
@@ -25,7 +23,7 @@ def train_micro_batches(
     dp_size: int,
     start_sample: int = 0,
 ) -> Iterator[Batch]:
-    """The micro-batches of one rank, without end.
+    """Yield the micro-batches of one rank without end, each (micro_batch, seq_len) on the CPU.
 
     Step s trains on the samples from start_sample + s * global_batch on, and its micro-batch m on rank r holds those
     from (m * dp_size + r) * micro_batch of them on. So what a step trains on depends neither on `dp_size` nor on
@@ -58,7 +56,7 @@ def train_micro_batches(
 
 
 def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator[Batch]:
-    """The same micro-batches, read by a thread while those before are trained on.
+    """Prefetch micro-batches in a thread while those before are trained on.
 
     Args:
         batches: without end, or with one.
@@ -68,7 +66,7 @@ def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator
 
     def read() -> Batch | None:
         batch = next(batches, None)
-        return (batch[0].pin_memory(), batch[1].pin_memory()) if pinned and batch else batch
+        return batch.pin_memory() if pinned and batch else batch
 
     with ThreadPoolExecutor(1, thread_name_prefix="micro-batches") as thread:  # one, so that their order stays
         coming = deque(thread.submit(read) for _ in range(depth))
@@ -91,15 +89,15 @@ class EvalMicroBatches:
             wanted = np.arange(start, start + self._micro_batch)
             # Beyond the last sequence stands sequence 0 with all labels ignored: every rank must run every
             # micro-batch, or the pipeline would hang.
-            tokens, labels = _batch(self._sequences, np.where(wanted < self._count, wanted, 0))
-            labels[torch.from_numpy(wanted >= self._count)] = IGNORED
-            yield tokens, labels
+            batch = _batch(self._sequences, np.where(wanted < self._count, wanted, 0))
+            batch.labels[torch.from_numpy(wanted >= self._count)] = IGNORED
+            yield batch
 
 
 def eval_micro_batches(
     sequences: PackedSequences, limit: int, *, micro_batch: int, dp_rank: int, dp_size: int
-) -> tuple[EvalMicroBatches, int, float]:
-    """Exactly the first `limit` held-out sequences (all, if there are fewer), whatever `dp_size` is.
+) -> tuple[EvalMicroBatches, int]:
+    """Cut exactly the first `limit` held-out sequences (or all, if fewer) into micro-batches, whatever `dp_size` is.
 
     Args:
         sequences: the held-out tokens.
@@ -109,9 +107,8 @@ def eval_micro_batches(
         dp_size: how many those are.
 
     Returns:
-        The micro-batches of this rank; how many those are, the same on every rank; and the scale: of a loss that
-        divides by all labels, ignored ones included, the mean over all micro-batches and ranks times the scale is
-        the mean over real tokens. With no sequence: no micro-batches and 1.0.
+        The micro-batches of this rank, and how many those are, the same on every rank. Labels beyond the last sequence
+        are ignored, so that some micro-batches may hold fewer that count, or none.
 
     Raises:
         ValueError: `micro_batch` or `limit` out of range, or `dp_rank` not below `dp_size`.
@@ -121,9 +118,9 @@ def eval_micro_batches(
     count = min(limit, len(sequences))
     slots = -(-count // (micro_batch * dp_size)) * micro_batch * dp_size
     starts = range(dp_rank * micro_batch, slots, dp_size * micro_batch)
-    return EvalMicroBatches(sequences, count, micro_batch, starts), len(starts), slots / count if count else 1.0
+    return EvalMicroBatches(sequences, count, micro_batch, starts), len(starts)
 
 
 def _batch(sequences: PackedSequences, wanted: np.ndarray) -> Batch:
     rows = torch.from_numpy(np.stack([sequences[int(i)] for i in wanted]))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())

@@ -29,12 +29,12 @@ _COPY = 1 << 24
 
 
 def token_file(folder: Path, split: str) -> Path:
-    """Where the tokens of `train` or `val` stand."""
+    """Name the file that holds the tokens of `train` or `val`."""
     return folder / f"{split}.bin"
 
 
 def document_hash(text: str, purpose: str) -> int:
-    """A hash of a document's text, from 0 to 2**64 - 1, equal for equal texts and unrelated between purposes."""
+    """Hash a document's text, from 0 to 2**64 - 1; equal texts have equal hashes, unrelated between purposes."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8, person=purpose.encode()).digest(), "big")
 
 
@@ -66,7 +66,7 @@ def _boundary(text: str, low: int, high: int) -> int:
 
 
 def sample_texts(data: DataConfig, progress: bool) -> Iterator[str]:
-    """At most `data.tokenizer_sample_mb` of text for training a tokenizer.
+    """Sample at most `data.tokenizer_sample_mb` of text to train a tokenizer on.
 
     Of local files, the pieces of documents with the smallest hashes: spread evenly over the corpus, and the same
     whatever the order of documents. Of a hub dataset, which may be of any length, its beginning.
@@ -160,7 +160,7 @@ def _encoded(
     progress: bool,
     writers: dict[str, TokenWriter],
 ) -> Iterator[tuple[str, int, bool, bool, list[int]]]:
-    """The corpus's pieces in order: split, document hash, whether first and last of its document, token ids."""
+    """Encode the corpus's pieces in order: split, document hash, whether first and last of its document, token ids."""
     batch: list[tuple[str, int, bool, bool, str]] = []
     chars = 0
 

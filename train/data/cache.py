@@ -16,13 +16,13 @@ META = "meta.json"
 
 
 def fingerprint(description: dict[str, Any]) -> str:
-    """A hash of a JSON-able description as 32 hexadecimal digits."""
+    """Hash a JSON-able description, as 32 hexadecimal digits."""
     canonical = json.dumps(description, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode("utf-8"), digest_size=16).hexdigest()
 
 
 def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """The meta data of a cache folder, built if it is not there or damaged.
+    """Return the meta data of a cache folder, which is built if it is not there or damaged.
 
     The folder is built under another name beside it and renamed when all is on disk, so that an interruption leaves
     nothing or everything. Of several processes that call this at once, one builds while the others wait on a lock

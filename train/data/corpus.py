@@ -22,7 +22,7 @@ _INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 def check(data: DataConfig) -> list[str]:
-    """Problems that show without reading the corpus.
+    """Find problems that show without reading the corpus.
 
     Returns:
         One sentence each, `key=value: what is wrong; what would work`; empty when nothing is wrong.
@@ -132,7 +132,7 @@ def _plain_parts(path: Path) -> list[str]:
 
 
 def list_files(data: DataConfig) -> list[tuple[str, Path]]:
-    """The corpus's files, as (name relative to the folder or glob, path), sorted by name; none for the hub.
+    """List the corpus's files, as (name relative to the folder or glob, path), sorted by name; none for the hub.
 
     Of a folder or a `**` glob, hidden files are left out, and so is `data.cache_dir` where it lies inside the folder.
     """
@@ -171,7 +171,7 @@ def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def fingerprint_inputs(data: DataConfig) -> dict[str, Any]:
-    """What decides the corpus's documents, JSON-able, without reading them.
+    """Describe what decides the corpus's documents, JSON-able, without reading them.
 
     Files are known by relative name, size and modification time (ns), so a copy that keeps times counts as the same;
     the standard library by version, names and sizes; a hub dataset by name, subset, split and revision: without a

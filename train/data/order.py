@@ -38,11 +38,11 @@ class SampleOrder:
         self._mask = np.uint64((1 << int(self._half)) - 1)
 
     def __getitem__(self, global_index: int) -> int:
-        """The sequence of one sample; `take` is faster for many."""
+        """Look up the sequence of one sample; `take` is faster for many."""
         return int(self.take([global_index])[0])
 
     def take(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """The sequences of many samples at once.
+        """Look up the sequences of many samples at once.
 
         Args:
             indices: global sample indices, integers of any shape, from 0 up to 2**63 - 1.
@@ -82,7 +82,7 @@ class SampleOrder:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """MurmurHash3's 64-bit finalizer; every bit of the result depends on every bit of `x`, shape (n,)."""
+    """Apply MurmurHash3's 64-bit finalizer; every bit of the result depends on every bit of `x`, shape (n,)."""
     x = x ^ (x >> np.uint64(33))
     x = x * np.uint64(0xFF51AFD7ED558CCD)
     x = x ^ (x >> np.uint64(33))

@@ -1,4 +1,4 @@
-"""From settings to tokens on disk, once: what `train/` calls before it trains."""
+"""Preparation of a corpus: its tokens are on disk, once, before training begins."""
 
 import errno
 import hashlib
@@ -47,15 +47,15 @@ class PreparedData:
     """What was read and skipped: the fields of `Tally`."""
 
     def train(self, seq_len: int) -> PackedSequences:
-        """The training tokens as sequences of `seq_len` predictions."""
+        """Open the training tokens as sequences of `seq_len` predictions."""
         return self._sequences("train", seq_len)
 
     def val(self, seq_len: int) -> PackedSequences:
-        """The held-out tokens as sequences of `seq_len` predictions."""
+        """Open the held-out tokens as sequences of `seq_len` predictions."""
         return self._sequences("val", seq_len)
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer the files were made with; it encodes the names of special tokens as plain text."""
+        """Load the tokenizer that the files were made with; it encodes the names of special tokens as plain text."""
         return tokenizers_.load_tokenizer(self.tokenizer_path)
 
     def _sequences(self, split: str, seq_len: int) -> PackedSequences:

@@ -21,7 +21,7 @@ class Damaged(Exception):
 
 
 def kind_of(name: str) -> str:
-    """How a file is read by its name: `json` (a document per line), `parquet` (per row) or `text`."""
+    """Tell from its name how a file is read: `json` (a document per line), `parquet` (per row) or `text`."""
     lower = name.lower()
     for ending in _COMPRESSED:
         lower = lower.removesuffix(ending)
@@ -31,7 +31,7 @@ def kind_of(name: str) -> str:
 
 
 def is_compressed(name: str) -> bool:
-    """Whether the bytes on disk are fewer than the text in the file (.gz, .zst, .parquet)."""
+    """Tell whether the bytes on disk are fewer than the text in the file (.gz, .zst, .parquet)."""
     return name.lower().endswith((*_COMPRESSED, ".parquet"))
 
 

@@ -48,11 +48,11 @@ class Tally:
             places.append(place)
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts and places, JSON-able."""
+        """Return the counts and places, JSON-able."""
         return asdict(self)
 
     def summary(self) -> str:
-        """One line for a person, such as `1,790 documents; skipped: 3 not UTF-8 (a.py, b.py, c.py)`."""
+        """Sum up in a line for a person, such as `1,790 documents; skipped: 3 not UTF-8 (a.py, b.py, c.py)`."""
         skipped = []
         for kind, words in _WORDS.items():
             if count := getattr(self, kind):

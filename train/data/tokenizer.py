@@ -46,7 +46,7 @@ _SPLIT = "|".join(
 
 
 def too_small(key: str, size: int) -> str:
-    """The sentence for a vocabulary `size`, set by `key`, that is below `MIN_VOCAB`."""
+    """Say that a vocabulary `size`, set by `key`, is below `MIN_VOCAB`."""
     return (
         f"{key}={size}: byte-level BPE needs 256 bytes and {len(SPECIAL_TOKENS)} special tokens; "
         f"{MIN_VOCAB} or more would work"
@@ -112,18 +112,18 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json that `path`, a file or a folder, stands for; it need not exist."""
+    """Name the tokenizer.json that `path`, a file or a folder, stands for; it need not exist."""
     path = Path(path).expanduser()
     return path / "tokenizer.json" if path.is_dir() else path
 
 
 def size(tokenizer: "Tokenizer") -> int:
-    """Rows that an embedding needs for it: the largest id and one. More than its tokens where ids have gaps."""
+    """Count the rows that an embedding needs: the largest id and one, more than the tokens where ids have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def eos_id(tokenizer: "Tokenizer", path: str | Path | None = None) -> int:
-    """The id of the token that ends a document.
+    """Find the id of the token that ends a document.
 
     Args:
         tokenizer: ours or a foreign one.
@@ -148,7 +148,7 @@ def eos_id(tokenizer: "Tokenizer", path: str | Path | None = None) -> int:
 
 
 def config_file(tokenizer: Path) -> Path:
-    """The tokenizer_config.json that belongs to a tokenizer.json; it need not exist."""
+    """Name the tokenizer_config.json that belongs to a tokenizer.json; it need not exist."""
     return tokenizer.with_name("tokenizer_config.json")
 
 

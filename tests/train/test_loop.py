@@ -1,0 +1,183 @@
+"""The loop, over an engine, a saver and a tracker that a test plays."""
+
+import gc
+import inspect
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from parallel.engine import StepResult
+from parallel.layout import Layout
+from tests.shapes import preset
+from train import loop, report, run
+from train.learning_rate import length_of
+from train.loop import Progress, garbage_collected_by_hand, take_steps
+from train.report import RunConstants
+from train.run import be_deterministic, compute_dtype
+
+STEPS = 4
+
+
+class Played(SimpleNamespace):
+    """A run of rank 0 that writes down what is done with it."""
+
+    def __init__(self, *overrides, stop_after=None, busy=False, nonfinite=()):
+        config = preset("tiny", "train.val_every=0", f"train.max_steps={STEPS}", *overrides)
+        super().__init__(config=config, length=length_of(config), done=[], records=[], nonfinite=nonfinite)
+        self.layout, self.rank, self.device, self.run_dir = Layout(dp=1, pp=1), 0, torch.device("cpu"), None
+        self.signals = SimpleNamespace(asked=None)
+        self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
+        self.constants = RunConstants(2048, 1, 1, None, None)
+        self.engine = SimpleNamespace(step=self.step)
+        self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
+        self.saver = SimpleNamespace(
+            busy=busy, due=lambda step: step % 2 == 1, save=self.save, wait=lambda: None, news=lambda: None
+        )
+
+    rate, evaluates_after = run.Run.rate, run.Run.evaluates_after
+
+    def step(self, batches, rate):
+        number = sum(what == "step" for what, _ in self.done) + 1
+        self.done.append(("step", rate))
+        if number == self.stop_after:
+            self.signals.asked = 15
+        lost = number in self.nonfinite
+        return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, [], 0.0)
+
+    def validation_loss(self):
+        self.done.append(("evaluate", None))
+        return 3.0
+
+    def track(self, record, skipped):
+        self.records.append((record, skipped))
+        self.done.append(("record", record["step"]))
+
+    def save(self, step, tokens):
+        assert tokens == step * 2048
+        self.done.append(("save", step))
+
+    def say(self, text, level=20):
+        self.done.append(("say", text))
+
+
+@pytest.fixture(autouse=True)
+def agreed(monkeypatch):
+    """How often ranks told each other something."""
+    calls = []
+    monkeypatch.setattr(report, "max_over_ranks", lambda values, group: calls.append(values) or values)
+    return calls
+
+
+def done(played):
+    progress = Progress(played.steps_before)
+    take_steps(played, progress)
+    return progress, [(what, step) if what in ("record", "save") else what for what, step in played.done]
+
+
+def test_a_step_is_taken_agreed_on_evaluated_recorded_and_saved(agreed):
+    progress, order = done(Played("train.val_at=[2]"))
+    assert order == [
+        *["step", ("record", 1), ("save", 1)],
+        *["step", "evaluate", ("record", 2)],
+        *["step", ("record", 3), ("save", 3)],
+        *["step", "evaluate", ("record", 4), ("save", 4)],  # the last is evaluated and saved in any case
+    ]
+    assert (progress.step, progress.stopped, progress.timed_steps) == (STEPS, False, STEPS - 1)
+    assert len(agreed) == STEPS  # one small collective a step
+
+
+def test_the_rate_of_each_step_is_the_schedules(agreed):
+    played = Played("schedule.warmup_steps=4", "optimizer.lr=0.8")
+    done(played)
+    assert [rate for what, rate in played.done if what == "step"] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_told_to_stop_it_saves_the_step_under_way():
+    progress, order = done(Played(stop_after=2))
+    assert order[-2:] == [("record", 2), ("save", 2)] and progress.stopped and progress.step == 2
+    progress, order = done(Played(stop_after=STEPS))  # all steps are taken: there is nothing to go on with
+    assert not progress.stopped and progress.step == STEPS
+
+
+def test_a_save_that_is_due_while_one_is_written_is_told_of_and_the_last_one_waits():
+    _, order = done(Played(busy=True))
+    played = Played(busy=True)
+    done(played)
+    said = [text for what, text in played.done if what == "say"]
+    assert [text.partition(":")[0] for text in said] == ["step 1 is not saved", "step 3 is not saved"]
+    assert [step for what, step in played.done if what == "save"] == [STEPS]
+    _, order = done(Played("checkpoint.enabled=false"))
+    assert not any(what == "save" for what, *_ in (one for one in order if isinstance(one, tuple)))
+
+
+def test_a_skipped_step_is_recorded_as_such():
+    played = Played(nonfinite=(2,))
+    done(played)
+    assert [skipped for _, skipped in played.records] == [False, True, False, False]
+    assert math.isnan(played.records[1][0]["loss"])
+
+
+def test_all_ranks_collect_garbage_at_the_same_steps(monkeypatch):
+    played, collected = Played("train.max_steps=120"), []
+    monkeypatch.setattr(loop.gc, "collect", lambda: collected.append(len(played.records)))
+    done(played)
+    assert collected == [50, 100]
+
+
+def test_the_collector_runs_by_hand_alone_until_the_loop_is_left():
+    assert gc.isenabled()
+    before = gc.get_freeze_count()
+    with pytest.raises(KeyError), garbage_collected_by_hand():
+        assert not gc.isenabled() and gc.get_freeze_count() > before
+        raise KeyError
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_the_loop_can_be_read_on_a_page():
+    assert len(inspect.getsource(take_steps).splitlines()) <= 60
+
+
+def test_deterministic_algorithms_are_chosen_before_a_device_is_used(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", "")
+    be_deterministic()
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.utils.deterministic.fill_uninitialized_memory is False
+
+
+@pytest.mark.parametrize(("asked", "called"), [("true", ["deterministic", "started"]), ("false", ["started"])])
+def test_a_run_asks_for_them_first(asked, called, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start():
+        order.append("started")
+        raise Started
+
+    import parallel.deepspeed_engine
+
+    order = []
+    monkeypatch.setattr(run, "be_deterministic", lambda: order.append("deterministic"))
+    monkeypatch.setattr(parallel.deepspeed_engine, "start_process_group", start)
+    prepared = SimpleNamespace(config=preset("tiny", f"train.deterministic={asked}"), layout=None)
+    with pytest.raises(Started):
+        run.open_run(prepared, None)
+    assert order == called
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("auto", "cuda", torch.bfloat16),
+        ("bf16", "cpu", torch.bfloat16),
+        ("fp32", "cuda", torch.float32),
+    ],
+)
+def test_stages_compute_in_what_was_asked_for_or_what_the_device_is_made_for(asked, device, dtype):
+    assert compute_dtype(preset("tiny", f"train.precision={asked}"), torch.device(device)) is dtype

@@ -1,0 +1,21 @@
+"""What is found wrong before a process is started."""
+
+import pytest
+
+from conf.validate import Machine
+from model.problems import BadInput
+from train.preflight import preflight
+
+
+def test_an_environment_in_which_gpus_would_hang_is_refused_with_all_else_that_is_wrong(
+    overrides, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    asked = [*overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path / 'run'}"]
+    with pytest.raises(BadInput) as caught:
+        preflight([*asked, "train.log_every=0"], machine=Machine(gpus=8))
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "train.log_every=0",
+        "CUDA_DEVICE_MAX_CONNECTIONS=1",
+    ]
+    assert preflight(asked, machine=Machine(gpus=0)).layout.pp == 2  # no GPU, no queue

@@ -1,0 +1,144 @@
+"""Training, top to bottom: a run is opened, its steps are taken one after another, and it is brought to its end."""
+
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from parallel.engine import StepResult
+from train import timeline
+from train.farewell import farewell
+from train.preflight import PreparedRun
+from train.profiling import profiled
+from train.report import StepReport, as_record, own_report
+from train.run import Run, open_run
+from train.stopping import StopSignals
+
+COLLECT_EVERY = 50
+"""Steps from one run of Python's garbage collector to the next."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: the last that was taken.
+        stopped: a rank was told to stop before the run was complete.
+        timed_steps, timed_seconds: those by which the run's speed is told.
+    """
+
+    step: int
+    stopped: bool = False
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+
+
+def train(prepared: PreparedRun, signals: StopSignals) -> None:
+    """Train, save, validate, sample; every rank calls it. Rank 0 writes the run folder and speaks.
+
+    Args:
+        prepared: from `train.preflight`.
+        signals: whether this rank has been told to stop; one that has stops all after the step under way.
+
+    Raises:
+        BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
+        SystemExit: 1: the run has ended and its last step could not be saved.
+    """
+    run = open_run(prepared, signals)
+    if run is None:
+        return
+    if prepared.source and not run.resumed:  # what trained weights are worth before the first step
+        val_loss = run.validation_loss()
+        if run.tracker and val_loss is not None:
+            run.tracker.begin(val_loss)
+    progress = Progress(run.steps_before)
+    with garbage_collected_by_hand():
+        take_steps(run, progress)
+    speed = progress.timed_steps * run.length.tokens_per_step / progress.timed_seconds if progress.timed_steps else None
+    farewell(run, progress.step, progress.stopped, speed)
+
+
+def take_steps(run: Run, progress: Progress) -> None:
+    """Take steps until the run is complete or a rank is told to stop: step, agree, evaluate, record, save."""
+    settings = run.config.train
+    while progress.step < run.length.steps and not progress.stopped:
+        step = progress.step = progress.step + 1
+        rate = run.rate(step)
+        with _traced(run, step):
+            begin = time.perf_counter()
+            result = run.engine.step(run.batches, rate)
+            seconds = time.perf_counter() - begin
+        # The first step pays for allocations and kernel choices, one that is traced for its trace.
+        if (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile:
+            progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
+
+        report = own_report(run, step, result).merged(run.group)
+        progress.stopped = report.told_to_stop and step < run.length.steps
+
+        record = as_record(step, result, rate, seconds, report, run.constants)
+        if run.evaluates_after(step) and (val_loss := run.validation_loss()) is not None:
+            record["val_loss"] = val_loss
+        if run.tracker:
+            run.tracker.step(record, skipped=result.skipped)
+        if run.layout.pp > 1 and step in settings.timeline_at:
+            _keep_timeline(run, step, result)
+
+        _save(run, step, report, last=progress.stopped or step == run.length.steps)
+        if step % COLLECT_EVERY == 0:
+            gc.collect()
+
+
+def _traced(run: Run, step: int) -> AbstractContextManager[None]:
+    """Trace what follows, if it was asked for at this step and rank."""
+    settings = run.config.train
+    if step in settings.profile and run.rank in settings.profile_ranks:
+        return profiled(run.run_dir, step, run.rank, run.device, run.say)
+    return nullcontext()
+
+
+def _keep_timeline(run: Run, step: int, result: StepResult) -> None:
+    """Write and draw what the first pipeline did in a step. All ranks call it together."""
+    layout, parallel, train = run.layout, run.config.parallel, run.config.train
+    ranks = range(0, layout.world_size, layout.dp * layout.tp)
+    spans = timeline.gather(result.began, result.spans, run.group, ranks)
+    if spans is None or run.tracker is None:
+        return
+    micro_batches = train.global_batch // (train.micro_batch * layout.dp)
+    measured = timeline.MeasuredStep(step, parallel.schedule, parallel.placement, micro_batches, spans)
+    try:
+        run.tracker.picture("timeline", timeline.write(measured, run.run_dir))
+    except OSError as error:
+        run.say(f"the timeline of step {step} could not be kept ({error})", logging.WARNING)
+
+
+def _save(run: Run, step: int, report: StepReport, last: bool) -> None:
+    """Begin to save where it is due, and say how the save before ended."""
+    saves = run.config.checkpoint.enabled and (last or (report.save_due and not report.save_busy))
+    outcome = run.saver.wait() if saves else run.saver.news()
+    if run.tracker:
+        run.tracker.saved(outcome)
+        if saves:
+            run.tracker.sync()  # no checkpoint is ahead of its metrics
+        elif report.save_due:
+            run.say(f"step {step} is not saved: the save before is still being written", logging.WARNING)
+    if saves:
+        run.saver.save(step, tokens=step * run.length.tokens_per_step)
+
+
+@contextmanager
+def garbage_collected_by_hand() -> Iterator[None]:
+    """Let Python's garbage collector run only when it is told to, and pass over what is there already.
+
+    Left to itself it runs on each rank at another time, and in each step all ranks wait for the slowest.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,327 @@
+"""A run is opened on every rank: processes join, stages are built, state is restored, data, log and saver are made."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.schema import Config, to_jsonable
+from conf.train_settings import Precision
+from model.batch import Batch
+from model.kernels import which_and_why
+from parallel.costs import layer_costs
+from parallel.engine import Engine, EngineSettings, build_engine
+from parallel.environment import quiet
+from parallel.layout import Layout
+from parallel.processes import use_cpus_fairly
+from parallel.stages import Stage, split_for, stage_rows, stage_table
+from parallel.state import OptimizerState
+from train import timeline
+from train.agreement import control_group, from_rank_0
+from train.checkpoint import resume
+from train.checkpoint.folder import CHECKPOINTS
+from train.checkpoint.manifest import Manifest
+from train.checkpoint.resume import Start
+from train.checkpoint.saver import Saver
+from train.data.batches import ahead, eval_micro_batches, train_micro_batches
+from train.data.order import SampleOrder
+from train.data.packing import PackedSequences
+from train.learning_rate import Length, length_of, rate_share
+from train.metrics import peak_flops
+from train.optimizer import adamw
+from train.preflight import PreparedRun
+from train.report import RunConstants
+from train.stopping import StopSignals
+from train.tracking import Tracker, code_version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is open on this rank.
+
+    Attributes:
+        prepared: from `train.preflight`.
+        signals: whether this rank has been told to stop.
+        length: in steps and tokens.
+        run_dir: the run folder, the same on every rank.
+        device, rank: of this process.
+        group: of all ranks, over the CPU.
+        engine: this rank's stages and optimizer.
+        batches: micro-batches to train on, without end.
+        held_out: sequences to validate on; may be none.
+        steps_before: optimizer steps that a checkpoint brought along.
+        resumed: whether there was such a checkpoint.
+        constants: by which the figures of a step are computed.
+        saver: of checkpoints.
+        tracker: of rank 0, None elsewhere.
+    """
+
+    prepared: PreparedRun
+    signals: StopSignals
+    length: Length
+    run_dir: Path
+    device: torch.device
+    rank: int
+    group: dist.ProcessGroup
+    engine: Engine
+    batches: Iterator[Batch]
+    held_out: PackedSequences
+    steps_before: int
+    resumed: bool
+    constants: RunConstants
+    saver: Saver
+    tracker: Tracker | None
+
+    @property
+    def config(self) -> Config:
+        """All settings."""
+        return self.prepared.config
+
+    @property
+    def layout(self) -> Layout:
+        """The rank grid."""
+        return self.prepared.layout
+
+    def rate(self, step: int) -> float:
+        """Compute the learning rate of a step."""
+        return self.config.optimizer.lr * rate_share(step, self.length.schedule_steps, self.config.schedule)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Tell whether a validation follows a step."""
+        settings = self.config.train
+        regularly = settings.val_every and step % settings.val_every == 0
+        return bool(step == self.length.steps or regularly or step in settings.val_at)
+
+    def validation_loss(self) -> float | None:
+        """Measure the mean token loss over the first held-out sequences. All ranks call it together.
+
+        Returns:
+            Nats, on every rank; None if no sequences are held out. They are the same for every layout.
+        """
+        if not len(self.held_out):
+            return None
+        limit = self.config.train.val_sequences
+        batches, count = eval_micro_batches(self.held_out, limit, **_replica(self.prepared, self.rank))
+        return self.engine.evaluate(iter(batches), count)
+
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Write a line to the log; of ranks other than 0, warnings reach the terminal."""
+        if self.tracker:
+            self.tracker.say(text, level)
+        else:
+            log.log(level, "%s", text)
+
+
+def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
+    """Open a run; every rank calls it. None where nothing is left to train.
+
+    Raises:
+        BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
+    """
+    from parallel.deepspeed_engine import start_process_group  # DeepSpeed takes seconds to import
+
+    config, layout = prepared.config, prepared.layout
+    if config.train.deterministic:
+        be_deterministic()
+    device = start_process_group()
+    rank = dist.get_rank()
+    use_cpus_fairly(device)
+    group = control_group()
+    run_dir, start, complete = from_rank_0((prepared.run_dir.absolute(), prepared.start, prepared.complete), group)
+    if complete:
+        leave()
+        return None
+
+    dtype = compute_dtype(config, device)
+    stages = _stages(config, device, dtype)
+    engine = _engine(config, layout, stages, dtype)
+    state = OptimizerState(engine.zero)
+    past = _restore(prepared, start, state, group)
+    steps_before = past.step if past else 0
+
+    length = length_of(config)
+    data = prepared.data
+    sequences, held_out = data.train(config.train.seq_len), data.val(config.train.seq_len)
+    batches = train_micro_batches(
+        sequences,
+        SampleOrder(len(sequences), config.train.seed),
+        global_batch=config.train.global_batch,
+        start_sample=config.train.skip_samples + steps_before * config.train.global_batch,
+        **_replica(prepared, rank),
+    )
+    facts = _facts(prepared, stages, device, dtype)
+    tracker = None
+    if rank == 0:
+        tracker = Tracker(config, run_dir, length.steps, facts, resumed=steps_before if start.own else None)
+        _announce(prepared, stages, facts, past, len(held_out))
+    return Run(
+        prepared=prepared,
+        signals=signals,
+        length=length,
+        run_dir=run_dir,
+        device=device,
+        rank=rank,
+        group=group,
+        engine=engine,
+        batches=ahead(batches, pinned=device.type == "cuda"),
+        held_out=held_out,
+        steps_before=steps_before,
+        resumed=past is not None,
+        constants=_constants(config, layout, stages, device, length),
+        saver=_saver(prepared, run_dir, start, state, facts),
+        tracker=tracker,
+    )
+
+
+def leave() -> None:
+    """Leave the process group."""
+    with quiet():
+        dist.destroy_process_group()
+
+
+def be_deterministic() -> None:
+    """Make PyTorch use deterministic algorithms alone; call it before CUDA is used."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic with a workspace of fixed size alone
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would also fill what `torch.empty` makes, to find out who reads it unwritten; that is a debugging aid.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Choose the dtype that the stages compute in: `train.precision`, which by default goes by the device."""
+    asked = config.train.precision
+    bf16 = asked is Precision.bf16 or (asked is Precision.auto and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _stages(config: Config, device: torch.device, dtype: torch.dtype) -> list[Stage]:
+    """Cut the model into stages of even cost."""
+    train = config.train
+    size = dict(seq_len=train.seq_len, micro_batch=train.micro_batch)
+    costs = layer_costs(config.model, config.parallel.balance, device=device, dtype=dtype, **size)
+    return split_for(costs, config.parallel.placement)
+
+
+def _accumulation(config: Config, layout: Layout) -> int:
+    """Compute the gradient accumulation: micro-batches per step and rank."""
+    return config.train.global_batch // (config.train.micro_batch * layout.dp)
+
+
+def _engine(config: Config, layout: Layout, stages: list[Stage], dtype: torch.dtype) -> Engine:
+    train, parallel = config.train, config.parallel
+    settings = EngineSettings(
+        micro_batch=train.micro_batch,
+        accumulation=_accumulation(config, layout),
+        clip=config.optimizer.clip,
+        bf16=dtype is torch.bfloat16,
+        seed=train.seed,
+        seq_len=train.seq_len,
+        recompute=parallel.recompute,
+        head_pieces=parallel.head_pieces,
+        schedule=parallel.schedule,
+        placement=parallel.placement,
+    )
+    make_optimizer = partial(adamw, settings=config.optimizer)
+    return build_engine(config.model, layout, stages, settings, make_optimizer=make_optimizer)
+
+
+def _restore(prepared: PreparedRun, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:
+    """Load a checkpoint of any layout, or else the weights to begin with; return the checkpoint's manifest."""
+    past = resume.load_newest_sound(prepared.config, start, state, group)
+    if prepared.source and not past:
+        resume.load_weights(state, prepared.source.weights, group)
+    return past
+
+
+def _replica(prepared: PreparedRun, rank: int) -> dict[str, int]:
+    """Say which samples this rank reads: those of its replica, whatever its stage."""
+    layout = prepared.layout
+    return {
+        "micro_batch": prepared.config.train.micro_batch,
+        "dp_rank": layout.replica(rank),
+        "dp_size": layout.dp,
+    }
+
+
+def _facts(prepared: PreparedRun, stages: list[Stage], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Collect the facts that identify a run besides its settings."""
+    model, seq_len, data = prepared.config.model, prepared.config.train.seq_len, prepared.data
+    return {
+        "layout": {**asdict(prepared.layout), "stages": [asdict(stage) for stage in stages]},
+        "parameters": model.num_params,
+        "flops_per_token": model.flops_per_token(seq_len),
+        "flops_per_token_whole_attention": model.flops_per_token_whole_attention(seq_len),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": "bf16" if dtype is torch.bfloat16 else "fp32",
+        "kernels": which_and_why(model, device, dtype),
+        "data": {"train_tokens": data.num_train_tokens, "val_tokens": data.num_val_tokens},
+    }
+
+
+def _constants(
+    config: Config, layout: Layout, stages: list[Stage], device: torch.device, length: Length
+) -> RunConstants:
+    model, parallel, seq_len, peak = config.model, config.parallel, config.train.seq_len, peak_flops(device)
+    shares = [stage.cost_share for stage in stages]
+    step = timeline.expected(parallel.schedule, parallel.placement, _accumulation(config, layout), shares)
+    return RunConstants(
+        tokens_per_step=length.tokens_per_step,
+        flops_per_token=model.flops_per_token(seq_len),
+        flops_per_token_whole_attention=model.flops_per_token_whole_attention(seq_len),
+        peak_flops=peak * layout.world_size if peak else None,
+        bubble_expected=step.bubble if layout.pp > 1 else None,
+    )
+
+
+def _saver(prepared: PreparedRun, run_dir: Path, start: Start, state: OptimizerState, facts: dict[str, Any]) -> Saver:
+    config, data = prepared.config, prepared.data
+    return Saver(
+        state,
+        run_dir / CHECKPOINTS,
+        config.checkpoint,
+        facts={
+            "data": data.fingerprint,
+            "config": to_jsonable(asdict(config)),
+            "layout": facts["layout"],
+            "code": code_version() if dist.get_rank() == 0 else "",
+            "origin": start.origin,
+        },
+        tokenizer=data.tokenizer_path,
+        group=control_group(),  # of its own, since it is used by another thread
+    )
+
+
+def _announce(
+    prepared: PreparedRun, stages: list[Stage], facts: dict[str, Any], past: Manifest | None, val_count: int
+) -> None:
+    """Log the warnings, the header and the table of stages."""
+    config = prepared.config
+    for warning in prepared.warnings + (resume.warnings(config, past, prepared.data.fingerprint) if past else []):
+        log.warning("%s", warning)
+    log.info("%s", header(prepared, facts, val_count))
+    log.info("%s", stage_table(stage_rows(config.model, stages, config.parallel.placement)))
+    if past:
+        log.info("%s", f"going on after step {past.step:,}")
+    elif prepared.source:
+        log.info("%s", f"beginning with the weights of {prepared.source.path}")
+
+
+def header(prepared: PreparedRun, facts: dict[str, Any], val_count: int) -> str:
+    """Describe a run in four lines."""
+    config, batch = prepared.config, prepared.config.train
+    train_tokens, steps = prepared.data.num_train_tokens, length_of(config).steps
+    return (
+        f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, "
+        f"{prepared.layout}\n"
+        f"{train_tokens:,} training tokens, {val_count:,} held-out sequences; vocabulary {config.model.vocab_size:,}\n"
+        f"{steps:,} steps of {batch.global_batch} x {batch.seq_len} tokens, micro-batches of {batch.micro_batch}\n"
+        f"{facts['kernels']}"
+    )

@@ -1,0 +1,91 @@
+"""Start-up of Weights & Biases: the id of a run, online or offline, and the step it goes on from.
+
+W&B is imported where it is used: a run that does not log there does not need it installed.
+"""
+
+import logging
+import netrc
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from conf.train_settings import WandbConfig, WandbMode
+
+log = logging.getLogger(__name__)
+
+INIT_TIMEOUT = 20.0
+"""Seconds that W&B's server has to answer at the start of a run."""
+
+
+def wandb_id(run_dir: Path) -> str:
+    """Read or make the id of a folder's W&B run; the folder keeps it, so that the run goes on in W&B too."""
+    path = run_dir / "wandb" / "run-id"
+    with suppress(OSError):
+        if known := path.read_text("utf-8").strip():
+            return known
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(secrets.token_hex(4) + "\n", "utf-8")
+    return path.read_text("utf-8").strip()
+
+
+def start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
+    """Start or go on with a W&B run.
+
+    Args:
+        mode: from `wandb_mode`.
+        run_id: from `wandb_id`.
+        run: arguments of `wandb.init`, ``dir`` among them.
+
+    Returns:
+        The run, None where it is disabled; its mode, offline where it should be online and no server or key lets it be;
+        the last step that it holds already, -1 for none.
+    """
+    if mode == "disabled":
+        return None, mode, -1
+    import wandb
+
+    from train.wandb_file import last_offline_step
+
+    # By default W&B retries for 90 s, while all ranks wait.
+    os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
+    offline_before = last_offline_step(run["dir"] / "wandb", run_id)
+    logged_offline = -1 if offline_before is None else offline_before
+    if mode == "online" and offline_before is not None:
+        # Steps that were only logged offline can be uploaded in order, and not behind later ones.
+        log.warning("W&B: this run was logged offline so far, and goes on offline; wandb sync uploads all of it")
+        mode = os.environ["WANDB_MODE"] = "offline"
+    try:
+        # Offline, the id alone says that it is the same run.
+        goes_on: Literal["allow"] | None = "allow" if mode == "online" else None
+        started = wandb.init(mode=mode, settings=settings, id=run_id, resume=goes_on, **run)
+        return started, mode, started.starting_step - 1 if mode == "online" else logged_offline
+    except wandb.Error as error:
+        if mode == "offline":
+            raise
+        log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
+    os.environ["WANDB_MODE"] = "offline"
+    return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
+
+
+def wandb_mode(settings: WandbConfig) -> Any:
+    """Resolve `wandb.mode=auto`: W&B's own variable, else online where there is a key, else offline."""
+    if settings.mode is not WandbMode.auto:
+        return settings.mode.value
+    asked = os.environ.get("WANDB_MODE", "")
+    asked = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # W&B's older names
+    if asked in ("online", "offline", "disabled"):
+        return asked
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    with suppress(OSError, netrc.NetrcParseError):
+        keys = netrc.netrc(os.environ.get("NETRC"))
+        # `wandb login` keeps the key under the server's name, which is not the same in all versions of W&B.
+        import wandb
+
+        own = os.environ.get("WANDB_BASE_URL")
+        for url in [own] if own else [wandb.Settings().base_url, "https://api.wandb.ai"]:
+            has_key = has_key or keys.authenticators(urlparse(url).hostname or "") is not None
+    return "online" if has_key else "offline"
