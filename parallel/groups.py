@@ -132,12 +132,41 @@ def _own_group(sets: Sequence[Sequence[int]], rank: int) -> Any:
     if len(sets[0]) == 1:
         return None
     if _one_after_another():
-        # A rank outside gets a set of its own: PyTorch names a group by how many this process has made before.
-        alone = sorted(set(range(dist.get_world_size())).difference(*sets))
-        group = dist.split_group(split_ranks=[*(sorted(ranks) for ranks in sets), *([one] for one in alone)])
-        return None if rank in alone else group
+        return _split_world([tuple(sorted(ranks)) for ranks in sets], rank)
     groups = [dist.new_group(list(ranks)) for ranks in sets]
     return next((group for group, ranks in zip(groups, sets, strict=True) if rank in ranks), None)
+
+
+def _split_world(sets: Sequence[tuple[int, ...]], rank: int) -> Any:
+    """The group of the set that this rank is in, of sets that NCCL splits the world into.
+
+    PyTorch has NCCL tell the sets of a call apart by a hash of their ranks. Sets at even distances often share one (of
+    512 ranks in pipelines of four, 31 and 127 with 32 and 64), and NCCL would join them: such sets get calls of their
+    own.
+    """
+    own, left = None, list(sets)
+    while left:
+        by_color: dict[int, tuple[int, ...]] = {}
+        for ranks in left:
+            by_color.setdefault(split_color(ranks), ranks)
+        called = set(by_color.values())
+        left = [ranks for ranks in left if ranks not in called]
+        # A rank outside gets a set of its own: PyTorch names a group by how many this process has made before.
+        alone = [(one,) for one in sorted(set(range(dist.get_world_size())).difference(*called))]
+        together = [*by_color.values(), *alone]
+        assert len({split_color(ranks) for ranks in together}) == len(together), "two sets of one call look the same"
+        group = dist.split_group(split_ranks=[list(ranks) for ranks in together])
+        if any(rank in ranks for ranks in called):
+            own = group
+    return own
+
+
+def split_color(ranks: Sequence[int]) -> int:
+    """What tells the sets of one `dist.split_group` apart: PyTorch's ``genNcclSplitColor`` of their sorted ranks."""
+    mixed = 0
+    for rank in ranks:
+        mixed ^= (rank + 0x9E3779B9 + (mixed << 6) % 2**64 + (mixed >> 2)) % 2**64
+    return abs(mixed - 2**64 * (mixed >= 2**63)) % (2**31 - 1)
 
 
 def _one_after_another() -> bool:
