@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and whether it is sound."""
+"""The contents of checkpoints, and whether they are sound (`deepnarrow inspect`)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from train.checkpoint.manifest import Damaged
 
 
 def found_at(path: Path) -> list[Path]:
-    """A checkpoint itself, or those of a run folder or folder of checkpoints, newest first.
+    """Return a checkpoint itself, or those of a run folder or folder of checkpoints, newest first.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no checkpoint is there.
     """
     if path.is_dir() and ((path / manifest.MANIFEST).exists() or step_of(path.resolve()) is not None):
         return [path]
@@ -25,7 +25,7 @@ def found_at(path: Path) -> list[Path]:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What one checkpoint says, once every file of it has been read and compared with its checksum."""
+    """Return the facts of one checkpoint, after reading every file and comparing it with its checksum."""
     facts: dict[str, Any] = {"path": str(path), "sound": False}
     try:
         found = manifest.read(path)
@@ -51,7 +51,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """`inspect`'s findings for people."""
+    """Render the results of `inspect` as text."""
     lines = [facts["path"]]
     if "step" in facts:
         model, layout, size = facts["model"], Layout(**facts["layout"]), facts["bytes"]

@@ -1,4 +1,4 @@
-"""What a model costs and how it is cut, before anything runs."""
+"""The costs of a model and its split into stages, computed before anything runs (`deepnarrow describe`)."""
 
 import json
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from train.timeline import draw_rows, expected, schedule_name
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """The numbers of `deepnarrow describe --json`.
+    """Return the numbers of `deepnarrow describe --json`.
 
-    Keys: preset; shape (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token at
-    seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, layers, blocks, parameters, cost_share;
-    pipeline, what its schedule makes of them, null for one stage; memory, bytes of each rank of the pipeline in bf16:
-    state, activations, workspace (of the pass that needs most) and peak; attention_choices, the same model with other
-    key/value heads.
+    The keys are: preset; attention (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token
+    at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
+    cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
+    of the pipeline in bf16: state, activations, workspace (of the pass that needs most) and peak; attention_choices,
+    the same model with other key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
     stages = split_for(model.layer_flops(seq_len), config.parallel.placement)
@@ -49,7 +49,7 @@ def facts(config: Config) -> dict[str, Any]:
 
 
 def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[str, Any] | None:
-    """Micro-batches, the bubble, and the most activations that a rank keeps, in micro-batches of all its layers."""
+    """Return micro-batches, bubble, and the most activations that a rank saves, in micro-batches of all its layers."""
     parallel = config.parallel
     if parallel.pp == 1:
         return None
@@ -64,7 +64,7 @@ def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[st
 
 
 def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list[dict[str, float]]:
-    """Bytes of each rank of the pipeline at the worst moment of a step, in bf16 as on a GPU."""
+    """Predict the peak memory of each rank of the pipeline in bytes, in bf16 as on a GPU."""
     parallel, train = config.parallel, config.train
     layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
     step = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
@@ -77,17 +77,17 @@ def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list
 
 
 def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
-    """A step as it should be, and its micro-batches."""
+    """Simulate a step; return its timeline and the number of its micro-batches."""
     parallel, train = config.parallel, config.train
     micro_batches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
     return expected(parallel.schedule, parallel.placement, micro_batches, shares), micro_batches
 
 
 def draw_step(config: Config, path: Path) -> None:
-    """A picture of the step that `describe` simulates.
+    """Draw a picture of the step that `describe` simulates.
 
     Raises:
-        BadInput: there are no stages, or the file cannot be.
+        BadInput: there are no stages, or the file cannot be written.
     """
     parallel = config.parallel
     if parallel.pp == 1:
@@ -101,13 +101,13 @@ def draw_step(config: Config, path: Path) -> None:
 
 
 def _choices(model: ModelConfig) -> list[int]:
-    """Key/value heads to set side by side: multi-head, GQA-8 where 8 heads can be, the model's own, multi-query."""
+    """Choose key/value heads to compare: multi-head, GQA-8 where 8 divides the heads, the model's own, multi-query."""
     heads = {model.n_heads, model.n_kv_heads, 1} | ({8} if model.n_heads % 8 == 0 else set())
     return sorted(heads, reverse=True)
 
 
 def _choice(config: Config, n_kv_heads: int) -> dict[str, Any]:
-    """What the model would cost with so many key/value heads; KV cache in bf16 bytes."""
+    """Return the costs of the model with this number of key/value heads, the KV cache in bf16 bytes."""
     other = replace(config, model=replace(config.model, n_kv_heads=n_kv_heads))
     model, seq_len = other.model, config.train.seq_len
     return {
@@ -121,12 +121,12 @@ def _choice(config: Config, n_kv_heads: int) -> dict[str, Any]:
 
 
 def as_json(config: Config) -> str:
-    """`facts` for scripts."""
+    """Render `facts` as JSON."""
     return json.dumps(facts(config), indent=2)
 
 
 def as_text(config: Config) -> str:
-    """`facts` for people."""
+    """Render `facts` as text."""
     model, found = config.model, facts(config)
     console = Console(width=100, highlight=False)
     with console.capture() as capture:

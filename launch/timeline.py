@@ -1,4 +1,4 @@
-"""The timelines that a run has kept, drawn."""
+"""Pictures of the timelines that a run has saved (`deepnarrow timeline`)."""
 
 import argparse
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from train.timeline import draw, read, written
 
 @contextmanager
 def picture(option: str, path: Path) -> Iterator[None]:
-    """Within, a picture is drawn to where a command's option says.
+    """Report errors of drawing a picture inside this context as errors of a command's option.
 
     Raises:
-        BadInput: it is of no kind that can be drawn, or cannot be written.
+        BadInput: the file's suffix is not one that can be drawn, or the file cannot be written.
     """
     if path.suffix not in (".png", ".svg"):
         raise BadInput([f"{option}={path}: its end says what is drawn; {path.with_suffix('.svg')} or .png would work"])
@@ -25,10 +25,10 @@ def picture(option: str, path: Path) -> Iterator[None]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw one step of a run folder, and say what it shows.
+    """Draw one step of a run folder, and print its bubble.
 
     Raises:
-        BadInput: no such step is kept, or the picture is of no kind that can be drawn.
+        BadInput: the step has no saved timeline, or the picture cannot be drawn.
     """
     run_dir = Path(options.source)
     found = written(run_dir)

@@ -1,1 +1,1 @@
-"""How a model is cut over processes and how the pieces run."""
+"""Parallelism: how a model is cut over processes, and how each process runs its part."""

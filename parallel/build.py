@@ -1,4 +1,4 @@
-"""The layers of a stage as a rank holds them: built for training, decoding, benchmarks and dry runs by one function."""
+"""The construction of a rank's layers: one function builds them for training, decoding, benchmarks and dry runs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from parallel.tensor import TensorParallel, swap
 
 Forward = Callable[[torch.Tensor, Context], torch.Tensor]
 Value = Callable[[str, torch.Size], torch.Tensor]
-"""From a parameter's full name and shape to all of it, fp32 on the CPU."""
+"""A function from a parameter's full name and shape to its whole value, fp32 on the CPU."""
 
 ALONE = TensorParallel(None, 0, 1, sequence_parallel=False, sharing={})
-"""A rank that shares its matrices with no other."""
+"""The tensor parallelism of a rank that shares its matrices with no other."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Layer:
     """A layer of the model, by its name in it.
 
     Attributes:
-        name: ``"embedding"``, ``"blocks.3"``, ``"head"``.
-        module: this rank's part of it.
-        infos: of its parameters, by their names inside the module.
+        name: the name of the layer: ``"embedding"``, ``"blocks.3"``, ``"head"``.
+        module: this rank's part of the layer.
+        infos: the records of its parameters, by their names inside the module.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Layer:
     infos: Mapping[str, ParameterInfo]
 
     def parameters(self) -> Iterator[tuple[nn.Parameter, ParameterInfo]]:
-        """Each parameter with its record."""
+        """Yield each parameter with its record."""
         return ((parameter, self.infos[name]) for name, parameter in self.module.named_parameters())
 
 
 @dataclass(frozen=True)
 class RankStages:
-    """What a rank holds of a model.
+    """The stages of a model that a rank holds.
 
     Attributes:
-        layers: of each of its stages, by the index of the stage.
+        layers: the layers of each stage, by the index of the stage.
         tp: the ranks that share its matrices.
-        deferred: what backward passes of all its layers leave for later.
+        deferred: the weight gradients that backward passes of all its layers defer.
     """
 
     layers: Mapping[int, Sequence[Layer]]
@@ -59,26 +59,26 @@ class RankStages:
     deferred: DeferredGradients
 
     def in_order(self) -> list[Layer]:
-        """All layers, in the order of the model."""
+        """Return all layers, in the order of the model."""
         return [layer for _, layers in sorted(self.layers.items()) for layer in layers]
 
 
-def drawn(model: ModelConfig, seed: int) -> Value:
-    """Initial values: the same for every layout, from the seed and a parameter's full name."""
+def initial_values(model: ModelConfig, seed: int) -> Value:
+    """Return the initial values of parameters: by seed and full name, so that they are the same in every layout."""
     return lambda name, shape: initial_value(name, shape, seed, model.init_std)
 
 
 def build_stages(
     model: ModelConfig, ranges: Mapping[int, range], tp: TensorParallel, device: torch.device, value: Value
 ) -> RankStages:
-    """The stages of a rank, in fp32, filled: no layer of another rank is ever built.
+    """Build the stages of a rank in fp32, with their weights; no layer of another rank is ever built.
 
     Args:
         model: the whole model's shape.
-        ranges: of each stage of this rank, the layers in the order of `model.transformer.layer_builders`.
+        ranges: the indices of each stage's layers in `model.transformer.layer_builders`, by the index of the stage.
         tp: the ranks to cut every matrix over.
-        device: to hold the layers.
-        value: of each parameter.
+        device: the device of the layers.
+        value: the value of each parameter.
     """
     deferred, builders = DeferredGradients(), list(layer_builders(model).items())
     layers = {
@@ -97,10 +97,10 @@ def _build_layer(
     device: torch.device,
     value: Value,
 ) -> Layer:
-    """A layer built on the meta device, swapped by the table, materialised, filled.
+    """Build a layer on the meta device, swap its modules by the table, materialise and fill it.
 
-    Every parameter is drawn or read at full size and then cut, so that all layouts hold the same bits; one at a time is
-    held whole.
+    Every parameter is initialised or read at full size and then cut, so that all layouts hold the same bits; one at a
+    time is in memory whole.
     """
     with torch.device("meta"):
         module = build()
@@ -120,12 +120,12 @@ def _build_layer(
 def forward_functions(
     stages: RankStages, recompute: Recompute, head_pieces: int
 ) -> tuple[dict[int, list[Forward]], Loss | None]:
-    """What training runs of a rank's stages, and the loss where the head is among them.
+    """Return the forward functions of each stage for training, and the loss where the head is among them.
 
     Args:
-        stages: of the rank.
-        recompute: what blocks compute again in backward.
-        head_pieces: of the logits, of which one is held at a time.
+        stages: the stages of the rank.
+        recompute: the activations that blocks recompute in the backward pass.
+        head_pieces: the number of pieces of the logits, of which one is in memory at a time.
     """
     functions: dict[int, list[Forward]] = {}
     loss: Loss | None = None

@@ -1,4 +1,4 @@
-"""What each layer costs, for the cut into stages: counted in FLOPs, or timed on the device that trains."""
+"""The cost of each layer, by which stages are cut: counted in FLOPs, or timed on the device that trains."""
 
 import time
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from parallel.layout import Balance
 def layer_costs(
     model: ModelConfig, balance: Balance, *, seq_len: int, micro_batch: int, device: torch.device, dtype: torch.dtype
 ) -> list[float]:
-    """The cost of [embedding, block 0, ..., head], the same list on every rank.
+    """Return the cost of [embedding, block 0, ..., head], the same list on every rank.
 
-    Counted, it is forward FLOPs per token. Measured, it is the seconds of a forward and backward pass, timed on rank 0
-    while the others wait; only one layer of each kind is ever held, so that a model larger than a device can be timed.
+    A counted cost is forward FLOPs per token. A measured one is the seconds of a forward and backward pass, timed on
+    rank 0 while the others wait; one layer is in memory at a time, so that a model larger than a device can be timed.
     """
     if balance is Balance.flops:
         return [float(flops) for flops in model.layer_flops(seq_len)]
@@ -51,7 +51,7 @@ def _measure(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        run()  # allocations and kernel choices of the first pass are not what a step pays
+        run()  # the first pass allocates and chooses kernels, which a step does not pay for
         times = []
         for _ in range(5):
             begin = time.perf_counter()

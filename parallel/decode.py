@@ -1,7 +1,7 @@
-"""Text from a model that no rank holds whole: each keeps the keys and values of its own stage's heads.
+"""Decoding with a model that is cut over ranks, each of which caches the keys and values of its own stage's heads.
 
-A token costs one hop of (B, 1, D) between neighbouring stages, and its logits go back to all ranks, where every one
-makes the same draw from them.
+A token costs one message of (B, 1, D) between neighbouring stages, and its logits are broadcast to all ranks, each of
+which samples the same token from them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,14 @@ from parallel.tensor import TensorParallel
 
 
 class StageDecoder(Decoder):
-    """`model.generate.Decoder` on the ranks of a pipeline, which call it together and all get the same logits.
+    """A `model.generate.Decoder` on the ranks of a pipeline, which call it together and all get the same logits.
 
     Args:
         stages: the layers of each stage of this rank, without sequence parallelism: one token cannot be cut.
-        config: of the whole model.
-        prompts: the same on every rank.
-        room: tokens that a sequence may grow to; at most the context.
-        ranks: this process, and the groups of ranks that hold the other stages and share this one's matrices.
+        config: the shape of the whole model.
+        prompts: the token ids of each prompt, the same on every rank.
+        room: the most tokens of a sequence, prompt included; at most the model's context.
+        ranks: this process and its groups.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StageDecoder(Decoder):
                 dist.recv(x, ranks.pipeline[before], group=ranks.links[before, ranks.pp_rank])
             x = through(layers, x, last_B)
             if stage == last:
-                logits_BV = _all_columns(x.float(), self._config, ranks.tensor_parallel)
+                logits_BV = _gather_vocabulary(x.float(), self._config, ranks.tensor_parallel)
             elif (after := placement.rank_of(stage + 1)) != ranks.pp_rank:
                 dist.send(x.contiguous(), ranks.pipeline[after], group=ranks.links[ranks.pp_rank, after])
         if logits_BV is None:
@@ -73,17 +73,17 @@ class StageDecoder(Decoder):
 def load_stage(
     weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[int, list[nn.Module]], Ranks]:
-    """This rank's part of trained weights, read one tensor at a time. All ranks call it together.
+    """Load this rank's part of trained weights, one tensor at a time. All ranks call it together.
 
     Args:
-        weights: of the whole model.
+        weights: the weights of the whole model.
         layout: one replica without sequence parallelism, on as many processes as have been started; for one, no process
             group is needed.
-        device: to hold the layers.
-        dtype: of the layers.
+        device: the device of the layers.
+        dtype: the dtype of the layers.
 
     Returns:
-        The layers of its stage, and the ranks that a `StageDecoder` of them wants.
+        The layers of this rank by the index of their stage, and the ranks for a `StageDecoder` of them.
     """
     config = weights.config
     ranks = make_ranks(layout, Placement(layout.pp), kv_copies(config, layout.tp))
@@ -93,13 +93,13 @@ def load_stage(
     return {index: [layer.module.to(dtype) for layer in layers] for index, layers in built.layers.items()}, ranks
 
 
-def _all_columns(logits_BV: torch.Tensor, model: ModelConfig, tp: TensorParallel) -> torch.Tensor:
-    """(B, V/tp) of each tensor-parallel rank to (B, V) on all."""
+def _gather_vocabulary(logits_BV: torch.Tensor, model: ModelConfig, tp: TensorParallel) -> torch.Tensor:
+    """Gather (B, V/tp) of each tensor-parallel rank to (B, V) on all of them."""
     if tp.size == 1:
         return logits_BV.contiguous()
     shards = [vocabulary_shard(model, tp.size, rank) for rank in range(tp.size)]
     widths = [shard.stop - shard.start for shard in shards]
-    own = F.pad(logits_BV, (0, max(widths) - logits_BV.shape[1])).contiguous()  # parts that travel are of one size
+    own = F.pad(logits_BV, (0, max(widths) - logits_BV.shape[1])).contiguous()  # an all-gather takes parts of one size
     parts = [torch.empty_like(own) for _ in range(tp.size)]
     dist.all_gather(parts, own, group=tp.group)
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)

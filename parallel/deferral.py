@@ -1,11 +1,11 @@
-"""Backward passes that leave the gradients of weights for later (zero bubble, arXiv 2401.10241).
+"""Backward passes that defer the gradients of weights (zero bubble, arXiv 2401.10241).
 
-A linear map's backward pass has two halves that need nothing of each other: the gradient of its input, for which the
-stage before waits, and that of its weight. Within `DeferredGradients.deferring` the maps of a rank leave the latter, to
-be computed when there is time. Norms and the embedding, whose share is small, compute all of theirs at once.
+A linear layer's backward pass has two independent halves: the gradient of its input, for which the stage before waits,
+and that of its weight. Within `DeferredGradients.deferring` the linear layers of a rank defer the latter to a later
+pass. Norms and the embedding, whose share is small, compute all of their gradients at once.
 
-Each map saves its parameter itself, not as a saved tensor: under recomputation a saved tensor comes back as another
-one, to which no gradient would be added.
+Each layer refers to its parameter itself, not to a saved tensor: under recomputation a saved tensor comes back as
+another one, to which no gradient would be added.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,49 +22,49 @@ Deferred = Callable[[], None]
 
 
 class DeferredGradients:
-    """What the backward pass under way leaves for later: one object, which all layers of a rank are built with.
+    """The weight gradients that the current backward pass defers: one object, shared by all layers of a rank.
 
-    It is no context variable: on a GPU, backward passes run on threads of autograd's own.
+    It is not a context variable, since on a GPU backward passes run on autograd's own threads.
     """
 
     def __init__(self) -> None:
-        self._left: list[Deferred] | None = None
+        self._deferred: list[Deferred] | None = None
 
     @property
     def active(self) -> bool:
-        """Whether the backward pass under way leaves the gradients of its weights."""
-        return self._left is not None
+        """Whether the current backward pass defers the gradients of its weights."""
+        return self._deferred is not None
 
     @contextmanager
     def deferring(self) -> Iterator[list[Deferred]]:
-        """Within, backward passes append to this list what is left of them."""
-        assert self._left is None, "one backward pass at a time"
-        left: list[Deferred] = []
-        self._left = left
+        """Have backward passes inside this context append their deferred computations to the returned list."""
+        assert self._deferred is None, "one backward pass at a time"
+        deferred: list[Deferred] = []
+        self._deferred = deferred
         try:
-            yield left
+            yield deferred
         finally:
-            self._left = None
+            self._deferred = None
 
     def gradients(
         self, weights: Sequence[nn.Parameter], compute: Callable[[], Sequence[torch.Tensor]]
     ) -> Sequence[torch.Tensor | None]:
-        """What a backward pass returns for its weights: their gradients, or None for each, to be computed later.
+        """Compute the gradients of weights, or defer them and return None for each.
 
         Args:
-            weights: parameters, each of which gets one gradient.
-            compute: makes the gradients.
+            weights: the parameters, each of which gets one gradient.
+            compute: the function that computes the gradients.
         """
-        if self._left is None:
+        if self._deferred is None:
             return compute()
 
         def add() -> None:
-            # Through autograd, so that whoever watches a parameter's gradient (`parallel/zero.py`) sees it.
+            # Autograd accumulates them, so that its hooks on the parameters (`parallel/zero.py`) are called.
             with torch.no_grad():
                 gradients = list(compute())
             torch.autograd.backward([weight.view_as(weight) for weight in weights], gradients)
 
-        self._left.append(add)
+        self._deferred.append(add)
         return [None] * len(weights)
 
 
@@ -89,14 +89,14 @@ class _Linear(torch.autograd.Function):
 
 
 def input_gradient(grads: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The gradient of what several linear maps read, summed as they are multiplied.
+    """Compute the gradient of the input that several linear layers share; each product is added to the sum in place.
 
     Args:
-        grads: (..., d_out) of each map's output.
-        weights: (d_out, d_in) of each.
+        grads: (..., d_out) the gradient of each layer's output.
+        weights: (d_out, d_in) the weight of each layer.
 
     Returns:
-        (..., d_in).
+        (..., d_in) the gradient of the input.
     """
     total = grads[0] @ weights[0]
     flat = total.view(-1, total.shape[-1])
@@ -106,19 +106,19 @@ def input_gradient(grads: Sequence[torch.Tensor], weights: Sequence[torch.Tensor
 
 
 def linear(x: torch.Tensor, weight: nn.Parameter, deferred: DeferredGradients) -> torch.Tensor:
-    """(..., d_in) to (..., d_out), with a weight gradient that can be deferred."""
+    """Map (..., d_in) to (..., d_out), with a weight gradient that can be deferred."""
     return _Linear.apply(x, deferred, weight)[0]
 
 
 class DeferringLinear(nn.Module):
-    """An `nn.Linear` without bias whose weight gradient can be deferred; its parameter bears the same name."""
+    """An `nn.Linear` without bias whose weight gradient can be deferred; its parameter has the same name."""
 
     def __init__(self, plain: nn.Linear, deferred: DeferredGradients):
         super().__init__()
         self.weight, self.deferred = nn.Parameter(plain.weight), deferred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., d_in) to (..., d_out)."""
+        """Map (..., d_in) to (..., d_out)."""
         return linear(x, self.weight, self.deferred)
 
 
@@ -132,5 +132,5 @@ class DeferringFusedLinears(nn.Module):
             self.add_module(name, one)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(..., d_in) to one (..., width) for each map."""
+        """Map (..., d_in) to one (..., width) per linear layer."""
         return _Linear.apply(x, self.deferred, *self.parameters())

@@ -1,7 +1,7 @@
-"""A rank of a training run: its layers, its optimizer, its part of the pipeline, and a step of them all.
+"""The engine of a rank: its layers, its optimizer, its part of the pipeline, and a training step over them.
 
-Everyone else sees `Engine`: `step`, `evaluate`, a decoder, and the four it is made of. DeepSpeed is one file below it,
-`parallel/deepspeed_engine.py`.
+`Engine` is what other packages use: `step`, `evaluate`, a decoder, and the parts it consists of. DeepSpeed is used in
+one file below it, `parallel/deepspeed_engine.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import nn
 from model.batch import Batch
 from model.config import ModelConfig
 from model.loss import SummedLoss
-from parallel.build import RankStages, build_stages, drawn, forward_functions
+from parallel.build import RankStages, build_stages, forward_functions, initial_values
 from parallel.decode import StageDecoder
 from parallel.environment import quiet
 from parallel.groups import Ranks, make_ranks
@@ -31,20 +31,20 @@ from parallel.zero import BUCKET, MakeOptimizer, Replicas, Zero
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engine needs to know besides model and layout.
+    """The settings of the engine, besides model and layout.
 
     Attributes:
-        micro_batch: sequences per forward pass of one rank.
-        accumulation: micro-batches per optimizer step and rank.
-        clip: largest norm of the gradient over all stages, None for no clipping.
-        bf16: compute in bf16; else fp32. Master weights, moments and accumulated gradients are fp32 either way.
-        seed: of the initial weights.
-        seq_len: tokens of a sequence.
-        recompute: what blocks compute again in the backward pass.
-        head_pieces: of the logits, of which one is held at a time; 1 holds all, and computes none again.
+        micro_batch: the number of sequences per forward pass of one rank.
+        accumulation: the number of micro-batches per optimizer step and rank.
+        clip: the largest norm of the gradient over all stages, None for no clipping.
+        bf16: whether to compute in bf16, else in fp32; master weights, moments and accumulated gradients are fp32.
+        seed: the seed of the initial weights.
+        seq_len: the number of tokens of a sequence.
+        recompute: the activations that blocks recompute in the backward pass.
+        head_pieces: the number of pieces of the logits, of which one is in memory at a time; with 1 none is recomputed.
         schedule: the order of passes.
-        placement: which rank of a pipeline holds which stages; None for one on each.
-        bucket: elements of gradients that travel together, at least.
+        placement: the placement of the stages on the ranks of a pipeline; None for one stage on each.
+        bucket: the least number of elements whose gradients are reduced together.
     """
 
     micro_batch: int
@@ -61,20 +61,20 @@ class EngineSettings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the stages compute in."""
+        """The dtype in which the stages compute."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to, the same on every rank but for the last two.
+    """The results of a step, the same on every rank but for the last two.
 
     Attributes:
-        loss: mean over all labels that count of the global batch, in nats.
-        grad_norm: of the gradient of that mean, over all ranks, before clipping.
-        skipped: whether the gradient was not finite, so that no weight moved.
-        spans: the passes of this rank, in seconds after `began`; empty where there is one stage.
-        began: when the step began here, by the wall clock.
+        loss: the mean loss over all labels that count of the global batch, in nats.
+        grad_norm: the norm over all ranks of the gradient of that mean, before clipping.
+        skipped: whether the gradient was not finite, so that no weight was updated.
+        spans: the passes of this rank, in seconds since `began`; empty for a single stage.
+        began: the wall-clock time at which this rank began the step.
     """
 
     loss: float
@@ -85,14 +85,14 @@ class StepResult:
 
 
 class Engine:
-    """A rank that trains. All ranks call its methods together.
+    """The engine of one rank. All ranks call its methods together.
 
     Attributes:
         layers: this rank's part of each of its layers, by name, in the order of the model.
-        zero: their optimizer.
-        pipeline: their passes.
-        ranks: this process in the rank grid.
-        device: of the layers.
+        zero: the optimizer of the layers.
+        pipeline: this rank's part of the pipeline.
+        ranks: this process in the rank grid, and its groups.
+        device: the device of the layers.
     """
 
     def __init__(
@@ -116,40 +116,40 @@ class Engine:
         )
 
     def step(self, batches: Iterator[Batch], rate: float) -> StepResult:
-        """Train on the next micro-batches.
+        """Run a training step on the next micro-batches.
 
         The host waits for the device once, for the loss and the norm.
 
         Args:
-            batches: of this rank's replica; as many as a step has are taken.
+            batches: the micro-batches of this rank's replica, of which those of one step are read.
             rate: the learning rate.
         """
         self._rate = rate
         return self._frame.train_batch(batches)
 
     def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """The mean loss in nats over all labels that count, of all replicas, without training; NaN if none counts.
+        """Compute the mean loss in nats over all labels that count, of all replicas; NaN if none counts.
 
         Args:
-            batches: of this rank's replica.
-            micro_batches: how many to take, as many on every replica.
+            batches: the micro-batches of this rank's replica.
+            micro_batches: the number of micro-batches to read, the same on every replica.
         """
         return self._frame.eval_batch(batches, num_micro_batches=micro_batches)
 
     @contextmanager
     def decoder(self, prompts: Sequence[Sequence[int]], room: int) -> Iterator[StageDecoder]:
-        """A decoder over the layers as they are now. All ranks enter and leave it together.
+        """Decode with the current weights inside this context, which all ranks enter and leave together.
 
         Args:
-            prompts: token ids, the same on every rank.
-            room: tokens that a sequence may grow to; at most the context.
+            prompts: the token ids of each prompt, the same on every rank.
+            room: the most tokens of a sequence, prompt included; at most the model's context.
         """
         stages = {stage: [layer.module for layer in layers] for stage, layers in self._stages.layers.items()}
         with whole_sequences(self.layers.values()):
             yield StageDecoder(stages, self._model, prompts, room, self.ranks)
 
     def wait(self) -> None:
-        """Wait until the weights that travel have arrived."""
+        """Wait until the weight gather has finished."""
         self.zero.wait()
 
     def _train(self, batches: Iterator[Batch]) -> StepResult:
@@ -167,8 +167,8 @@ class Engine:
 
     @torch.no_grad()
     def _over_all_ranks(self, loss: SummedLoss, squares: torch.Tensor | None) -> torch.Tensor:
-        """The summed loss, its labels and the squares of the gradient over all ranks, fp64 (3,), in one collective."""
-        counted = self.ranks.tp_rank == 0  # of tensor-parallel ranks, all have the same loss
+        """Sum the loss, its labels and the gradient's squares over all ranks in one collective, fp64 (3,)."""
+        counted = self.ranks.tp_rank == 0  # tensor-parallel ranks all have the same loss
         parts = [loss.total * counted, loss.count.double() * counted, torch.zeros_like(loss.total)]
         sums = torch.stack(parts if squares is None else [*parts[:2], squares])
         if self.ranks.layout.world_size > 1:
@@ -184,15 +184,15 @@ def build_engine(
     make_optimizer: MakeOptimizer,
     device: torch.device | None = None,
 ) -> Engine:
-    """This rank's engine, its weights drawn, on its device. All ranks call it together.
+    """Build this rank's engine on its device, with initial weights. All ranks call it together.
 
     Args:
         model: the whole model's shape.
         layout: the rank grid; `start_process_group` has been called on layout.world_size processes.
-        stages: of all ranks, as `parallel.stages.split_for` made them for `settings.placement`.
-        settings: batch, precision, clipping, seed.
-        make_optimizer: from this replica's share of the master weights, matrices and vectors, to its optimizer.
-        device: to hold the layers; None for the one that `start_process_group` has returned.
+        stages: the stages of all ranks, as `parallel.stages.split_for` returns them for `settings.placement`.
+        settings: the settings of the engine.
+        make_optimizer: makes the optimizer of this replica's share of the master weights, matrices and vectors.
+        device: the device of the layers; None for the one that `start_process_group` has returned.
     """
     from parallel.deepspeed_engine import current_device
 
@@ -201,7 +201,7 @@ def build_engine(
     with quiet():
         ranks = make_ranks(layout, placement, kv_copies(model, layout.tp))
         own = {index: range(stages[index].start, stages[index].stop) for index in placement.stages_of(ranks.pp_rank)}
-        built = build_stages(model, own, ranks.tensor_parallel, device, drawn(model, settings.seed))
+        built = build_stages(model, own, ranks.tensor_parallel, device, initial_values(model, settings.seed))
         functions, loss = forward_functions(built, settings.recompute, settings.head_pieces)
         length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
         spec = ActivationSpec((settings.micro_batch, length, model.d_model), settings.dtype, device)
@@ -227,5 +227,5 @@ def build_engine(
             bucket=settings.bucket,
         )
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the fp32 weights that the buckets were filled from are gone
+            torch.cuda.empty_cache()  # the fp32 weights that the buckets were filled from have been freed
         return Engine(model, built, ranks, zero, pipeline, settings)

@@ -1,4 +1,4 @@
-"""How many ways a run is cut, and which rank holds what."""
+"""The layout of a run: its degrees of parallelism, and the coordinates of each rank."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -10,62 +10,66 @@ from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
 
 
 class Recompute(Enum):
-    """What a block's backward pass computes again instead of keeping it from the forward pass."""
+    """The activations that a block's backward pass recomputes instead of saving them in the forward pass."""
 
     none = "none"
-    """Nothing: fastest, most memory."""
+    """Recompute nothing: the fastest, with the most memory."""
     selective = "selective"
-    """What lies between matrices: the norms' outputs and SwiGLU's product, each one pass over what is kept anyway."""
+    """Recompute the norms' outputs and SwiGLU's product, each by one pass over saved activations."""
     ffn = "ffn"
-    """The feed-forward network's first two products as well, which take most of a block's memory."""
+    """Recompute also the feed-forward network's gate and up products, which take most of a block's memory."""
     full = "full"
-    """All but the block's input."""
+    """Recompute everything but the block's input."""
 
 
 class Balance(Enum):
-    """What the stages are balanced by."""
+    """The cost by which stages are balanced."""
 
     flops = "flops"
-    """The forward FLOPs of each layer: known before anything runs, the same everywhere."""
+    """The forward FLOPs of each layer: known before the run, the same on every machine."""
     measured = "measured"
     """The seconds that a block, the embedding and the head take, timed on rank 0's device before training."""
 
 
 @dataclass
 class ParallelConfig:
-    """The cut over processes."""
+    """The settings of parallelism: how a model is cut over processes."""
 
     pp: int = 1
-    """Pipeline stages."""
+    """The number of pipeline ranks, one stage on each unless parallel.virtual_stages says more."""
     tp: int = 1
-    """Tensor-parallel ranks: how many share every matrix of a stage. Keep them inside one machine."""
+    """The number of tensor-parallel ranks, which share every matrix of a stage. Keep them inside one machine."""
     dp: int | None = None
-    """Data-parallel replicas of the pipeline; null makes it processes / (pp x tp)."""
+    """The number of data-parallel replicas of the pipeline; null makes it processes / (pp x tp)."""
     sequence_parallel: bool | None = None
-    """Cut norms, residuals and what travels between stages along the sequence too; null is true where tp > 1."""
+    """Cut norms, residuals and the activations between stages along the sequence too; null is true where tp > 1."""
     schedule: Schedule = ONE_F_ONE_B
     """1f1b, interleaved, zero_bubble, zbv or dualpipev: the order of forward and backward passes (see
     `parallel/schedules.py`). All give the same loss curve."""
     virtual_stages: int | None = None
-    """Stages on each rank; null is 2 for interleaved, zbv and dualpipev, and 1 for the others."""
+    """The number of stages on each rank; null is 2 for interleaved, zbv and dualpipev, and 1 for the others."""
     recompute: Recompute = Recompute.none
-    """none, selective, ffn or full: what a block's backward pass computes again."""
+    """none, selective, ffn or full: the activations that a block's backward pass recomputes."""
     head_pieces: int = 1
-    """Pieces of the vocabulary of which one's logits exist at a time, computed once more in backward; 1 keeps all."""
+    """The number of pieces of the logits, of which one is in memory at a time, recomputed in backward; 1 saves all."""
     balance: Balance = Balance.flops
-    """flops or measured: what the split into stages is balanced by."""
+    """flops or measured: the cost by which the split into stages is balanced."""
 
     @property
     def placement(self) -> Placement:
-        """Which rank of a pipeline holds which stages."""
+        """The placement of the stages on the ranks of a pipeline."""
         return schedules.placement_of(self.schedule, self.pp, self.virtual_stages)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A rank grid of dp x pp x tp processes; neighbouring ranks share matrices, then come the replicas of a stage.
+    """A rank grid of dp x pp x tp processes, in the order of DeepSpeed's topology: tp varies fastest, then dp, then pp.
 
-    The order is that of DeepSpeed's topology.
+    Attributes:
+        dp: the number of data-parallel replicas.
+        pp: the number of pipeline ranks.
+        tp: the number of tensor-parallel ranks.
+        sequence_parallel: whether norms and residuals are cut along the sequence as well.
     """
 
     dp: int
@@ -75,19 +79,19 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """The number of processes."""
         return self.dp * self.pp * self.tp
 
     def stage(self, rank: int) -> int:
-        """The pipeline stage of a rank."""
+        """Return the pipeline-parallel rank of a global rank."""
         return rank // (self.dp * self.tp)
 
     def replica(self, rank: int) -> int:
-        """Which of the dp replicas a rank belongs to."""
+        """Return the data-parallel rank of a global rank: the index of its replica."""
         return rank // self.tp % self.dp
 
     def tp_rank(self, rank: int) -> int:
-        """Which part of every matrix a rank holds."""
+        """Return the tensor-parallel rank of a global rank: the index of its part of every matrix."""
         return rank % self.tp
 
     def __str__(self) -> str:
@@ -96,7 +100,7 @@ class Layout:
 
 
 def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
-    """Why this cut is impossible for this model, one sentence each with key, value and what would work."""
+    """Return why this cut is impossible for this model, one sentence each with key, value and what would work."""
     found = schedules.problems(parallel.schedule, parallel.pp, parallel.virtual_stages) if parallel.pp >= 1 else []
     if parallel.pp < 1:
         found.append(f"parallel.pp={parallel.pp}: must be at least 1")
@@ -124,10 +128,10 @@ def problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
 
 
 def layout_for(parallel: ParallelConfig, num_processes: int) -> Layout:
-    """The layout on `num_processes` processes.
+    """Return the layout on `num_processes` processes.
 
     Raises:
-        ValueError: the processes cannot be laid out this way; says what would work.
+        ValueError: the processes cannot be laid out this way; the message says what would work.
     """
     pp, tp, dp = parallel.pp, parallel.tp, parallel.dp
     name = f"parallel.pp={pp} parallel.tp={tp}" if tp > 1 else f"parallel.pp={pp}"

@@ -1,4 +1,4 @@
-"""The loss of a last stage, whose vocabulary may be cut over tensor-parallel ranks, and into pieces on each."""
+"""The loss of the last stage, whose vocabulary may be cut over tensor-parallel ranks, and into pieces on each rank."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,11 +13,11 @@ from parallel.tensor import TensorParallel, whole_sequence
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], SummedLoss]
-"""From the last stage's output and the labels int64 (B, L) to their summed loss."""
+"""A function from the last stage's output and the labels, int64 (B, L), to the summed loss."""
 
 
 def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
-    """A rank's part of the vocabulary. The logits are never gathered: three numbers of each token travel."""
+    """Return a rank's part of the vocabulary. Logits are never gathered: three numbers per token are all-reduced."""
     if tp.size == 1:
         return WHOLE_VOCABULARY
 
@@ -33,16 +33,16 @@ def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
 
 
 def head_and_loss(head: Head, pieces: int, first_token: int, tp: TensorParallel) -> tuple[Forward, Loss]:
-    """The last function of a last stage, and the loss of its result, the same on every tensor-parallel rank.
+    """Return the forward function of the head and the loss of its output, the same on every tensor-parallel rank.
 
-    For one piece that result is the logits (B, L, V/tp). For more it is no further than the norm (B, L/tp or L, D), and
-    the gradient of the head's weight is computed with that of its input, whatever is deferred elsewhere.
+    For one piece that output is the logits (B, L, V/tp). For more it is that of the norm (B, L/tp or L, D), and the
+    gradient of the head's weight is computed with that of its input, even where other layers defer theirs.
 
     Args:
-        head: this rank's part.
-        pieces: of the logits, of which one is held at a time; see `model.loss.head_loss`.
-        first_token: of this rank's part of the vocabulary.
-        tp: the ranks.
+        head: this rank's part of the head.
+        pieces: the number of pieces of the logits, of which one is in memory at a time; see `model.loss.head_loss`.
+        first_token: the first token of this rank's part of the vocabulary.
+        tp: the ranks that share the head.
     """
     kernels, shard = head.norm.kernels, _vocabulary_shard(first_token, tp)
     if pieces == 1:

@@ -1,4 +1,4 @@
-"""A step of a pipeline, run by one of its ranks as a schedule says: passes through stages, messages between ranks."""
+"""A rank's execution of a pipeline's step in the order of a schedule: passes through stages, messages between ranks."""
 
 import time
 from collections import deque
@@ -23,42 +23,42 @@ from parallel.schedules import (
     Pass,
     Placement,
     Schedule,
+    consumer_of,
     forward_orders,
     orders,
     receiver_of,
     source_of,
     split_off,
-    user_of,
 )
 from parallel.simulation import Program, Span, programs
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """What travels between stages: shape, dtype and device of a micro-batch's activations and of their gradients."""
+    """The shape, dtype and device of a micro-batch's activations between stages, and of their gradients."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def empty(self) -> torch.Tensor:
-        """A tensor to receive one in."""
+        """Allocate a tensor to receive activations or their gradient in."""
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
 class Pipeline:
-    """What one rank does in a step: forward and backward passes through its stages, in the order of a schedule.
+    """One rank of a pipeline: it runs the passes through its stages, in the order of a schedule.
 
     Args:
-        stages: the functions of each stage that this rank holds, by index.
-        loss: of the last stage's output and the labels; None on a rank without that stage.
-        deferred: what the layers were built with, for schedules that split the backward pass.
+        stages: the forward functions of each stage of this rank, by the index of the stage.
+        loss: the function from the last stage's output and the labels to the loss; None on a rank without that stage.
+        deferred: the object the layers were built with, for schedules that split the backward pass.
         schedule: the order of passes.
-        placement: which rank holds which stage.
-        rank: this one's place in the pipeline.
-        ranks: global, by place.
-        links: of this rank (`parallel.groups.Ranks`).
-        spec: what travels.
+        placement: the placement of the stages on the ranks of the pipeline.
+        rank: the pipeline-parallel rank of this process.
+        ranks: the global ranks of the pipeline, by pipeline-parallel rank.
+        links: the links of this rank (`parallel.groups.Ranks`).
+        spec: the shape, dtype and device of the activations between stages.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class Pipeline:
         self.schedule, self.placement, self.spec = schedule, placement, spec
         self.rank, self.ranks, self.links = rank, ranks, links
         self.began = 0.0
-        """When the last step began here, by the wall clock."""
+        """The wall-clock time at which this rank began its last step."""
         self._programs: dict[tuple[bool, int], Program] = {}
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
 
     def train(self, batches: Iterator[Batch], micro_batches: int) -> SummedLoss:
-        """Forward and backward passes of a step: gradients of the summed loss are added to the parameters'.
+        """Run the forward and backward passes of a step; gradients of the summed loss are added to the parameters'.
 
         Args:
             batches: the micro-batches, the same on every rank of the pipeline.
-            micro_batches: of the step.
+            micro_batches: the number of micro-batches of the step.
 
         Returns:
-            The loss of all micro-batches, summed, where the last stage is; else zero over zero labels.
+            The summed loss of all micro-batches on the rank of the last stage; elsewhere zero over zero labels.
         """
         self.began, self._begin = time.time(), self._now()
         done = _Training(self, self._program(True, micro_batches), batches).run()
@@ -99,11 +99,11 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> SummedLoss:
-        """As `train`, forward passes only."""
+        """Run the forward passes of an evaluation; arguments and result are those of `train`."""
         return _Evaluation(self, self._program(False, micro_batches), batches).run().summed_loss()
 
     def spans(self) -> list[Span]:
-        """What was done in the last step, and when, in seconds after it began here; waits for the device."""
+        """Return the passes of the last step, in seconds since this rank began it. The host waits for the device."""
         if not self._marks:
             return []
         first = self._begin
@@ -114,7 +114,7 @@ class Pipeline:
         return [Span(action, begin / 1000, end / 1000) for action, begin, end in since]
 
     def _program(self, training: bool, micro_batches: int) -> Program:
-        """Made once; the steps of a run are all alike."""
+        """Return this rank's program, which is computed once: the steps of a run are all alike."""
         if (training, micro_batches) not in self._programs:
             order = (
                 orders(self.schedule, self.placement, micro_batches)
@@ -133,40 +133,40 @@ class Pipeline:
 
 
 class _Evaluation:
-    """A rank in the middle of its forward passes: what has come, what has left, what is needed again."""
+    """The state of a rank during an evaluation: micro-batches, messages, and results for its own later passes."""
 
-    # In a round no rank is ahead of the next one by more than twice as many passes as there are ranks.
+    # No rank is ahead of the next one by more passes than twice the number of ranks.
     _most_sent = 2
 
     def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
         self._pipeline, self._placement, self._program = pipeline, pipeline.placement, program
         self._source = batches
         self._batches: dict[int, Batch] = {}
-        self._results: dict[Action, torch.Tensor] = {}  # of this rank's own actions, for its own
+        self._results: dict[Action, torch.Tensor] = {}  # between stages of this same rank
         most_sent = self._most_sent * pipeline.placement.num_ranks if self._most_sent else None
         self._messages = _Messages(pipeline, program, most_sent)
         self._losses: list[SummedLoss] = []
         self.marks: list[tuple[Action, Any, Any]] = []
 
     def run(self) -> "_Evaluation":
-        """All passes of the program."""
+        """Run all passes of the program."""
         compute: dict[Pass, Callable[[Action, Any], torch.Tensor | None]]
         compute = {Pass.F: self.forward, Pass.B: self.backward, Pass.W: self.weights}
         for action, awaited in zip(self._program.actions, self._program.receives, strict=True):
-            for result_of in awaited:
-                self._messages.receive(result_of)
+            for source in awaited:
+                self._messages.receive(source)
             with _span(action):
-                operand = self._operand(action)
+                inputs = self._inputs(action)
                 begin = self._pipeline._now()
-                result = compute[action.what](action, operand)
+                result = compute[action.what](action, inputs)
                 if result is not None:
-                    self._hand_on(action, result)
+                    self._pass_on(action, result)
                 self.marks.append((action, begin, self._pipeline._now()))
         self._messages.wait()
         return self
 
     def summed_loss(self) -> SummedLoss:
-        """Of all micro-batches that have ended here."""
+        """Return the summed loss of all micro-batches whose last stage this rank has run."""
         device = self._pipeline.spec.device
         if not self._losses:
             return SummedLoss(
@@ -176,22 +176,22 @@ class _Evaluation:
         return SummedLoss(torch.stack(totals).sum(), torch.stack(counts).sum())
 
     def forward(self, action: Action, x: torch.Tensor) -> torch.Tensor | None:
-        """The pass of a micro-batch through a stage; what the next stage needs."""
-        y = self._through(action, x)
+        """Run the forward pass of a micro-batch through a stage; return the activations for the next stage."""
+        y = self._run_layers(action, x)
         if isinstance(y, SummedLoss):
             self._losses.append(y)
             return None
         return y
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """There is none in an evaluation."""
+        """Raise: an evaluation has no backward passes."""
         raise AssertionError(action)
 
     def weights(self, action: Action, nothing: None) -> None:
-        """There are none in an evaluation."""
+        """Raise: an evaluation has no weight gradients."""
         raise AssertionError(action)
 
-    def _through(self, action: Action, x: torch.Tensor) -> torch.Tensor | SummedLoss:
+    def _run_layers(self, action: Action, x: torch.Tensor) -> torch.Tensor | SummedLoss:
         pipeline, batch = self._pipeline, self._batch(action.micro_batch)
         context = Context(documents_BL=batch.documents)
         for layer in pipeline.stages[action.stage]:
@@ -202,23 +202,23 @@ class _Evaluation:
         return pipeline.loss(x, batch.labels)
 
     def _batch(self, micro_batch: int) -> Batch:
-        """Read by every rank: stages between the first and the last one need to know the documents in it."""
+        """Return a micro-batch, which every rank reads: the stages in the middle need its documents as well."""
         while micro_batch not in self._batches:
             self._batches[len(self._batches)] = next(self._source).to(self._pipeline.spec.device)
         return self._batches[micro_batch]
 
-    def _operand(self, action: Action) -> Any:
-        """What a pass works on: tokens, activations or their gradient, once it is here; None where it needs nothing."""
+    def _inputs(self, action: Action) -> Any:
+        """Return a pass's input: tokens, or activations or their gradient once they have arrived; None where saved."""
         source = source_of(action, self._placement)
         if source is None:
             return self._batch(action.micro_batch).tokens
-        if action.what is not source.what:  # the loss, or this rank's own backward pass, whose results it has saved
+        if action.what is not source.what:  # a backward pass from the loss, or a deferred one: its inputs are saved
             return None
         if source in self._results:
             return self._results.pop(source)
         return self._messages.take(source)
 
-    def _hand_on(self, action: Action, result: torch.Tensor) -> None:
+    def _pass_on(self, action: Action, result: torch.Tensor) -> None:
         receiver = receiver_of(action, self._placement)
         if receiver == self._pipeline.rank:
             self._results[action] = result
@@ -227,21 +227,21 @@ class _Evaluation:
 
 
 class _Training(_Evaluation):
-    """A rank in the middle of a step: as an evaluation, with what backward passes need of forward passes."""
+    """The state of a rank during a training step: that of an evaluation, and tensors saved for backward passes."""
 
-    _most_sent = 0  # messages that come back tell what has been received
+    _most_sent = 0  # no limit: the gradients that come back tell what has been received
 
     def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
         super().__init__(pipeline, program, batches)
         self._split = split_off(program.actions)
         self._saved: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._left: dict[tuple[int, int], list[Deferred]] = {}
+        self._deferred: dict[tuple[int, int], list[Deferred]] = {}
 
     def forward(self, action: Action, x: torch.Tensor) -> torch.Tensor | None:
-        """As in an evaluation; what goes in and comes out is saved for the backward pass."""
+        """Run a forward pass as in an evaluation, and save its input and output for the backward pass."""
         if x.is_floating_point():
             x = x.detach().requires_grad_()
-        y = self._through(action, x)
+        y = self._run_layers(action, x)
         if isinstance(y, SummedLoss):
             self._losses.append(SummedLoss(y.total.detach(), y.count))
             y = y.total
@@ -252,75 +252,75 @@ class _Training(_Evaluation):
         return result
 
     def backward(self, action: Action, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """The gradient of a stage's input, and of its weights where they are not deferred."""
+        """Compute the gradient of a stage's input, and of its weights where they are not deferred."""
         key = action.stage, action.micro_batch
         x, y = self._saved.pop(key)
         if key in self._split:
-            with self._pipeline.deferred.deferring() as left:
+            with self._pipeline.deferred.deferring() as deferred:
                 torch.autograd.backward(y, gradient)
-            self._left[key] = left
+            self._deferred[key] = deferred
         else:
             torch.autograd.backward(y, gradient)
         return x.grad
 
     def weights(self, action: Action, nothing: None) -> None:
-        """The gradients of weights that a backward pass has deferred."""
-        for compute in self._left.pop((action.stage, action.micro_batch)):
+        """Compute the gradients of weights that a backward pass has deferred."""
+        for compute in self._deferred.pop((action.stage, action.micro_batch)):
             compute()
 
 
 class _Messages:
-    """What travels to and from a rank in a step.
+    """The messages that a rank receives and sends in a step.
 
-    What has been sent must stay as it is until it has been received. A message from another rank tells that whatever
-    that did before is done, and so that what it used for that has come. Where none comes back, in evaluation, a limit
-    has the sender wait for a receiver that is far behind.
+    A tensor that has been sent must not change until it has been received. A message from another rank implies that
+    all its earlier passes have run, and so that it has received their inputs. Where no message comes back, in
+    evaluation, a limit has the sender wait for a receiver that is far behind.
     """
 
     def __init__(self, pipeline: Pipeline, program: Program, most_sent: int | None):
-        self._pipeline, self._turn, self._most_sent = pipeline, program.turn, most_sent
-        self._coming: dict[Action, tuple[torch.Tensor, Any]] = {}
+        self._pipeline, self._index, self._most_sent = pipeline, program.index, most_sent
+        self._receiving: dict[Action, tuple[torch.Tensor, Any]] = {}
         self._sent: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
 
-    def receive(self, result_of: Action) -> None:
-        """Ask for the result of another rank's action."""
-        pipeline, sender = self._pipeline, self._pipeline.placement.rank_of(result_of.stage)
+    def receive(self, source: Action) -> None:
+        """Post the receive of the result of another rank's action."""
+        pipeline, sender = self._pipeline, self._pipeline.placement.rank_of(source.stage)
         tensor = pipeline.spec.empty()
         link = pipeline.links[sender, pipeline.rank]
-        self._coming[result_of] = tensor, dist.irecv(tensor, src=pipeline.ranks[sender], group=link)
+        self._receiving[source] = tensor, dist.irecv(tensor, src=pipeline.ranks[sender], group=link)
 
-    def take(self, result_of: Action) -> torch.Tensor:
-        """The result of another rank's action, once it is here."""
-        with _span(result_of, "wait for "):
-            tensor, work = self._coming.pop(result_of)
+    def take(self, source: Action) -> torch.Tensor:
+        """Wait for the result of another rank's action and return it."""
+        with _span(source, "wait for "):
+            tensor, work = self._receiving.pop(source)
             work.wait()
-        self._let_go(self._pipeline.placement.rank_of(result_of.stage), self._turn[result_of])
+        self._release(self._pipeline.placement.rank_of(source.stage), self._index[source])
         return tensor
 
     def send(self, action: Action, to: int, result: torch.Tensor) -> None:
-        """Give another rank the result of an action."""
+        """Start sending the result of an action to another rank."""
         pipeline = self._pipeline
         work = dist.isend(result, dst=pipeline.ranks[to], group=pipeline.links[pipeline.rank, to])
         sent = self._sent.setdefault(to, deque())
-        sent.append((self._turn[user_of(action)], work, result))
+        sent.append((self._index[consumer_of(action)], work, result))
         if self._most_sent and len(sent) > self._most_sent:
             sent.popleft()[1].wait()
 
     def wait(self) -> None:
-        """Wait until all that was sent has been received."""
+        """Wait until all messages of this rank have been received."""
         for sent in self._sent.values():
             while sent:
                 sent.popleft()[1].wait()
 
-    def _let_go(self, receiver: int, turn: int) -> None:
-        """Let go of what a rank that has come to this place in its order has received."""
+    def _release(self, receiver: int, index: int) -> None:
+        """Release the tensors that a rank has received once it has run the action of this index in its order."""
         sent = self._sent.get(receiver, deque())
-        while sent and sent[0][0] < turn:
+        while sent and sent[0][0] < index:
             sent.popleft()[1].wait()
 
 
-def _span(action: Action, before: str = "") -> AbstractContextManager:
-    """A span of a profiler's trace, ``F stage 0 micro-batch 3`` with some words before it; nothing without one."""
+def _span(action: Action, prefix: str = "") -> AbstractContextManager:
+    """Name a span of a profiler's trace ``F stage 0 micro-batch 3``, with a prefix; do nothing without a profiler."""
     if not profiler._is_profiler_enabled:  # record_function would take 5 us to find that out
         return nullcontext()
-    return profiler.record_function(f"{before}{action.what.name} stage {action.stage} micro-batch {action.micro_batch}")
+    return profiler.record_function(f"{prefix}{action.what.name} stage {action.stage} micro-batch {action.micro_batch}")

@@ -14,13 +14,13 @@ from parallel.layout import Recompute
 
 
 def recomputing(block: nn.Module, recompute: Recompute) -> Callable[[torch.Tensor, Context], torch.Tensor]:
-    """The forward pass of a block, which saves what `recompute` says; values and gradients are the same.
+    """Return the forward pass of a block that saves the activations `recompute` says; results stay the same.
 
     The random state is not saved: a model without dropout draws no numbers in its forward pass.
 
     Args:
         block: a `model.transformer.Block`, plain or tensor-parallel.
-        recompute: how much is recomputed.
+        recompute: the activations that the backward pass recomputes.
 
     Returns:
         A function of the activations (B, L, D) and their `Context`, by default an empty one.

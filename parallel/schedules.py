@@ -1,20 +1,20 @@
-"""Pipeline schedules as data: which rank runs what in which order.
+"""Pipeline schedules as data: the passes that each rank runs, in order.
 
 A model is cut into p x v stages, v for each of p ranks, and a step sends m micro-batches through them. F is the forward
 pass of a stage for a micro-batch, B its backward pass. Where a schedule splits the latter, B is the gradient of the
-input alone, for which the stage before waits, and W that of the weights, for which nobody waits: it fills gaps.
+input alone, for which the stage before waits, and W that of the weights, for which no stage waits: it fills gaps.
 
     schedule      stages on ranks                        source
     1f1b          0 1 .. p-1                             PipeDream-flush, arXiv 2006.09503
     interleaved   around: 0 1 .. p-1 0 1 .. p-1          Megatron-LM, arXiv 2104.04473, section 2.2
     zero_bubble   around, W split off (ZB-H1 if v = 1)   arXiv 2401.10241, section 2
-    zbv           there and back, 0 1 .. p-1 p-1 .. 0,   arXiv 2401.10241, section 6
+    zbv           V-shaped: 0 1 .. p-1 p-1 .. 0,         arXiv 2401.10241, section 6
                   W split off
-    dualpipev     there and back, W split off where it   DualPipe, arXiv 2412.19437, section 3.2.1, of which each rank
+    dualpipev     V-shaped, W split off where it         DualPipe, arXiv 2412.19437, section 3.2.1, of which each rank
                   fills a gap                            runs one direction
 
-A schedule is a row of `TABLE` and a function that makes the orders of all ranks. What is run, what travels, the
-simulation (`parallel/simulation.py`), the picture and the checks of a configuration follow from the two.
+A schedule is a row of `TABLE` and a function that makes the orders of all ranks. The passes and messages of a step, its
+simulation (`parallel/simulation.py`), its picture and the checks of a configuration follow from the two.
 """
 
 from collections import Counter, deque
@@ -27,7 +27,7 @@ from model.problems import either, nearest_multiples
 
 
 class Pass(Enum):
-    """What is done with a stage and a micro-batch."""
+    """The kinds of passes of a micro-batch through a stage."""
 
     F = "forward"
     B = "backward"
@@ -44,17 +44,18 @@ class Action:
 
 
 Orders = list[list[Action]]
-"""What each rank does, in order."""
+"""The actions of each rank, in order."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which of a pipeline's ranks holds which stages.
+    """The placement of stages on the ranks of a pipeline.
 
     Attributes:
-        num_ranks: p.
-        virtual: v, stages of a rank.
-        there_and_back: whether every second round goes backwards, so that the first rank also holds the last stage.
+        num_ranks: the number of pipeline ranks, p.
+        virtual: the number of virtual stages (model chunks) of a rank, v.
+        there_and_back: whether every second chunk is placed from the last rank to the first (V-shaped for v = 2), so
+            that the first rank also holds the last stage.
     """
 
     num_ranks: int
@@ -63,66 +64,66 @@ class Placement:
 
     @property
     def num_stages(self) -> int:
-        """Of all ranks."""
+        """The number of stages over all ranks."""
         return self.num_ranks * self.virtual
 
     @property
     def loss_rank(self) -> int:
-        """The rank that holds the last stage, where the loss is."""
+        """The rank that holds the last stage and computes the loss."""
         return self.rank_of(self.num_stages - 1)
 
     @property
     def links(self) -> list[tuple[int, int]]:
-        """Each (sender, receiver) between which activations or their gradients travel, in one order on all ranks."""
-        ways = {(self.rank_of(stage), self.rank_of(stage + 1)) for stage in range(self.num_stages - 1)}
-        return sorted({way for a, b in ways if a != b for way in ((a, b), (b, a))})
+        """The (sender, receiver) pairs of ranks that exchange activations or gradients, in one order on all ranks."""
+        pairs = {(self.rank_of(stage), self.rank_of(stage + 1)) for stage in range(self.num_stages - 1)}
+        return sorted({link for a, b in pairs if a != b for link in ((a, b), (b, a))})
 
     def rank_of(self, stage: int) -> int:
-        """Who holds a stage."""
-        turn, index = divmod(stage, self.num_ranks)
-        return self.num_ranks - 1 - index if self.there_and_back and turn % 2 else index
+        """Return the rank that holds a stage."""
+        chunk, index = divmod(stage, self.num_ranks)
+        return self.num_ranks - 1 - index if self.there_and_back and chunk % 2 else index
 
     def stages_of(self, rank: int) -> list[int]:
-        """What a rank holds, in the model's order."""
+        """Return the stages that a rank holds, in the model's order."""
         return [stage for stage in range(self.num_stages) if self.rank_of(stage) == rank]
 
 
 def forward_orders(placement: Placement, micro_batches: int) -> Orders:
-    """Forward passes alone: evaluation."""
-    forward, _ = _rounds(placement, micro_batches)
+    """Return the forward passes of an evaluation, for each rank."""
+    forward, _ = _chunk_orders(placement, micro_batches)
     return [
-        [Action(Pass.F, placement.stages_of(rank)[turn], mb) for turn, mb in forward]
+        [Action(Pass.F, placement.stages_of(rank)[chunk], mb) for chunk, mb in forward]
         for rank in range(placement.num_ranks)
     ]
 
 
-def _rounds(placement: Placement, micro_batches: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(turn, micro-batch) in the order in which every rank runs them forward, and backward: p micro-batches go through
-    all turns before the next p begin."""
-    p, turns = placement.num_ranks, range(placement.virtual)
+def _chunk_orders(placement: Placement, micro_batches: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return (chunk, micro-batch) in the order in which every rank runs them forward, and backward: p micro-batches go
+    through all chunks of a rank before the next p begin."""
+    p, chunks = placement.num_ranks, range(placement.virtual)
     groups = [range(at, min(at + p, micro_batches)) for at in range(0, micro_batches, p)]
-    forward = [(turn, mb) for group in groups for turn in turns for mb in group]
-    return forward, [(turn, mb) for group in groups for turn in reversed(turns) for mb in group]
+    forward = [(chunk, mb) for group in groups for chunk in chunks for mb in group]
+    return forward, [(chunk, mb) for group in groups for chunk in reversed(chunks) for mb in group]
 
 
 def _around(placement: Placement, m: int, split: bool) -> Orders:
-    """1F1B, interleaved, ZB-H1, and both: forward passes to fill the pipeline, then one backward pass for each."""
+    """Make the orders of 1F1B and ZB-H1, interleaved or not: warm-up forward passes, then F and B by turns."""
     p, v = placement.num_ranks, placement.virtual
-    forward, backward = _rounds(placement, m)
-    # A pass through v stages of a rank is a v-th as long: an interleaved pipeline is twice as deep in them, and one
-    # whose backward pass is as short as its forward pass is not.
+    forward, backward = _chunk_orders(placement, m)
+    # A pass through one of v stages is a v-th as long. Interleaved 1F1B warms up with twice as many of them, as
+    # Megatron-LM does; where B is split and so as short as F, one for each later rank is enough.
     lead = 2 if v > 1 and not split else 1
     orders = []
     for rank in range(p):
         stages, order = placement.stages_of(rank), _Order()
-        filling = min((v - 1) * min(p, m) + lead * (p - 1 - rank), v * m)
-        for turn, _ in forward[:filling]:
-            order.add(stages[turn], "F")
-        for index, (turn, _) in enumerate(backward):
-            if filling + index < v * m:
-                order.add(stages[forward[filling + index][0]], "F")
-            order.backward(stages[turn], split)
-            # Rank r leaves r of them for the gaps at the end; with the passes that it is ahead by, p in all.
+        warmup = min((v - 1) * min(p, m) + lead * (p - 1 - rank), v * m)
+        for chunk, _ in forward[:warmup]:
+            order.add(stages[chunk], "F")
+        for index, (chunk, _) in enumerate(backward):
+            if warmup + index < v * m:
+                order.add(stages[forward[warmup + index][0]], "F")
+            order.backward(stages[chunk], split)
+            # Rank r defers r weight passes to the gaps at the end; with its warm-up, it saves p micro-batches in all.
             if index >= rank:
                 order.weights()
         orders.append(order.ended())
@@ -130,9 +131,9 @@ def _around(placement: Placement, m: int, split: bool) -> Orders:
 
 
 def _zbv(placement: Placement, m: int) -> Orders:
-    """Forward passes there, then there and back by turns; then F, B and W of each turn; W fills the end.
+    """Make the orders of ZB-V: F of the first chunk, then of both by turns; F, B and W of each by turns; W at the end.
 
-    It takes 2p - 1 micro-batches to fill; of fewer, the passes of those that are missing are left out.
+    The pipeline takes 2p - 1 micro-batches to fill; with fewer, the passes of the missing ones are left out.
     """
     p, passes = placement.num_ranks, max(2 * placement.num_ranks - 1, m)
     orders = []
@@ -160,9 +161,9 @@ def _zbv(placement: Placement, m: int) -> Orders:
 
 
 def _dualpipev(placement: Placement, m: int) -> Orders:
-    """DeepSeek's order, in which a forward pass of one turn meets a backward pass of the other.
+    """Make the orders of DualPipeV, in which a forward pass of one chunk is paired with a backward pass of the other.
 
-    Weight gradients are left for later where a step begins to flow back and where it ends; between, nothing waits.
+    Weight gradients are deferred during the first backward passes and at the end; between them no rank waits.
     """
     p = placement.num_ranks
     orders = []
@@ -182,7 +183,7 @@ def _dualpipev(placement: Placement, m: int) -> Orders:
         for _ in range(ahead):
             order.add(back, "BF")
             order.add(there, "B")
-        # Half of what is left waits for the time when nothing comes any more.
+        # Half of the remaining weight gradients are deferred to the end, when nothing arrives any more.
         half = (rank + 1) // 2
         for index in range(rank + 1):
             order.backward(back, split=index > half or (index == half and rank % 2 == 1))
@@ -195,56 +196,56 @@ def _dualpipev(placement: Placement, m: int) -> Orders:
 
 
 class _Order:
-    """One rank's actions, the micro-batches of each pass and stage counted up."""
+    """The actions of one rank, with the next micro-batch of each pass and stage counted."""
 
     def __init__(self) -> None:
         self.count: Counter[tuple[Pass, int]] = Counter()
         self._actions: list[Action] = []
-        self._left: deque[Action] = deque()
+        self._deferred: deque[Action] = deque()
 
     def add(self, stage: int, passes: str) -> None:
-        """The next micro-batch of each of these passes (``"FBW"``) through a stage."""
+        """Add the next micro-batch of each of these passes (``"FBW"``) through a stage."""
         for what in map(Pass.__getitem__, passes):
             self._actions.append(Action(what, stage, self.count[what, stage]))
             self.count[what, stage] += 1
 
     def backward(self, stage: int, split: bool) -> None:
-        """A backward pass, of which W may be left for later."""
+        """Add a backward pass, whose W is deferred if it is split."""
         self.add(stage, "B")
         if split:
-            self._left.append(Action(Pass.W, stage, self._actions[-1].micro_batch))
+            self._deferred.append(Action(Pass.W, stage, self._actions[-1].micro_batch))
 
     def weights(self) -> None:
-        """What has been left longest, if anything has."""
-        if self._left:
-            self._actions.append(self._left.popleft())
+        """Add the W that has been deferred longest, if there is one."""
+        if self._deferred:
+            self._actions.append(self._deferred.popleft())
 
     def ended(self) -> list[Action]:
-        """All actions, with what is still left at the end."""
-        return [*self._actions, *self._left]
+        """Return all actions, the W that are still deferred at the end."""
+        return [*self._actions, *self._deferred]
 
 
-# ---- what needs what ----
+# ---- dependencies ----
 
 
 def split_off(order: Iterable[Action]) -> set[tuple[int, int]]:
-    """(stage, micro-batch) of the backward passes that leave their weight gradients for a pass of their own."""
+    """Return (stage, micro-batch) of the backward passes whose weight gradients are passes of their own."""
     return {(action.stage, action.micro_batch) for action in order if action.what is Pass.W}
 
 
-def user_of(action: Action) -> Action:
-    """The action of another stage that needs the result of a forward or backward pass, if there is such a stage."""
+def consumer_of(action: Action) -> Action:
+    """Return the action of another stage that needs the result of a forward or backward pass, if that stage exists."""
     return Action(action.what, action.stage + (1 if action.what is Pass.F else -1), action.micro_batch)
 
 
 def receiver_of(action: Action, placement: Placement) -> int | None:
-    """The rank that needs the result of an action; None where no other stage does."""
-    stage = user_of(action).stage
+    """Return the rank that needs the result of an action; None where no other stage does."""
+    stage = consumer_of(action).stage
     return None if action.what is Pass.W or not 0 <= stage < placement.num_stages else placement.rank_of(stage)
 
 
 def source_of(action: Action, placement: Placement) -> Action | None:
-    """The action whose result another one needs; None for the first stage's forward pass, which needs data."""
+    """Return the action whose result an action needs; None for the first stage's forward pass, which needs data."""
     stage, mb = action.stage, action.micro_batch
     if action.what is Pass.F:
         return Action(Pass.F, stage - 1, mb) if stage else None
@@ -258,16 +259,16 @@ def source_of(action: Action, placement: Placement) -> Action | None:
 
 @dataclass(frozen=True)
 class ScheduleRow:
-    """What a schedule is, apart from its name.
+    """The definition of a schedule, apart from its name.
 
     Attributes:
-        orders: from the placement of stages and the number of micro-batches to what each rank does, in order.
-        splits_backward: whether passes leave the gradients of weights for a pass of their own.
-        there_and_back: whether the first rank also holds the last stage.
-        virtual_stages: fewest and most stages of a rank, None for no limit; without a setting it has the fewest.
-        stages_said: the end of a sentence that refuses another number of stages.
-        multiple_of_ranks: whether the micro-batches of a step have to be a multiple of the ranks.
-        least_per_rank: fewest micro-batches of a step for each rank of the pipeline.
+        orders: a function from the placement and the number of micro-batches to the actions of each rank, in order.
+        splits_backward: whether the gradients of weights are passes of their own.
+        there_and_back: whether the placement is V-shaped, so that the first rank also holds the last stage.
+        virtual_stages: the least (the default) and the largest number of stages of a rank, None for no limit.
+        stages_said: the end of the error message for another number of stages.
+        multiple_of_ranks: whether the number of micro-batches of a step has to be a multiple of the ranks.
+        least_per_rank: the least number of micro-batches of a step for each rank of the pipeline.
     """
 
     orders: Callable[[Placement, int], Orders]
@@ -308,11 +309,11 @@ TABLE: dict[str, ScheduleRow] = {
 
 Schedule = Enum("Schedule", {name: name for name in TABLE})  # type: ignore[misc]
 ONE_F_ONE_B = Schedule["1f1b"]
-Schedule.__doc__ = "The order of a step's forward and backward passes; Hydra knows them by these names."
+Schedule.__doc__ = "The pipeline schedules, by their names in a configuration."
 
 
 def placement_of(schedule: Schedule, num_ranks: int, virtual: int | None) -> Placement:
-    """Where a schedule has its stages; without a number, the fewest on each rank that it allows."""
+    """Return a schedule's placement; without a number of virtual stages, it has the least that the schedule allows."""
     row = TABLE[schedule.name]
     if num_ranks == 1:  # no pipeline
         return Placement(1, virtual or 1)
@@ -320,12 +321,12 @@ def placement_of(schedule: Schedule, num_ranks: int, virtual: int | None) -> Pla
 
 
 def splits_backward(schedule: Schedule) -> bool:
-    """Whether a schedule's passes leave the gradients of weights for later."""
+    """Return whether a schedule runs the gradients of weights as passes of their own."""
     return TABLE[schedule.name].splits_backward
 
 
 def problems(schedule: Schedule, num_ranks: int, virtual: int | None) -> list[str]:
-    """Why a schedule cannot be on so many ranks with so many stages each, a sentence each with what would work."""
+    """Return why a schedule cannot have these ranks and virtual stages, a sentence each with what would work."""
     name, row = f"parallel.schedule={schedule.name}", TABLE[schedule.name]
     if num_ranks == 1 and schedule is not ONE_F_ONE_B:
         return [f"{name}: parallel.pp=1 is no pipeline; parallel.schedule=1f1b works"]
@@ -341,12 +342,12 @@ def problems(schedule: Schedule, num_ranks: int, virtual: int | None) -> list[st
 
 
 def batch_problems(schedule: Schedule, num_ranks: int, global_batch: int, sequences: int) -> list[str]:
-    """Why a schedule cannot run a step of a batch, a sentence with what would work.
+    """Return why a schedule cannot run a step of this batch, a sentence with what would work.
 
     Args:
-        schedule, num_ranks: without `problems`.
-        global_batch: sequences of a step.
-        sequences: of these that go through as a micro-batch, over all replicas; divides them.
+        schedule, num_ranks: the schedule and its number of ranks, for which `problems` is empty.
+        global_batch: the number of sequences of a step.
+        sequences: the number of sequences of a micro-batch over all replicas, which divides the global batch.
     """
     micro_batches, row, name = global_batch // sequences, TABLE[schedule.name], f"parallel.schedule={schedule.name}"
     said = f"train.global_batch={global_batch}: makes {micro_batches} micro-batches of {sequences}, and {name}"
@@ -362,5 +363,5 @@ def batch_problems(schedule: Schedule, num_ranks: int, global_batch: int, sequen
 
 
 def orders(schedule: Schedule, placement: Placement, micro_batches: int) -> Orders:
-    """What each rank of a pipeline does in a step; `problems` has been asked."""
+    """Return the actions of each rank in a step; `problems` is empty for these arguments."""
     return TABLE[schedule.name].orders(placement, micro_batches)

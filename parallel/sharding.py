@@ -1,7 +1,7 @@
-"""How tensor parallelism cuts each parameter: the one table that says so, and what follows for a parameter from it.
+"""The table of how tensor parallelism cuts each parameter, and the record of a parameter that follows from it.
 
-The parallel layers, the gradient sums, the gradient norm and whatever stores or gathers weights all read it; nothing
-else knows how a weight is cut.
+The parallel layers, the gradient reduction, the gradient norm and the checkpoints all read this table; nothing else
+knows how a weight is cut.
 """
 
 import re
@@ -15,16 +15,16 @@ from model.problems import either, nearest
 
 
 class Cut(Enum):
-    """How a parameter is divided over the tensor-parallel ranks."""
+    """The cuts of a parameter over the tensor-parallel ranks; each value names what of it is divided."""
 
     COLUMNS = "its output features"
     """Each rank computes some of the outputs: dimension 0 of a linear's weight."""
     KV_HEADS = "its key/value heads, each on every rank whose query heads read it"
-    """As COLUMNS; with fewer heads than ranks, neighbouring ranks hold the same head."""
+    """Each rank computes some key/value heads; with fewer heads than ranks, neighbouring ranks hold the same head."""
     ROWS = "its input features"
     """Each rank computes a part of every sum: dimension 1 of a linear's weight."""
     VOCABULARY = "its rows, a token each"
-    """Dimension 0, the last rank with fewer rows where the vocabulary does not divide: nothing is padded."""
+    """Each rank holds some rows of dimension 0, the last rank fewer where the vocabulary does not divide, unpadded."""
     WHOLE = "not at all"
     """Every rank holds all of it."""
 
@@ -49,7 +49,7 @@ class Shard:
     Attributes:
         dim: the dimension that is cut; 0 where none is.
         start, stop: the half-open range of that dimension.
-        copies: how many neighbouring ranks hold this same part.
+        copies: the number of neighbouring ranks that hold this same part.
     """
 
     dim: int
@@ -58,27 +58,27 @@ class Shard:
     copies: int
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This part of the whole parameter, a view."""
+        """Return this part of the whole parameter, as a view."""
         return whole.narrow(self.dim, self.start, self.stop - self.start)
 
     def counts(self, tp_rank: int) -> bool:
-        """Whether this rank is the one among those with the same part that counts it in a norm or a sum."""
+        """Return whether this rank is the one that counts the part in a norm or a sum, of those that hold it."""
         return tp_rank % self.copies == 0
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """What is known of a parameter besides its values: what the optimizer, the norm and a checkpoint need of it.
+    """The record of a parameter: what the optimizer, the gradient norm and a checkpoint need besides its values.
 
     Attributes:
-        name: in the whole model, such as ``blocks.3.attention.o_proj.weight``.
-        shape: of the whole parameter.
+        name: the full name in the whole model, such as ``blocks.3.attention.o_proj.weight``.
+        shape: the shape of the whole parameter.
         shard: the part of it that this rank holds.
-        shared_by: neighbouring tensor-parallel ranks, this one among them, that hold the same part and have to agree on
-            its gradient; 1 for a part of one rank alone.
-        summed: whether each of those computes a part of the gradient (from its own query heads, or its own tokens), so
-            that the parts are summed; else each computes all of it, and the mean keeps what rounding would part.
-        counted: whether the gradient enters the norm on this rank: of those that hold the same, one counts.
+        shared_by: the number of neighbouring tensor-parallel ranks, this one included, that hold the same part and have
+            to agree on its gradient; 1 for a part of one rank alone.
+        summed: whether each of these ranks computes a part of the gradient (from its own query heads, or its own
+            tokens), so that the parts are summed; else each computes all of it, and their mean keeps the ranks equal.
+        counted: whether the gradient enters the norm on this rank: one of the ranks that share it counts it.
         decays: whether weight decay acts on it: on matrices, not on norm weights.
     """
 
@@ -92,10 +92,10 @@ class ParameterInfo:
 
 
 def cut_of(name: str) -> Cut:
-    """The table's row for a parameter's full name, such as ``blocks.3.attention.o_proj.weight``.
+    """Look up a parameter's full name, such as ``blocks.3.attention.o_proj.weight``, in the table.
 
     Raises:
-        KeyError: no row matches: a parameter was added to the model and not to the table.
+        KeyError: no row matches; a parameter was added to the model and not to the table.
     """
     for pattern, cut in TABLE.items():
         if re.fullmatch(pattern, name):
@@ -104,9 +104,9 @@ def cut_of(name: str) -> Cut:
 
 
 def shard(name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """Which part of the parameter `name`, of full `shape`, rank `tp_rank` of `tp` holds.
+    """Return the part of the parameter `name`, of full `shape`, that rank `tp_rank` of `tp` holds.
 
-    The numbers divide: `problems` below has been asked.
+    `problems` is empty for this model and `tp`, so that the sizes divide.
     """
     cut = cut_of(name)
     if cut is Cut.WHOLE:
@@ -124,7 +124,7 @@ def shard(name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: in
 def parameter_info(
     name: str, shape: torch.Size, model: ModelConfig, tp: int, tp_rank: int, sequence_parallel: bool
 ) -> ParameterInfo:
-    """The record of the parameter `name`, of full `shape`, on rank `tp_rank` of `tp`."""
+    """Return the record of the parameter `name`, of full `shape`, on rank `tp_rank` of `tp`."""
     part = shard(name, shape, model, tp, tp_rank)
     # Ranks that share key/value heads compute their gradients from different query heads; those that share a norm
     # weight, from different tokens, if the sequence is cut.
@@ -133,18 +133,18 @@ def parameter_info(
 
 
 def vocabulary_shard(model: ModelConfig, tp: int, tp_rank: int) -> Shard:
-    """The tokens whose embedding, head row and logit a rank holds."""
+    """Return the range of tokens whose embeddings, head rows and logits a rank holds."""
     rows = -(-model.vocab_size // tp)
     return Shard(0, min(tp_rank * rows, model.vocab_size), min((tp_rank + 1) * rows, model.vocab_size), 1)
 
 
 def kv_copies(model: ModelConfig, tp: int) -> int:
-    """How many neighbouring ranks hold the same key/value head: 1 unless there are fewer heads than ranks."""
+    """Return how many neighbouring ranks hold the same key/value head: 1 unless there are fewer heads than ranks."""
     return max(1, tp // model.n_kv_heads)
 
 
 def assemble(name: str, parts: list[torch.Tensor], shape: torch.Size, model: ModelConfig) -> torch.Tensor:
-    """The whole parameter from what the tensor-parallel ranks hold, in rank order; inverse of `shard`."""
+    """Assemble a whole parameter from the tensor-parallel ranks' parts, in rank order: the inverse of `shard`."""
     whole = parts[0].new_empty(shape)
     for tp_rank, part in enumerate(parts):
         shard(name, shape, model, len(parts), tp_rank).of(whole).copy_(part)
@@ -152,7 +152,7 @@ def assemble(name: str, parts: list[torch.Tensor], shape: torch.Size, model: Mod
 
 
 def problems(model: ModelConfig, tp: int) -> list[str]:
-    """Why this model cannot be cut over `tp` ranks, one sentence each with key, value and what would work."""
+    """Return why this model cannot be cut over `tp` ranks, one sentence each with key, value and what would work."""
     if tp < 1:
         return [f"parallel.tp={tp}: must be at least 1"]
     works = [n for n in range(1, tp + 64) if not _obstacles(model, n)]

@@ -1,12 +1,12 @@
-"""A step of a pipeline before it is run: how long it takes, what it holds, and when each message is asked for.
+"""Simulation of a pipeline's step before it runs: its time, its saved activations, and when each receive is posted.
 
 NCCL differs from Gloo in that a message is a kernel on both sides: the sender's ends when the receiver's has begun, the
-first message between two ranks blocks both hosts until the other is there, and whatever waits for a whole device (a
-kernel that is timed when it is first met, an allocator that gives memory back, code that is loaded) waits for its
-messages too. A rank that asks for a message before others can send it, or sends one that is not asked for, may then
-wait for itself. `programs` asks for every message at a place where that cannot be: there is one order of all passes of
-all ranks, in which each message follows the pass that makes it, and in which every rank does its passes, sends and
-receives. Even if each of them waited until the one before was over, none would wait for a later one.
+first message between two ranks blocks both hosts until the other is there, and whatever synchronises a whole device
+(autotuning of a kernel, an allocator that frees memory, loading of code) waits for its messages too. A rank that posts
+a receive before others can send, or sends where no receive is posted, may then wait for itself. `programs` posts
+every receive at a point where that cannot happen: there is one order of all passes of all ranks, in which each message
+follows the pass that produces it, and in which every rank does its passes, sends and receives. Even if each of them
+waited until the one before was over, none would wait for a later one.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ class Timeline:
     """A step, simulated or measured.
 
     Attributes:
-        spans: of each rank, in order.
-        activations: the most that each rank saved for its backward passes, in micro-batches of a rank's whole part of
-            the model.
+        spans: the passes of each rank, in order.
+        activations: the most activations that each rank saved for its backward passes, in micro-batches through all its
+            stages.
     """
 
     spans: list[list[Span]]
@@ -39,27 +39,28 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """From the first rank's beginning to the last rank's end."""
+        """The seconds from the start of the first pass to the end of the last one, over all ranks."""
         return max(rank[-1].end for rank in self.spans) - min(rank[0].start for rank in self.spans)
 
     @property
     def busy(self) -> list[float]:
-        """Share of that time in which each rank computes."""
+        """The share of the step in which each rank computes."""
         return [sum(span.end - span.start for span in rank) / self.seconds for rank in self.spans]
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time in which they wait."""
+        """The share of the step in which ranks wait, averaged over the ranks."""
         return 1 - sum(self.busy) / len(self.spans)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of each stage for a micro-batch, and of a message between two ranks.
+    """The seconds of each stage's passes of a micro-batch, and of a message between two ranks.
 
     Attributes:
-        forward, backward, weights: by stage; a backward pass that is not split takes both latter.
-        link: from the end of a pass to when another rank has its result.
+        forward, backward, weights: the seconds of each pass, by stage; a backward pass that is not split takes the sum
+            of the last two.
+        link: the seconds from the end of a pass until another rank has its result.
     """
 
     forward: Sequence[float]
@@ -69,7 +70,7 @@ class Costs:
 
 
 def simulate(orders: Orders, placement: Placement, costs: Costs) -> Timeline:
-    """Play a step: each rank does its actions in order, as soon as what they need has come.
+    """Simulate a step: each rank runs its actions in order, as soon as their inputs have arrived.
 
     Raises:
         ValueError: the ranks wait for each other without end.
@@ -106,35 +107,35 @@ def simulate(orders: Orders, placement: Placement, costs: Costs) -> Timeline:
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank does in a step.
+    """The passes and the receives of one rank in a step.
 
     Attributes:
-        actions: its passes, in order.
-        receives: before each of these, the actions of other ranks whose results it asks for, in order.
-        turn: of every action of all ranks, its place among those of its rank.
+        actions: the passes of the rank, in order.
+        receives: for each pass, the actions of other ranks whose results the rank posts receives for just before.
+        index: the index of every action of all ranks in the order of its own rank.
     """
 
     actions: list[Action]
     receives: list[list[Action]]
-    turn: dict[Action, int]
+    index: dict[Action, int]
 
 
 def programs(orders: Orders, placement: Placement) -> list[Program]:
-    """What each rank of a pipeline does, its receives among its passes.
+    """Return the program of each rank of a pipeline: its passes with its receives among them.
 
-    All passes are ordered by when they end if each takes equally long. A message follows the pass that makes it, so its
-    receiver asks for it before the first of its own passes that ends later: in time for the message to travel while
-    that pass runs, and never before something that the sender waits for. Both ends of a link meet its messages, of
-    either direction, in the same order.
+    All passes are ordered by when they end if each takes equally long. A message follows the pass that produces it, so
+    its receiver posts the receive before the first of its own passes that ends later: in time for the message to travel
+    while that pass runs, and never before something that the sender waits for. Both ends of a link meet its messages,
+    of either direction, in the same order.
 
     Args:
-        orders: of all ranks.
-        placement: of the stages.
+        orders: the actions of all ranks.
+        placement: the placement of the stages.
     """
     even = [1.0] * placement.num_stages
     spans = simulate(orders, placement, Costs(even, even, even)).spans
     in_order = sorted((span.end, rank, span.action) for rank, row in enumerate(spans) for span in row)
-    turn = {action: index for order in orders for index, action in enumerate(order)}
+    index = {action: i for order in orders for i, action in enumerate(order)}
     waiting: list[list[Action]] = [[] for _ in orders]
     receives: list[list[list[Action]]] = [[] for _ in orders]
     for _, rank, action in in_order:
@@ -144,4 +145,4 @@ def programs(orders: Orders, placement: Placement) -> list[Program]:
         if receiver is not None and receiver != rank:
             waiting[receiver].append(action)
     assert not any(waiting), "a message that no pass uses"
-    return [Program(order, receives[rank], turn) for rank, order in enumerate(orders)]
+    return [Program(order, receives[rank], index) for rank, order in enumerate(orders)]

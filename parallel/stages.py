@@ -1,4 +1,4 @@
-"""The cut of a list of layers into pipeline stages of even cost.
+"""The split of a list of layers into pipeline stages of even cost.
 
 A pipeline runs at the pace of its slowest stage. The output head costs about as much as two blocks of the 7B and 1.2
 of the 67B, so counting layers alone would leave the last stage late in every step; DeepSeek chose 30 and 95 layers so
@@ -19,7 +19,7 @@ from parallel.schedules import Placement
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: the half-open range of layers [start, stop) and what share of the whole cost they are."""
+    """A pipeline stage: the half-open range of layers [start, stop), and their share of the whole model's cost."""
 
     index: int
     start: int
@@ -30,29 +30,29 @@ class Stage:
 def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
     """Cut layers into `num_stages` consecutive, non-empty stages.
 
-    The dearest stage is made as cheap as any cut allows; among such cuts, the one with the least sum of squares is
-    taken, and among those the one whose early stages are lighter: in 1F1B they hold the most activations.
+    The cost of the most expensive stage is minimal; of the cuts with that minimum, the one with the least sum of
+    squares is chosen, and of those the one with the cheapest early stages, which save the most activations in 1F1B.
 
     Args:
-        costs: of each layer in order, embedding and head included, in any unit.
-        num_stages: at most len(costs).
+        costs: the cost of each layer in order, embedding and head included, in any unit.
+        num_stages: the number of stages, at most len(costs).
 
     Returns:
-        Stages that hold every layer exactly once, in order.
+        The stages, in order; every layer is in exactly one.
 
     Raises:
-        ValueError: fewer layers than stages.
+        ValueError: there are fewer layers than stages.
     """
     n = len(costs)
     if not 1 <= num_stages <= n:
         raise ValueError(f"{n} layers cannot be cut into {num_stages} stages; 1 to {n} stages work")
-    # In whole units: sums are exact, so that every process and machine takes the same one of several even cuts.
+    # Costs are rounded to integers, whose sums are exact: every process and machine takes the same one of equal cuts.
     unit = max(costs) / 10**6 or 1.0
     before = [0, *accumulate(round(cost / unit) for cost in costs)]
 
     def best_cut(limit: int | None) -> tuple[int, list[int]] | None:
-        """Least sum of squares with no stage above `limit`; with no limit, the least possible largest stage."""
-        # value[i]: of the best cut of layers [i, n) into the stages from `stage` on; built from the last stage back.
+        """Minimise the sum of squares with no stage above `limit`; without a limit, minimise the largest stage."""
+        # value[i]: of the best cut of layers [i, n) into the stages from `stage` on; computed from the last stage back.
         value: list[int | None] = [None] * n + [0]
         choice: list[list[int]] = []
         for stage in reversed(range(num_stages)):
@@ -91,19 +91,19 @@ def split(costs: Sequence[float], num_stages: int) -> list[Stage]:
     return stages
 
 
-def split_for(costs: Sequence[float], place: Placement) -> list[Stage]:
-    """Cut layers into the stages of a placement so that the *ranks* come out even, each with all its stages.
+def split_for(costs: Sequence[float], placement: Placement) -> list[Stage]:
+    """Cut layers into the stages of a placement so that the cost of *ranks* is even, each with all its stages.
 
-    With one stage on each rank this is `split`. With several, blocks, which all cost the same, are dealt one at a time
-    to the rank that has least, and within a rank to its stage that has least: what embedding and head cost beside them
-    is evened out by fewer blocks there. In a placement that goes there and back both lie on the first rank.
+    With one stage on each rank this is `split`. With several, blocks, which all cost the same, are assigned one at a
+    time to the rank with the least cost, and within a rank to its cheapest stage: fewer blocks lie beside the embedding
+    and the head. In a V-shaped placement both of these are on the first rank.
 
     Raises:
-        ValueError: fewer layers than stages.
+        ValueError: there are fewer layers than stages.
     """
-    if place.virtual == 1:
-        return split(costs, place.num_ranks)
-    num_stages = place.num_stages
+    if placement.virtual == 1:
+        return split(costs, placement.num_ranks)
+    num_stages = placement.num_stages
     if len(costs) < num_stages:
         raise ValueError(f"{len(costs)} layers cannot be cut into {num_stages} stages")
     block = costs[1]
@@ -113,11 +113,11 @@ def split_for(costs: Sequence[float], place: Placement) -> list[Stage]:
     loads = [costs[0], *[block] * (num_stages - 2), costs[-1]]
 
     def load(rank: int) -> float:
-        return sum(loads[stage] for stage in place.stages_of(rank))
+        return sum(loads[stage] for stage in placement.stages_of(rank))
 
     for _ in range(len(costs) - 2 - sum(blocks)):
-        rank = min(range(place.num_ranks), key=lambda one: (load(one), -one))
-        stage = min(place.stages_of(rank), key=lambda one: (loads[one], -one))
+        rank = min(range(placement.num_ranks), key=lambda one: (load(one), -one))
+        stage = min(placement.stages_of(rank), key=lambda one: (loads[one], -one))
         blocks[stage] += 1
         loads[stage] += block
     bounds = [0, *accumulate(count + (index in (0, num_stages - 1)) for index, count in enumerate(blocks))]
@@ -126,8 +126,8 @@ def split_for(costs: Sequence[float], place: Placement) -> list[Stage]:
     return [Stage(i, start, stop, loads[i] / total) for i, (start, stop) in enumerate(pairwise(bounds))]
 
 
-def stage_rows(model: ModelConfig, stages: Sequence[Stage], place: Placement | None = None) -> list[dict[str, Any]]:
-    """One row per stage for a table or JSON: stage, rank, layers, blocks, parameters, cost_share."""
+def stage_rows(model: ModelConfig, stages: Sequence[Stage], placement: Placement | None = None) -> list[dict[str, Any]]:
+    """Return one row per stage for a table or JSON: stage, rank, layers, blocks, parameters, cost_share."""
     embedding = head = model.vocab_size * model.d_model
     params = [embedding, *[model.block_params] * model.n_layers, head + model.d_model]
     rows = []
@@ -141,7 +141,7 @@ def stage_rows(model: ModelConfig, stages: Sequence[Stage], place: Placement | N
         rows.append(
             {
                 "stage": stage.index,
-                "rank": place.rank_of(stage.index) if place else stage.index,
+                "rank": placement.rank_of(stage.index) if placement else stage.index,
                 "layers": ", ".join(parts),
                 "blocks": max(last - first + 1, 0),
                 "parameters": sum(params[stage.start : stage.stop]),
@@ -152,8 +152,8 @@ def stage_rows(model: ModelConfig, stages: Sequence[Stage], place: Placement | N
 
 
 def stage_table(rows: Sequence[dict[str, Any]]) -> str:
-    """`stage_rows` as a table for the terminal."""
-    several = any(row["rank"] != row["stage"] for row in rows)  # stages on a rank of the pipeline
+    """Render `stage_rows` as a table for the terminal."""
+    several = any(row["rank"] != row["stage"] for row in rows)  # whether a rank of the pipeline holds several stages
     table = Table(
         "stage", *(["rank"] if several else []), "layers", "parameters", "share of cost", title_justify="left"
     )

@@ -1,7 +1,7 @@
-"""What training has learned, as a rank holds it: fp32 master weights and Adam's moments, by full parameter names.
+"""The optimizer state of a rank by full parameter names: fp32 master weights and Adam's moments.
 
-Tensor parallelism gives a rank a part of each parameter, and ZeRO-1 a range of that part's elements: neither is the
-same in another layout. Said as boxes of the whole parameter, both are.
+Tensor parallelism gives a rank a part of each parameter, and ZeRO-1 a range of that part's elements: both differ by
+layout. As boxes of the whole parameter, the state can be saved in one layout and loaded in another.
 """
 
 import math
@@ -15,16 +15,16 @@ from parallel.zero import Zero
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 Flats = list[dict[str, torch.Tensor]]
-"""Per bucket, this replica's share of it: the master weights and each moment, fp32, one size."""
+"""For each bucket, this replica's share of the master weights and of each moment, fp32 tensors of one size."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular part of a whole tensor, and where its values lie.
+    """A rectangular part of a whole tensor.
 
     Attributes:
-        offsets: of its first element in the whole, per dimension.
-        values: a view of the shape of the box.
+        offsets: the index of its first element in the whole tensor, per dimension.
+        values: the elements of the box, a view of its shape.
     """
 
     offsets: tuple[int, ...]
@@ -33,11 +33,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank owns of a tensor.
+    """The part of a tensor that one rank owns.
 
     Attributes:
-        shape: of the whole tensor.
-        boxes: disjoint; up to three.
+        shape: the shape of the whole tensor.
+        boxes: up to three disjoint boxes.
     """
 
     shape: torch.Size
@@ -45,10 +45,10 @@ class Piece:
 
 
 class OptimizerState:
-    """The fp32 state of a rank's layers. No method communicates, except `start_gather`.
+    """The fp32 optimizer state of a rank's layers. No method communicates, except `start_gather`.
 
     Args:
-        zero: of the rank.
+        zero: the optimizer of the rank.
     """
 
     def __init__(self, zero: Zero):
@@ -56,12 +56,12 @@ class OptimizerState:
 
     @property
     def adam_step(self) -> int:
-        """Updates made so far: Adam's own count, which a step skipped for its gradients does not raise."""
+        """The number of updates so far, by Adam's own count: steps that were skipped do not count."""
         state = self._adam.state[self._zero.buckets[0].master]
         return int(state["step"]) if state else 0
 
     def flats(self) -> Flats:
-        """The state itself, not a copy; an optimizer step or `start_at` has been taken."""
+        """Return the state itself, not a copy. Needs an optimizer step or `start_at` to have been taken."""
         masters = [bucket.master for bucket in self._zero.buckets]
         states = [self._adam.state[master] for master in masters]
         return [
@@ -70,26 +70,26 @@ class OptimizerState:
         ]
 
     def start_at(self, adam_step: int) -> None:
-        """Make the moments, which Adam would make at its first step, so that they can be loaded."""
+        """Allocate the moments, which Adam would allocate in its first step, so that they can be loaded."""
         for master in (bucket.master for bucket in self._zero.buckets):
             count = torch.tensor(float(adam_step), device=master.device)
             moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
             self._adam.state[master] = {"step": count, **moments}
 
     def start_gather(self) -> None:
-        """Begin to give every replica the weights that the master weights now say, as the stages compute with them."""
+        """Begin to gather the weights of all replicas, cast from their master weights."""
         self._zero.start_gather()
 
     def pieces(self, flats: Flats) -> dict[str, Piece]:
-        """What this rank owns of every tensor of its stage, as views of `flats`.
+        """Return what this rank owns of every tensor of its stages, as views of `flats`.
 
         Tensor-parallel ranks that hold the same part of a parameter own the same boxes.
 
         Args:
-            flats: `self.flats()` or copies of them.
+            flats: the result of `self.flats()` or copies of it.
 
         Returns:
-            By name: a master weight has its parameter's full name, a moment ``exp_avg/`` and that.
+            The pieces by name: a master weight's is its parameter's full name, a moment's ``exp_avg/`` and that.
         """
         found = {}
         for bucket, tensors in zip(self._zero.buckets, flats, strict=True):
@@ -105,23 +105,23 @@ class OptimizerState:
 
 
 def boxes(start: int, values: torch.Tensor, shape: Sequence[int], origin: Sequence[int]) -> Iterator[Box]:
-    """Consecutive elements of a vector or matrix in row-major order, as the end of a row, whole rows, a row's start.
+    """Cut consecutive elements of a vector or matrix in row-major order: the end of a row, whole rows, a row's start.
 
     Args:
-        start: the first of them, counted from the start of the matrix.
-        values: 1-D.
-        shape: of the vector or matrix.
-        origin: where that lies in the whole tensor.
+        start: the index of the first element in the flattened vector or matrix.
+        values: the elements, 1-D.
+        shape: the shape of the vector or matrix.
+        origin: the offsets of the vector or matrix in the whole tensor.
     """
     if len(shape) == 1:
         yield Box((origin[0] + start,), values)
         return
     _, width = shape
-    at, stop = start, start + len(values)
-    while at < stop:
-        row, column = divmod(at, width)
-        whole_rows = 0 if column else (stop - at) // width
-        size = (whole_rows, width) if whole_rows else (1, min(stop - at, width - column))
+    index, stop = start, start + len(values)
+    while index < stop:
+        row, column = divmod(index, width)
+        whole_rows = 0 if column else (stop - index) // width
+        size = (whole_rows, width) if whole_rows else (1, min(stop - index, width - column))
         length = math.prod(size)
-        yield Box((origin[0] + row, origin[1] + column), values.narrow(0, at - start, length).view(size))
-        at += length
+        yield Box((origin[0] + row, origin[1] + column), values.narrow(0, index - start, length).view(size))
+        index += length

@@ -1,13 +1,13 @@
-"""Tensor- and sequence-parallel layers, and the swap that puts them in the place of a plain layer's.
+"""Tensor- and sequence-parallel layers, and the function that swaps them in for the modules of a plain layer.
 
-Megatron-LM's cut (arXiv 1909.08053, sequence parallelism arXiv 2205.05198). In a block, with sequence parallelism:
+The cut is Megatron-LM's (arXiv 1909.08053, sequence parallelism arXiv 2205.05198). In a block, with the latter:
 
     x (B, L/tp, D)  norm  ->  all-gather  ->  q,k,v or gate,up: some columns each   (B, L, F/tp)
                               attention or silu, per rank on its own heads or columns
                               o or down: some rows each, partial sums (B, L, D)  ->  reduce-scatter  ->  (B, L/tp, D)
 
-Without it, the all-gather is nothing and the reduce-scatter an all-reduce. Backward they swap roles. A model without
-dropout needs no random state to be kept in step between ranks.
+Without sequence parallelism there is no all-gather, and an all-reduce takes the place of the reduce-scatter. In the
+backward pass the two swap roles. A model without dropout needs no random state in common between ranks.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions take the world of the moment they are defined in as a default, and PyTorch imports it when a layer is
-# built: a group kept so is never taken down, and its threads may abort a process that ends.
+# The functions of this module take the default group at import as a default argument, and PyTorch imports it when a
+# layer is built: a group referenced like that is never destroyed, and its threads may abort a process that ends.
 import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import nn
@@ -36,11 +36,10 @@ class TensorParallel:
 
     Attributes:
         group: the process group of those ranks.
-        rank: of this process in it.
-        size: how many they are.
-        sequence_parallel: whether what lies between the matrices is cut along the sequence.
-        sharing: for each number of neighbouring ranks that hold one same parameter, the group of those ranks that this
-            one is in.
+        rank: the rank of this process in the group.
+        size: the number of these ranks.
+        sequence_parallel: whether norms and residuals between the matrices are cut along the sequence.
+        sharing: the group of the neighbouring ranks that hold the same parameter, by how many they are.
     """
 
     group: Any
@@ -54,7 +53,7 @@ class TensorParallel:
 
 
 def _start_gather(x_BlD: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Any]:
-    """(B, L/tp, D) on its way to (tp * B, L/tp, D), which `_gathered` makes (B, L, D) once it has arrived."""
+    """Start gathering (B, L/tp, D) to (tp * B, L/tp, D), which `_gathered` reshapes to (B, L, D) on arrival."""
     out = x_BlD.new_empty(tp.size * x_BlD.shape[0], *x_BlD.shape[1:])
     handle = dist.all_gather_into_tensor(out, x_BlD.contiguous(), group=tp.group, async_op=True)
     return out, handle
@@ -71,15 +70,15 @@ def _gather(x_BlD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
 
 
 def _start_reduce_scatter(x_BLD: torch.Tensor, tp: TensorParallel) -> tuple[torch.Tensor, Any, torch.Tensor]:
-    """Sum over the ranks, of which each keeps its part of the sequence."""
+    """Start summing over the ranks, each of which gets its part of the sequence."""
     parts = x_BLD.unflatten(1, (tp.size, -1)).movedim(1, 0).flatten(0, 1).contiguous()
     out = torch.empty_like(parts[: x_BLD.shape[0]])
-    # The input is handed back: it must live until the handle has been waited for.
+    # The input is returned: it must live until the handle has been waited for.
     return out, dist.reduce_scatter_tensor(out, parts, group=tp.group, async_op=True), parts
 
 
 def _reduce(x_BLD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """Partial sums to sums: each rank's part of the sequence, or all of it."""
+    """Sum partial sums over the ranks; return this rank's part of the sequence, or all of it."""
     if tp.sequence_parallel:
         out, handle, _ = _start_reduce_scatter(x_BLD, tp)
         handle.wait()
@@ -112,15 +111,16 @@ class _WholeSequence(torch.autograd.Function):
 
 
 def whole_sequence(x_BlD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
-    """(B, L/tp or L, D) to (B, L, D), for what each rank does a part of: the gradients of the parts are summed."""
+    """Gather (B, L/tp or L, D) to (B, L, D), of which each rank uses a part: gradients are summed over the ranks."""
     return _WholeSequence.apply(x_BlD, tp) if tp.size > 1 else x_BlD
 
 
 class _ColumnParallel(torch.autograd.Function):
     """y_i = gather(x) W_i^T for several W_i at once.
 
-    Backward, the gradient of the input travels while the gradients of the weights are computed, and the gathered input,
-    which is not saved, is gathered again while the former is. Where gradients of weights are deferred, so is that.
+    In the backward pass, the gradient of the input is reduced while the gradients of the weights are computed, and the
+    input, whose gathered form is not saved, is gathered again while its gradient is computed. Where gradients of
+    weights are deferred, so is that gather.
     """
 
     @staticmethod
@@ -157,11 +157,11 @@ class _ColumnParallel(torch.autograd.Function):
         return grad_x, None, None, *gradients
 
 
-# ---- layers; their parameters bear the names of the plain ones ----
+# ---- layers; their parameters have the names of the plain layers' ----
 
 
 class ColumnParallelFusedLinears(nn.Module):
-    """`FusedLinears` with some output features of each map on each rank."""
+    """A `FusedLinears` with some output features of each linear layer on each rank."""
 
     def __init__(self, plain: FusedLinears, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
@@ -170,31 +170,31 @@ class ColumnParallelFusedLinears(nn.Module):
             self.add_module(name, one)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(B, L/tp or L, d_in) to one (B, L, width/tp) for each map."""
+        """Map (B, L/tp or L, d_in) to one (B, L, width/tp) per linear layer."""
         return _ColumnParallel.apply(x, self.tp, self.deferred, *self.parameters())
 
 
 class ColumnParallelLinear(nn.Module):
-    """A linear map with some of its output features on each rank: the output head, by vocabulary."""
+    """A linear layer with some of its output features on each rank: the output head, by vocabulary."""
 
     def __init__(self, plain: nn.Linear, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
         self.weight, self.tp, self.deferred = nn.Parameter(plain.weight), tp, deferred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L/tp or L, d_in) to (B, L, d_out/tp)."""
+        """Map (B, L/tp or L, d_in) to (B, L, d_out/tp)."""
         return _ColumnParallel.apply(x, self.tp, self.deferred, self.weight)[0]
 
 
 class RowParallelLinear(nn.Module):
-    """A linear map with some of its input features on each rank."""
+    """A linear layer with some of its input features on each rank."""
 
     def __init__(self, plain: nn.Linear, tp: TensorParallel, deferred: DeferredGradients):
         super().__init__()
         self.weight, self.tp, self.deferred = nn.Parameter(plain.weight), tp, deferred
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, d_in/tp) to (B, L/tp or L, d_out)."""
+        """Map (B, L, d_in/tp) to (B, L/tp or L, d_out)."""
         return _ReducePartialSums.apply(linear(x, self.weight, self.deferred), self.tp)
 
 
@@ -206,7 +206,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight, self.first_token, self.tp = nn.Parameter(plain.weight), first_token, tp
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """int64 (B, L) to (B, L/tp or L, D)."""
+        """Map int64 (B, L) to (B, L/tp or L, D)."""
         local = tokens_BL - self.first_token
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         x_BLD = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
@@ -216,14 +216,14 @@ class VocabParallelEmbedding(nn.Module):
 def swap(
     layer: nn.Module, prefix: str, model: ModelConfig, tp: TensorParallel, deferred: DeferredGradients
 ) -> nn.Module:
-    """Put modules that are cut by the table, and can defer their weight gradients, in the place of a plain layer's.
+    """Replace the modules of a plain layer by ones that are cut by the table and can defer their weight gradients.
 
     Args:
-        layer: on the meta device.
-        prefix: what stands before the names of its parameters, ``"blocks.3."``.
+        layer: the layer, on the meta device.
+        prefix: the prefix of the full names of its parameters, ``"blocks.3."``.
         model: the whole model's shape.
-        tp: the ranks to cut over; for one, only how weight gradients are computed differs from the plain layer.
-        deferred: shared by all layers of the rank.
+        tp: the ranks to cut over; for one, only the computation of weight gradients differs from the plain layer.
+        deferred: the weight gradients that are deferred, shared by all layers of the rank.
     """
     if tp.size > 1:
         _swap_linears(layer, prefix, model, tp, deferred)
@@ -268,7 +268,7 @@ def _replace(layer: nn.Module, name: str, module: nn.Module) -> None:
 
 @contextmanager
 def whole_sequences(layers_of_rank: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, what lies between the matrices of these layers is not cut along the sequence."""
+    """Turn sequence parallelism off for these layers inside this context."""
     layers: list[Any] = [module for layer in layers_of_rank for module in layer.modules()]
     cut = [(layer, layer.tp) for layer in layers if isinstance(getattr(layer, "tp", None), TensorParallel)]
     for layer, tp in cut:

@@ -1,4 +1,4 @@
-"""ZeRO stage 1 (arXiv 1910.02054), the traffic of which runs beside the passes of a step.
+"""ZeRO stage 1 (arXiv 1910.02054), whose communication overlaps the passes of a step.
 
 The parameters of a few neighbouring layers lie one after another in a bucket: a buffer of weights in the precision that
 the stages compute in, a buffer of gradients in fp32, and this replica's share of the fp32 master weights and of Adam's
@@ -6,11 +6,11 @@ two moments. In bytes per parameter that is
 
     bf16:  2 + 4 + 12 / dp          fp32:  4 + 4 + 8 / dp          (in fp32 the master weights are the weights)
 
-A gradient is added to its place in the buffer the moment that autograd has made it, and let go. Once a bucket has those
-of the last micro-batch, it is reduced over the replicas, each of which gets its share, while the backward pass goes on
+A gradient is added to its slot in the buffer as soon as autograd has computed it, and freed. Once a bucket has those of
+the last micro-batch, it is reduced over the replicas, each of which gets its share, while the backward pass continues
 with the layers before. After the optimizer has moved the shares, the weights are gathered while the next forward pass
 begins, in the order in which it needs them: a layer waits for its own buckets and no others. DeepSpeed's optimizers do
-either after the passes, all at once (arXiv 2401.02954, section 2.4, has the first of the two).
+both after the passes, all at once (arXiv 2401.02954, section 2.4, has the first of the two).
 
 Gradients are those of the loss summed over all labels. The mean is taken, and clipped, where Adam reads the gradients.
 """
@@ -29,15 +29,15 @@ from parallel.build import Layer
 from parallel.sharding import ParameterInfo
 
 BUCKET = 2**25
-"""Elements that a bucket has at least, where layers are left: enough to make the most of the network."""
+"""The least number of elements of a bucket, but for the last of its kind: enough to use the network's bandwidth."""
 _ALIGNMENT = 64
-"""Parameters begin at multiples of so many elements: the fast matrix products want 16 bytes, their loads 128."""
+"""Parameters begin at multiples of this number of elements: the fast matrix products want 16 bytes, their loads 128."""
 _CHUNK = 2**16
-"""Elements whose squares are summed in fp32: on the CPU, PyTorch's sum over one long tensor loses digits (2e-4 of a
-norm at 8 million elements, 2e-3 at 33 million)."""
+"""The number of elements whose squares are summed in fp32: on the CPU, PyTorch's sum over one long tensor loses digits
+(2e-4 of a norm at 8 million elements, 2e-3 at 33 million)."""
 
 MakeOptimizer = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], torch.optim.Optimizer]
-"""From the tensors that hold matrices and those that hold vectors to the optimizer of both."""
+"""A function from the tensors that hold matrices and those that hold vectors to the optimizer of both."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Replicas:
     """The data-parallel ranks that hold the same layers.
 
     Attributes:
-        group: of these processes; None for one.
-        rank: of this one among them.
-        size: how many they are.
+        group: the process group of these ranks; None for one rank.
+        rank: the index of this rank among them.
+        size: the number of these ranks.
     """
 
     group: Any
@@ -57,7 +57,7 @@ class Replicas:
 
 @dataclass(frozen=True)
 class BucketKind:
-    """What the parameters of a bucket have in common: see `parallel.sharding.ParameterInfo`."""
+    """The properties that all parameters of a bucket share: see `parallel.sharding.ParameterInfo`."""
 
     decays: bool
     shared_by: int
@@ -66,18 +66,18 @@ class BucketKind:
 
     @staticmethod
     def of(info: ParameterInfo) -> "BucketKind":
-        """The kind of bucket that a parameter lies in."""
+        """Return the kind of bucket that a parameter belongs to."""
         return BucketKind(info.decays, info.shared_by, info.summed, info.counted)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a parameter lies in a bucket.
+    """The range of a parameter in the flat buffers of a bucket.
 
     Attributes:
-        parameter: a view of the bucket's weights.
-        info: its record.
-        offset: of its first element.
+        parameter: the parameter, a view of the bucket's weights.
+        info: the record of the parameter.
+        offset: the index of its first element in the buffers.
     """
 
     parameter: nn.Parameter
@@ -85,19 +85,19 @@ class Slot:
     offset: int
 
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The parameter's elements in a flat buffer of the bucket, a view of its shape."""
+        """Return the parameter's elements in a flat buffer of the bucket, as a view of the parameter's shape."""
         return buffer.narrow(0, self.offset, self.parameter.numel()).view_as(self.parameter)
 
 
 @dataclass(frozen=True)
 class Owned:
-    """Consecutive elements of a parameter that are in this replica's share of a bucket.
+    """A range of consecutive elements of a parameter that lies in this replica's share of a bucket.
 
     Attributes:
-        slot: of the parameter.
-        start: the first of them, counted in the parameter.
-        offset: the first of them, counted in the share.
-        size: how many.
+        slot: the slot of the parameter.
+        start: the index of the first element in the parameter.
+        offset: the index of the first element in the share.
+        size: the number of elements.
     """
 
     slot: Slot
@@ -108,16 +108,16 @@ class Owned:
 
 @dataclass(eq=False)
 class Bucket:
-    """Flat buffers over some parameters.
+    """The flat buffers of some parameters.
 
     Attributes:
-        kind: of them all.
-        slots: where they lie, in order.
-        own: this replica's share.
-        weights: (n,) in the stages' precision; the parameters are views of it.
+        kind: the properties that all parameters share.
+        slots: the ranges of the parameters, in order.
+        own: the range of this replica's share.
+        weights: (n,) weights in the stages' precision; the parameters are views of it.
         gradients: (n,) fp32, summed over the micro-batches of a step, and after the reduction, in `own`, over replicas.
-        master: (n / dp,) fp32.
-        first_use: the index of the first layer that has one of them.
+        master: (n / dp,) fp32 master weights of this replica's share.
+        first_use: the index of the first layer that has one of the parameters.
     """
 
     kind: BucketKind
@@ -133,7 +133,7 @@ class Bucket:
     _gathering: Any = None
 
     def owned(self) -> Iterator[Owned]:
-        """What of each parameter this replica has the master weights of."""
+        """Yield the range of each parameter whose master weights this replica owns."""
         for slot in self.slots:
             first = max(slot.offset, self.own.start)
             stop = min(slot.offset + slot.parameter.numel(), self.own.stop)
@@ -141,12 +141,12 @@ class Bucket:
                 yield Owned(slot, first - slot.offset, first - self.own.start, stop - first)
 
     def expect(self, micro_batches: int) -> None:
-        """Begin a step."""
+        """Begin a step: expect a gradient of every parameter from each micro-batch."""
         self._arrived = [0] * len(self.slots)
         self._missing = micro_batches * len(self.slots)
 
     def add(self, index: int) -> bool:
-        """Take a parameter's gradient, which is let go; whether it was the last one of the step."""
+        """Accumulate and free a parameter's gradient; return whether it was the last one of the step."""
         slot = self.slots[index]
         gradient, slot.parameter.grad = slot.parameter.grad, None
         assert gradient is not None
@@ -157,7 +157,7 @@ class Bucket:
         return self._missing == 0
 
     def reduce(self, replicas: Replicas) -> None:
-        """Begin to sum the gradients over the replicas; done once a step, whoever asks first."""
+        """Begin to sum the gradients over the replicas; further calls in the same step do nothing."""
         if self._reducing is not None:
             return
         for slot, arrived in zip(self.slots, self._arrived, strict=True):
@@ -169,14 +169,14 @@ class Bucket:
             self._reducing = dist.reduce_scatter_tensor(share, self.gradients, group=replicas.group, async_op=True)
 
     def reduced(self) -> torch.Tensor:
-        """This replica's share of the sum, once it is there."""
+        """Wait for the reduction and return this replica's share of the sum."""
         if self._reducing is not True:
             self._reducing.wait()
         self._reducing = None
         return self.gradients[self.own]
 
     def start_gather(self, replicas: Replicas) -> None:
-        """Begin to give every replica the weights that the master weights now say."""
+        """Begin to gather the weights of all replicas, cast from their master weights."""
         if self.weights.dtype != self.master.dtype:
             self.weights[self.own].copy_(self.master)
         if replicas.size > 1:
@@ -184,25 +184,26 @@ class Bucket:
             self._gathering = dist.all_gather_into_tensor(self.weights, share, group=replicas.group, async_op=True)
 
     def wait(self) -> None:
-        """Wait until the weights are those of all replicas."""
+        """Wait for the weight gather, if one is under way."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
 
 
 class Zero:
-    """The optimizer of a rank's layers, sharded over its replicas. What it is given is what it keeps.
+    """The optimizer of a rank's layers, whose state is sharded over the replicas.
 
     Args:
-        layers: of this rank, in the order of the forward pass, with fp32 parameters on their device; those are made
-            views of the buckets, in `dtype`.
-        make_optimizer: of the master weights; has to take `grad_scale` and `found_inf`, as PyTorch's fused ones do.
-        dtype: that the stages compute in.
-        micro_batches: of a step.
-        clip: largest norm of the gradient over all ranks; None does not clip.
-        replicas: the ranks that hold the same.
-        sharing: for each `ParameterInfo.shared_by` above 1, the group of those ranks.
-        bucket: elements to fill a bucket with, at least, where layers are left.
+        layers: the layers of this rank, in the order of the forward pass, with fp32 parameters on their device; the
+            parameters become views of the buckets, in `dtype`.
+        make_optimizer: makes the optimizer of the master weights, which has to support `grad_scale` and `found_inf`, as
+            PyTorch's fused optimizers do.
+        dtype: the dtype in which the stages compute.
+        micro_batches: the number of micro-batches of a step.
+        clip: the largest norm of the gradient over all ranks; None does not clip.
+        replicas: the ranks that hold the same layers.
+        sharing: the process group of the ranks that share a parameter, by `ParameterInfo.shared_by` above 1.
+        bucket: the least number of elements of a bucket, but for the last of its kind.
     """
 
     def __init__(
@@ -226,12 +227,12 @@ class Zero:
             one.expect(micro_batches)
             for index, slot in enumerate(one.slots):
                 of_parameter[slot.parameter] = one
-                # A hook of autograd that held its bucket would close a circle that Python's collector cannot see.
-                arrived = partial(_arrived, weakref.ref(one), index, replicas)
-                slot.parameter.register_post_accumulate_grad_hook(arrived)
+                # A strong reference from an autograd hook to its bucket would be a cycle that Python's GC cannot see.
+                hook = partial(_accumulate, weakref.ref(one), index, replicas)
+                slot.parameter.register_post_accumulate_grad_hook(hook)
         for layer in layers:
             used = list(dict.fromkeys(of_parameter[parameter] for parameter, _ in layer.parameters()))
-            layer.module.register_forward_pre_hook(partial(_wait, used))
+            layer.module.register_forward_pre_hook(partial(_wait_for_weights, used))
         masters: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for one in self.buckets:
             masters[one.kind.decays].append(one.master)
@@ -239,10 +240,10 @@ class Zero:
 
     @torch.no_grad()
     def reduce(self) -> torch.Tensor:
-        """Sum the gradients of a step, whose passes are done, over all ranks that hold the same.
+        """Sum the gradients of a step, whose passes are done, over all ranks that hold the same parameters.
 
         Returns:
-            The squares of this rank's part of the gradient, summed, fp64: those of all ranks make the squared norm.
+            The sum of squares of this rank's part of the gradient, fp64; summed over all ranks it is the squared norm.
         """
         for bucket in self.buckets:
             if (shared_by := bucket.kind.shared_by) > 1:
@@ -259,14 +260,14 @@ class Zero:
 
     @torch.no_grad()
     def update(self, rate: float, norm: torch.Tensor, count: torch.Tensor) -> None:
-        """Move the weights, and begin to give them to all replicas. Nothing here waits for a GPU.
+        """Update the master weights and begin to gather the weights; the host does not wait for the GPU.
 
-        Gradients that are not finite move nothing, and Adam does not count the step.
+        Gradients that are not finite change no weight, and Adam does not count the step.
 
         Args:
             rate: the learning rate.
-            norm: of the gradient of the mean loss over all ranks, before clipping.
-            count: of the labels that the loss was summed over.
+            norm: the norm over all ranks of the gradient of the mean loss, before clipping.
+            count: the number of labels that the loss was summed over.
         """
         excess = (norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(norm)
         self.adam.grad_scale = (excess * count).float()  # type: ignore[attr-defined]
@@ -280,32 +281,32 @@ class Zero:
 
     @torch.no_grad()
     def start_gather(self) -> None:
-        """Begin to give every replica the weights that the master weights now say; layers wait for them when used."""
+        """Begin to gather the weights of all replicas; each layer waits for its own before its forward pass."""
         for bucket in self._by_first_use:
             bucket.start_gather(self._replicas)
 
     def wait(self) -> None:
-        """Wait until all weights are those that `start_gather` gives."""
+        """Wait until the weight gather of every bucket has finished."""
         for bucket in self.buckets:
             bucket.wait()
 
 
 def sum_of_squares(values: torch.Tensor) -> torch.Tensor:
-    """The squares of a flat fp32 tensor of any length, summed in fp64 over chunks summed in fp32; a scalar."""
+    """Sum the squares of a flat fp32 tensor of any length: in fp32 within a chunk, in fp64 over the chunks."""
     whole = len(values) // _CHUNK * _CHUNK
     parts = [values[:whole].view(-1, _CHUNK), values[whole:].view(1, -1)]
     norms = [torch.linalg.vector_norm(part, dim=1) for part in parts if part.numel()]
     return torch.stack([norm.double().square().sum() for norm in norms]).sum()
 
 
-def _arrived(of_bucket: "weakref.ref[Bucket]", index: int, replicas: Replicas, parameter: torch.Tensor) -> None:
-    # A backward pass that defers a weight's gradient comes here as well, with none.
+def _accumulate(of_bucket: "weakref.ref[Bucket]", index: int, replicas: Replicas, parameter: torch.Tensor) -> None:
+    # Autograd also calls this hook for a weight whose gradient a backward pass has deferred; it has none then.
     bucket = of_bucket()
     if bucket is not None and parameter.grad is not None and bucket.add(index) and bucket.kind.shared_by == 1:
         bucket.reduce(replicas)
 
 
-def _wait(buckets: Sequence[Bucket], *_: Any) -> None:
+def _wait_for_weights(buckets: Sequence[Bucket], *_: Any) -> None:
     for bucket in buckets:
         bucket.wait()
 
@@ -314,7 +315,7 @@ Group = tuple[BucketKind, list[tuple[nn.Parameter, ParameterInfo]], int]
 
 
 def _grouped(layers: Sequence[Layer], least: int) -> Iterator[Group]:
-    """The parameters of each bucket: of one kind, in order, from as few layers as will do; and the first of these."""
+    """Yield the kind, the parameters and the first layer of each bucket, which spans as few layers as fill it."""
     filling: dict[BucketKind, Group] = {}
     for index, layer in enumerate(layers):
         for parameter, info in layer.parameters():
@@ -349,7 +350,7 @@ def _bucket(
     master = weights[own] if dtype == torch.float32 else torch.zeros_like(gradients[own])
     bucket = Bucket(kind, slots, own, weights, gradients, nn.Parameter(master), first_use)
     with torch.no_grad():
-        for owned in bucket.owned():  # before the weights are rounded
+        for owned in bucket.owned():  # the master weights are copied before the weights are rounded
             drawn = owned.slot.parameter.flatten().narrow(0, owned.start, owned.size)
             bucket.master.narrow(0, owned.offset, owned.size).copy_(drawn)
         for slot in slots:

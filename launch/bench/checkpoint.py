@@ -1,4 +1,4 @@
-"""What a save costs: the seconds that training stands still, against those of a save that it waits for."""
+"""The cost of a save: the seconds that it blocks training in the background, and those of one that is waited for."""
 
 import statistics
 import tempfile
@@ -25,15 +25,15 @@ from train.optimizer import adamw
 from train.pretrain import stand_alone_unless_launched
 
 DEFAULTS = ["model=12x768", "model.vocab_size=32000", "model.max_seq_len=256", "train.seq_len=256"]
-"""134 million parameters, and steps of seconds on a CPU."""
+"""The default overrides: 134 million parameters, and steps of seconds on a CPU."""
 
 
 def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
-    """Save one process's model in the background and while training waits, by turns; medians of both.
+    """Save one process's model in the background and while training waits, by turns; return the medians of both.
 
     Args:
-        overrides: of the model, `DEFAULTS` first; the files go beside `hydra.run.dir` and are deleted.
-        rounds: of one save of each kind.
+        overrides: the overrides of the model, after `DEFAULTS`; files are written beside `hydra.run.dir` and deleted.
+        rounds: the number of rounds, with one save of each kind.
     """
     composition = composed(DEFAULTS, overrides)
     config, layout = composition.config, Layout(dp=1, pp=1)
@@ -58,7 +58,7 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=home, prefix="bench-checkpoint-") as folder:
         saver = _saver(Path(folder), config, layout, OptimizerState(engine.zero))
         num_bytes = 0
-        for number in range(-1, rounds):  # the first allocates the copies, and is not counted
+        for number in range(-1, rounds):  # the first save allocates the copies, and is not counted
             times["step"] += [_step(engine, batches, config.optimizer.lr)]
             begin = time.perf_counter()
             saver.save(2 * number + 10, tokens=0)
@@ -89,7 +89,7 @@ def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     seconds = found["seconds"]
     lines = [
         f"{found['parameters']:,} parameters on {found['device']}",

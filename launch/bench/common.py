@@ -1,4 +1,4 @@
-"""What several benchmarks need: settings, weights, and how a finding is printed."""
+"""Helpers of several benchmarks: settings, weights, timing, peak memory, and tables of results."""
 
 import json
 import os
@@ -24,14 +24,14 @@ from parallel.build import ALONE, RankStages, build_stages
 from parallel.stages import Stage
 
 SEED, STD = 1, 0.02
-"""Of weights that are drawn for a benchmark."""
+"""The seed and the standard deviation of a benchmark's random weights."""
 
 
 def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
-    """The settings of a benchmark: its own overrides, then the user's.
+    """Compose the settings of a benchmark: its own overrides, then the user's.
 
     Raises:
-        BadInput: with every problem found.
+        BadInput: the settings cannot work; it lists every problem.
     """
     composition = compose_overrides([*defaults, *overrides])
     if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0, elsewhere=True))[1]]:
@@ -39,12 +39,12 @@ def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
     return composition
 
 
-class Drawn:
-    """A model's weights, drawn one at a time when they are asked for: `model.weights.Weights`.
+class RandomWeights:
+    """A model's random weights (a `model.weights.Weights`), each of which is drawn when it is read.
 
     Args:
-        config: the shape.
-        std: of every matrix.
+        config: the model's shape.
+        std: the standard deviation of every matrix.
     """
 
     def __init__(self, config: ModelConfig, std: float = STD):
@@ -52,26 +52,26 @@ class Drawn:
         self._shapes = full_shapes(config)
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter by its full name, fp32 on the CPU: what `model.init.initialise` draws with seed `SEED`."""
+        """Return a parameter by its full name, fp32 on the CPU, as `model.init.initialise` draws it by `SEED`."""
         return initial_value(name, self._shapes[name], SEED, self._std)
 
 
-def drawn_stages(model: ModelConfig, stages: Sequence[Stage], device: torch.device) -> RankStages:
-    """Some stages as one rank trains them, fp32, with the weights of `Drawn`."""
-    weights = Drawn(model)
+def random_stages(model: ModelConfig, stages: Sequence[Stage], device: torch.device) -> RankStages:
+    """Build stages as one rank trains them, in fp32, with `RandomWeights`."""
+    weights = RandomWeights(model)
     ranges = {stage.index: range(stage.start, stage.stop) for stage in stages}
     return build_stages(model, ranges, ALONE, device, lambda name, _: weights.read(name))
 
 
 def device_name(device: torch.device) -> str:
-    """What was measured on: the GPU as its driver calls it, or the CPU with its cores."""
+    """Return the name of a device: the GPU's by its driver, or the CPU with the number of its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {len(os.sched_getaffinity(0))} cores"
 
 
 def rendered(table: Table) -> str:
-    """A table as plain text without spaces at the ends of lines."""
+    """Render a table as plain text without spaces at the ends of lines."""
     console = Console(width=118, highlight=False, color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -79,14 +79,14 @@ def rendered(table: Table) -> str:
 
 
 def synchronised(device: torch.device) -> float:
-    """The time in seconds once a device has done what it was told."""
+    """Wait until a device has run all its kernels; return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """Return the median seconds of a call, after one that is not counted."""
     run()
     times = []
     for _ in range(rounds):
@@ -97,23 +97,23 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5)
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one large square matrix product: what a model's products could reach here and now."""
+    """Measure the FLOP/s of one large square matrix product, the bound of a model's products on this device."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device, rounds=9)
 
 
 def copy_bytes(device: torch.device) -> float:
-    """Bytes per second read and written by a copy that no cache holds."""
+    """Measure the bytes per second that a copy reads and writes, of a tensor larger than all caches."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, rounds=9)
 
 
 class PeakBytes:
-    """The most bytes of tensors held while this is entered, beyond those held before.
+    """A context that measures the peak bytes of tensors inside it, beyond those allocated before.
 
-    A GPU's allocator counts them; on the CPU PyTorch's profiler notes every allocation.
+    On a GPU the allocator counts them; on the CPU PyTorch's profiler records every allocation.
     """
 
     def __init__(self, device: torch.device):

@@ -1,4 +1,4 @@
-"""The same model, by us and by others: each built with our shape, and filled with our weights by its own reader."""
+"""The same model by us and by other libraries: each has our shape, and loads our weights by its own converter."""
 
 import tempfile
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.bench.common import SEED, Drawn
+from launch.bench.common import SEED, RandomWeights
 from model.config import ModelConfig
 from model.huggingface import name_there, write_huggingface
 from model.init import initialise
@@ -18,26 +18,26 @@ from model.transformer import Transformer
 from model.weights import entries
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From tokens and labels, int64 (B, L), to the mean loss."""
+"""A function from tokens and labels, int64 (B, L), to the mean loss."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model that takes part.
+    """A model that is compared.
 
     Attributes:
-        model: on the device, in the dtype.
-        loss: its forward pass.
-        words: what of it is compared.
+        model: the model, on the device of the benchmark and in its dtype.
+        loss: the forward pass, from tokens and labels to the mean loss.
+        description: the classes and functions that are compared.
     """
 
     model: nn.Module
     loss: Loss
-    words: str
+    description: str
 
 
 def ours(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contender:
-    """Our model as it is."""
+    """Build our own model."""
     model = Transformer(config)
     initialise(model, "", SEED, config.init_std)
     model.to(device, dtype)
@@ -52,7 +52,7 @@ def _transformers(config: ModelConfig, device: torch.device, dtype: torch.dtype)
 
     progress.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        write_huggingface(Drawn(config, config.init_std), Path(folder), torch.float32, 10**12, 0, 0)
+        write_huggingface(RandomWeights(config, config.init_std), Path(folder), torch.float32, 10**12, 0, 0)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.to(device).train()
 
@@ -123,7 +123,7 @@ def _torchtitan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
             head_dim=config.d_head,
             wqkv_param_init=none,
             wo_param_init=none,
-            # What it gives language models is compiled, masks by document, and has no backward pass on the CPU.
+            # Its default attention is compiled, masks by document, and has no backward pass on the CPU.
             inner_attention=ScaledDotProductAttention.Config(),
             fuse_qkv=True,
             rope=ComplexRoPE.Config(dim=config.d_head, max_seq_len=config.max_seq_len, theta=config.rope_theta),
@@ -142,10 +142,10 @@ def _torchtitan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
         layers=[block() for _ in range(config.n_layers)],
     )
     model = theirs.build()
-    # Its reader puts the rows of queries and keys in its order: it turns neighbouring values, and we those K/2 apart.
+    # Its adapter permutes the rows of queries and keys: it rotates neighbouring values, and we those K/2 apart.
     model.load_state_dict(Llama3StateDictAdapter(theirs, None).from_hf(_hugging_face(config)))
     model.to(device)
-    for parameter in model.parameters():  # its complex tables must not lose their imaginary part
+    for parameter in model.parameters():  # `model.to(dtype)` would drop the imaginary part of its complex tables
         parameter.data = parameter.data.to(dtype)
     return Contender(
         model,
@@ -159,10 +159,10 @@ PEERS: dict[str, Callable[[ModelConfig, torch.device, torch.dtype], Contender]] 
     "litgpt": _litgpt,
     "torchtitan": _torchtitan,
 }
-"""By the name of the distribution; each raises whatever it will where it cannot be built."""
+"""The functions that build other libraries' models, by distribution name; they may raise any exception."""
 
 
 def _hugging_face(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our weights by their names in Hugging Face's format, fp32."""
-    drawn = Drawn(config, config.init_std)
-    return {entry.key: entry.value() for entry in entries(drawn, torch.float32, name_there)}
+    """Return our weights by their names in Hugging Face's format, fp32."""
+    weights = RandomWeights(config, config.init_std)
+    return {entry.key: entry.value() for entry in entries(weights, torch.float32, name_there)}

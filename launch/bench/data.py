@@ -1,4 +1,4 @@
-"""How fast a corpus is tokenised and its tokens are read, against what a cluster consumes."""
+"""The speed at which a corpus is tokenised and its tokens are loaded, against what a cluster consumes."""
 
 import os
 import tempfile
@@ -23,7 +23,7 @@ from train.metrics import PEAK_BF16_FLOPS
 
 DEFAULTS = ["data=stdlib", "model.vocab_size=32000", "model.max_seq_len=4096", "train.seq_len=4096"]
 CLUSTER = ("model=67b", "parallel.pp=8", "parallel.tp=8", "parallel.dp=16")
-"""1024 GPUs: as many as the layout has ranks."""
+"""The overrides of the cluster that consumes: its layout has 1024 ranks, a GPU each."""
 
 
 def measure(
@@ -34,30 +34,30 @@ def measure(
     corpus_tokens: float = 2e12,
     seconds: float = 3.0,
 ) -> dict[str, Any]:
-    """Prepare a corpus in a temporary cache (TMPDIR moves it), read it as a rank does, and compare.
+    """Prepare a corpus in a temporary cache (below TMPDIR), load it as a rank does, and compare.
 
     Args:
-        overrides: of the corpus, the vocabulary and `train.seq_len`, after `DEFAULTS`.
-        cluster: overrides that say what is trained there and on which layout.
-        gpu: a key of `train.metrics.PEAK_BF16_FLOPS`.
-        mfu: the share of that peak which the cluster is taken to reach.
-        corpus_tokens: of the corpus that is to be prepared for it.
-        seconds: to read for.
+        overrides: the overrides of the corpus, the vocabulary and `train.seq_len`, after `DEFAULTS`.
+        cluster: the overrides of the cluster's model and layout.
+        gpu: the cluster's GPU, a key of `train.metrics.PEAK_BF16_FLOPS`.
+        mfu: the model FLOPs utilisation that the cluster is assumed to reach.
+        corpus_tokens: the number of tokens of the corpus to prepare for the cluster.
+        seconds: the number of seconds to load for.
 
     Returns:
-        ``preparation``: of this corpus, with the training of a tokenizer (where `data.tokenizer` is null) and with one
-        that is there. ``loading``: of one rank. ``cluster``: tokens/s in all and of each rank that reads; how many
-        times as fast loading is; how many cores tokenise what it consumes, and core-hours for `corpus_tokens`, where
-        more cores are taken to tokenise as much more.
+        ``preparation``: the speed on this corpus, with the training of a tokenizer (where `data.tokenizer` is null) and
+        with an existing one. ``loading``: the speed of one rank. ``cluster``: the tokens/s in all and of each rank that
+        reads; how many times as fast loading is; how many cores tokenise what it consumes, and core-hours for
+        `corpus_tokens`, both under the assumption that speed grows with the cores.
 
     Raises:
-        BadInput: settings that cannot work, or an unknown GPU.
+        BadInput: the settings cannot work, or the GPU is unknown.
     """
     config = composed(DEFAULTS, overrides).config
     there = composed([], cluster).config
     if gpu not in PEAK_BF16_FLOPS:
         raise BadInput([f"gpu={gpu}: its peak is not known; one of {', '.join(PEAK_BF16_FLOPS)} would work"])
-    import datasets  # noqa: F401 - seconds that a preparation of hours does not notice
+    import datasets  # noqa: F401 - its import takes seconds, which are not part of the preparation
 
     cores, parallelism = len(os.sched_getaffinity(0)), os.environ.get("TOKENIZERS_PARALLELISM")
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
@@ -66,7 +66,7 @@ def measure(
         if data.tokenizer is None:
             prepared, preparation["tokenizer trained"] = _prepared(config, data)
             data = replace(data, tokenizer=str(prepared.tokenizer_path), cache_dir=folder + "/again")
-            if parallelism is None:  # a preparation leaves it at false, and the next one would take one core
+            if parallelism is None:  # a preparation sets it to false, with which the next one would use one core
                 os.environ.pop("TOKENIZERS_PARALLELISM", None)
         prepared, preparation["tokenizer there"] = _prepared(config, data)
         loading = _loaded(config, there, prepared, seconds)
@@ -91,13 +91,13 @@ def measure(
 
 
 def consumption(there: Config, gpu: str, mfu: float) -> dict[str, Any]:
-    """What a cluster trains on: tokens/s in all, and of each rank that reads.
+    """Compute the tokens/s that a cluster consumes, in all and by each rank that reads.
 
-    Those are the ranks of the first and of the last stage; the tensor-parallel ones of a replica read the same.
+    These are the ranks of the first and of the last stage; the tensor-parallel ranks of a replica read the same.
 
     Args:
-        there: model, `train.seq_len`, and a layout with its replicas.
-        gpu, mfu: as of `measure`.
+        there: the configuration of the cluster: model, `train.seq_len`, and a layout with its replicas.
+        gpu, mfu: the arguments of `measure`.
     """
     parallel = there.parallel
     layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
@@ -117,7 +117,7 @@ def consumption(there: Config, gpu: str, mfu: float) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     corpus, cluster = found["corpus"], found["cluster"]
     table = Table("", "seconds", "tokens/s")
     for name, one in found["preparation"].items():
@@ -152,7 +152,7 @@ def _prepared(config: Config, data: DataConfig) -> tuple[PreparedData, dict[str,
 
 
 def _loaded(config: Config, there: Config, prepared: PreparedData, limit: float) -> dict[str, float]:
-    """Micro-batches of one of the cluster's replicas for a while; the tokens lie in the page cache by then."""
+    """Load micro-batches of one of the cluster's replicas for `limit` seconds, from the page cache."""
     sequences = prepared.train(config.train.seq_len)
     batches = train_micro_batches(
         sequences,

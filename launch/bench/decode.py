@@ -1,4 +1,4 @@
-"""Seconds a token costs at inference: our cache against `transformers`' generate, with the same weights, by turns."""
+"""The seconds per decoded token of our KV cache and of `transformers`' generate, with the same weights, by turns."""
 
 import os
 import statistics
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from launch.bench.common import Drawn, composed
+from launch.bench.common import RandomWeights, composed
 from model.generate import Decoder
 from model.huggingface import write_huggingface
 from model.problems import BadInput
@@ -26,14 +26,14 @@ DEFAULTS = [
 def measure(
     overrides: Sequence[str], batch: int = 8, context: int = 2048, tokens: int = 8, rounds: int = 3
 ) -> dict[str, Any]:
-    """Decode after a prompt of `context` tokens, greedily, by turns; medians of seconds per step.
+    """Decode greedily after a prompt of `context` tokens, by turns; return the median seconds per step.
 
     Args:
-        overrides: of the model, after `DEFAULTS`.
-        batch: sequences.
-        context: tokens of each prompt.
-        tokens: timed steps of one round.
-        rounds: of one run of each.
+        overrides: the overrides of the model, after `DEFAULTS`.
+        batch: the number of sequences.
+        context: the number of tokens of each prompt.
+        tokens: the number of timed steps of a round.
+        rounds: the number of rounds, with one run of each model.
     """
     config = composed(DEFAULTS, overrides).config.model
     if context + tokens + 1 > config.max_seq_len:
@@ -44,7 +44,7 @@ def measure(
     except ImportError:
         raise BadInput(["transformers is not installed, and is compared with; pip install transformers"]) from None
 
-    weights = Drawn(config)
+    weights = RandomWeights(config)
     with tempfile.TemporaryDirectory() as folder:
         write_huggingface(weights, Path(folder), torch.float32, 10**10, 0, 0)
         progress.disable_progress_bar()
@@ -52,11 +52,11 @@ def measure(
     layers = [layer for _, layer in loaded_layers(weights)]
     prompts_BL = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(1))
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
-    made = {}
+    generated = {}
     for _ in range(rounds):
-        times, made["ours"] = _ours(layers, prompts_BL, tokens)
+        times, generated["ours"] = _ours(layers, prompts_BL, tokens)
         seconds["ours"] += times
-        times, made["transformers"] = _theirs(theirs, prompts_BL, tokens)
+        times, generated["transformers"] = _theirs(theirs, prompts_BL, tokens)
         seconds["transformers"] += times
     median = {key: statistics.median(values) for key, values in seconds.items()}
     return {
@@ -67,12 +67,12 @@ def measure(
         "device": f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "seconds_per_step": median,
         "ratio": median["transformers"] / median["ours"],
-        "same_tokens": bool(torch.equal(made["ours"], made["transformers"])),
+        "same_tokens": bool(torch.equal(generated["ours"], generated["transformers"])),
     }
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     seconds = found["seconds_per_step"]
     return "\n".join(
         [
@@ -88,18 +88,18 @@ def as_text(found: dict[str, Any]) -> str:
 
 def _ours(layers: Sequence[torch.nn.Module], prompts_BL: torch.Tensor, tokens: int) -> tuple[list[float], torch.Tensor]:
     decoder = Decoder(layers, prompts_BL.tolist(), prompts_BL.shape[1] + tokens + 1)
-    tokens_B, times, made = decoder.prefill().argmax(-1), [], []
+    tokens_B, times, generated = decoder.prefill().argmax(-1), [], []
     for _ in range(tokens):
-        made.append(tokens_B)
+        generated.append(tokens_B)
         begin = time.perf_counter()
         tokens_B = decoder.step(tokens_B).argmax(-1)
         times.append(time.perf_counter() - begin)
-    return times, torch.stack(made, dim=1)
+    return times, torch.stack(generated, dim=1)
 
 
 @torch.no_grad()
 def _theirs(model: Any, prompts_BL: torch.Tensor, tokens: int) -> tuple[list[float], torch.Tensor]:
-    """The steps of `generate`, timed by the clock between the tokens that it hands out."""
+    """Time the steps of `generate` by a streamer that receives each token."""
     stamps: list[float] = []
 
     class Clock:
@@ -109,9 +109,9 @@ def _theirs(model: Any, prompts_BL: torch.Tensor, tokens: int) -> tuple[list[flo
         def end(self) -> None:
             pass
 
-    whole = torch.ones_like(prompts_BL)  # else it would take a token of the prompt for padding
+    whole = torch.ones_like(prompts_BL)  # else it would treat a token of the prompt as padding
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "streamer": Clock()}
-    made = model.generate(prompts_BL, attention_mask=whole, max_new_tokens=tokens + 1, **options)
-    # The prompt is handed out as well, and the first token comes of it.
+    generated = model.generate(prompts_BL, attention_mask=whole, max_new_tokens=tokens + 1, **options)
+    # The streamer gets the prompt first, and then the token that is decoded from the prompt.
     times = [later - earlier for earlier, later in pairwise(stamps[1:])]
-    return times, made[:, prompts_BL.shape[1] : prompts_BL.shape[1] + tokens]
+    return times, generated[:, prompts_BL.shape[1] : prompts_BL.shape[1] + tokens]

@@ -1,7 +1,7 @@
-"""Each kernel by itself, forward and backward: attention backends, the loss, and what lies between the matrices.
+"""Each kernel by itself, forward and backward: attention backends, the loss, and the elementwise kernels and norms.
 
-Attention is measured in FLOP/s against a matrix product of the same run, the rest in bytes that have to move, against a
-copy; each also against plain PyTorch, by turns.
+Attention is measured in FLOP/s against a matrix product of the same run, the others in bytes read and written per
+second against a copy; each also against plain PyTorch, by turns.
 """
 
 import statistics
@@ -22,42 +22,42 @@ from model.layers import rotary_tables
 from model.loss import cross_entropy
 
 ON_CPU = ["train.seq_len=256", "model.vocab_size=16384"]
-"""What is smaller on a CPU than in the presets."""
+"""The overrides that make the presets smaller on a CPU."""
 
 Call = Callable[..., Any]
-"""From leaves to one tensor or several."""
+"""A function from leaf tensors to one tensor or several."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to measure.
+    """A kernel to measure.
 
     Attributes:
-        name: of it.
-        ways: functions of `inputs` that do the same, by name; the first is the one that others are compared with.
-        inputs: leaves with gradients.
-        amount: FLOPs or bytes of a forward and a backward pass.
-        in_flops: which of the two.
+        name: the name of the kernel.
+        implementations: its implementations by name, functions of `inputs`; the others are compared with the first.
+        inputs: the leaf tensors, which require gradients.
+        amount: the FLOPs or bytes of a forward and a backward pass.
+        in_flops: whether the amount is in FLOPs, else in bytes.
     """
 
     name: str
-    ways: dict[str, Call]
+    implementations: dict[str, Call]
     inputs: list[torch.Tensor]
     amount: float
     in_flops: bool
 
 
 def measure(overrides: Sequence[str], models: Sequence[str] = ("7b", "67b"), rounds: int = 5) -> dict[str, Any]:
-    """Forward and backward passes of every way by turns; medians over the rounds, of which one more is not counted.
+    """Run every implementation by turns; return medians over the rounds, before which one is not counted.
 
     Args:
-        overrides: after the presets.
+        overrides: the overrides, after the presets.
         models: the presets whose shapes are measured.
-        rounds: of one pass of each way.
+        rounds: the number of rounds, with one forward and backward pass of each implementation.
 
     Returns:
-        The ``bounds`` and, in ``rows``, for each way its ``seconds``, ``rate`` (FLOP/s or bytes/s), ``share`` of the
-        bound, and ``speedup`` over plain PyTorch; ``absent`` says what could not run, and why.
+        The ``bounds`` and, in ``rows``, each implementation's ``seconds``, ``rate`` (FLOP/s or bytes/s), ``share`` of
+        the bound, and ``speedup`` over plain PyTorch; ``absent`` says which could not run, and why.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -68,7 +68,7 @@ def measure(overrides: Sequence[str], models: Sequence[str] = ("7b", "67b"), rou
         config = composed([f"model={name}", *(ON_CPU if device.type == "cpu" else [])], overrides).config
         size = (config.train.micro_batch, config.train.seq_len)
         subjects = [_attention(config.model, size, device, dtype, absent)]
-        subjects += _between(config.model, size, device, dtype, absent)
+        subjects += _elementwise(config.model, size, device, dtype, absent)
         for subject in subjects:
             rows += [{"model": name, **row} for row in _rows(subject, device, rounds, bounds)]
     precision = str(dtype).removeprefix("torch.")
@@ -82,7 +82,7 @@ def measure(overrides: Sequence[str], models: Sequence[str] = ("7b", "67b"), rou
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     bounds = found["bounds"]
     title = f"forward and backward, {found['precision']} on {found['device']}; a matrix product "
     title += f"{bounds['flops'] / 1e12:.3g} TFLOP/s, a copy beyond all caches {bounds['bytes'] / 1e9:.3g} GB/s"
@@ -97,29 +97,29 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def _rows(subject: Subject, device: torch.device, rounds: int, bounds: dict[str, float]) -> list[dict[str, Any]]:
-    seconds: dict[str, list[float]] = {way: [] for way in subject.ways}
-    for turn in range(rounds + 1):
-        for way, call in subject.ways.items():
+    seconds: dict[str, list[float]] = {name: [] for name in subject.implementations}
+    for number in range(rounds + 1):
+        for name, call in subject.implementations.items():
             begin = synchronised(device)
             out = call(*subject.inputs)
             outputs = [out] if isinstance(out, torch.Tensor) else list(out)
             torch.autograd.grad(outputs, subject.inputs, [torch.ones_like(one) for one in outputs])
-            if turn:
-                seconds[way].append(synchronised(device) - begin)
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
+            if number:
+                seconds[name].append(synchronised(device) - begin)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = next(iter(medians.values()))
     bound = bounds["flops" if subject.in_flops else "bytes"]
     return [
         {
             "kernel": subject.name,
-            "way": way,
+            "way": name,
             "seconds": one,
             "rate": subject.amount / one,
             "share": subject.amount / one / bound,
             "speedup": base / one,
             "in_flops": subject.in_flops,
         }
-        for way, one in medians.items()
+        for name, one in medians.items()
     ]
 
 
@@ -129,21 +129,21 @@ def _attention(
     def of(backend: AttentionBackend) -> Call:
         return lambda q, k, v: causal_attention(q, k, v, backend)
 
-    ways = {"sdpa": of(AttentionBackend.sdpa)}
+    implementations = {"sdpa": of(AttentionBackend.sdpa)}
     for backend in (AttentionBackend.flash2, AttentionBackend.flash3, AttentionBackend.flash4):
         if reason := obstacle(backend, device, dtype):
             absent[backend.name] = reason
         else:
-            ways[backend.name] = of(backend)
+            implementations[backend.name] = of(backend)
     shape = (*size, model.n_heads, model.d_head), (*size, model.n_kv_heads, model.d_head)
     q, kv = (_leaf(*one, device=device, dtype=dtype) for one in shape)
-    # Two products forward, and five backward, which makes the scores again; a causal half of each.
+    # There are two products forward, and five backward, which recomputes the scores; a causal half of each.
     flops = 3.5 * 2 * size[0] * size[1] ** 2 * model.n_heads * model.d_head
     name = f"attention, {model.n_heads} heads on {model.n_kv_heads}"
-    return Subject(name, ways, [q, kv, kv.detach().clone().requires_grad_()], flops, True)
+    return Subject(name, implementations, [q, kv, kv.detach().clone().requires_grad_()], flops, True)
 
 
-def _between(
+def _elementwise(
     model: ModelConfig, size: tuple[int, int], device: torch.device, dtype: torch.dtype, absent: dict[str, str]
 ) -> list[Subject]:
     def leaf(*shape: int) -> torch.Tensor:
@@ -155,18 +155,18 @@ def _between(
     q, k = leaf(*size, model.n_heads, model.d_head), leaf(*size, model.n_kv_heads, model.d_head)
     cos, sin = rotary_tables(size[1], model.d_head, model.rope_theta, device)
     labels = torch.randint(model.vocab_size, size, device=device)
-    ways = [Kernels.plain, Kernels.compiled]
+    kernels = [Kernels.plain, Kernels.compiled]
     if device.type != "cuda":
         absent["liger"] = "Liger-Kernel runs on GPUs"
     elif find_spec("liger_kernel") is None:
         absent["liger"] = "liger-kernel is not installed"
     else:
-        ways.append(Kernels.liger)
+        kernels.append(Kernels.liger)
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (wide,), weight, eps)
 
-    cos_there, sin_there = (table.to(dtype).unsqueeze(1) for table in (cos, sin))  # as others round them
+    cos_there, sin_there = (table.to(dtype).unsqueeze(1) for table in (cos, sin))  # other libraries round the tables so
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         a, b = x.chunk(2, dim=-1)
@@ -178,8 +178,8 @@ def _between(
     def pytorchs_loss(logits: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy((logits * 1).flatten(0, 1).float(), labels.flatten())
 
-    def our_loss(way: Kernels) -> Call:
-        return lambda logits: cross_entropy(logits * 1, labels, kernels=way).mean
+    def our_loss(kind: Kernels) -> Call:
+        return lambda logits: cross_entropy(logits * 1, labels, kernels=kind).mean
 
     def both_rotated(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rotated(q), rotated(k)
@@ -187,23 +187,23 @@ def _between(
     def subject(
         name: str, theirs: Call, ours: Callable[[Kernels], Call], inputs: list[torch.Tensor], passes: float
     ) -> Subject:
-        found = {"pytorch": theirs, **{way.name: ours(way) for way in ways}}
+        found = {"pytorch": theirs, **{each.name: ours(each) for each in kernels}}
         return Subject(name, found, inputs, passes * inputs[0].nbytes, False)
 
     heads = (q.numel() + k.numel()) / q.numel()
-    # Passes over a tensor of the first input's size: what a kernel has to read and write, forward and backward.
+    # `passes` counts how often a kernel reads or writes a tensor of the first input's size, forward and backward.
     return [
-        subject("norm", norm, lambda way: lambda x, w: rms_norm(x, w, eps, way), [x, weight], 5),
-        subject("add, norm", added, lambda way: lambda x, y, w: add_rms_norm(x, y, w, eps, way), [x, y, weight], 8),
+        subject("norm", norm, lambda kind: lambda x, w: rms_norm(x, w, eps, kind), [x, weight], 5),
+        subject("add, norm", added, lambda kind: lambda x, y, w: add_rms_norm(x, y, w, eps, kind), [x, y, weight], 8),
         subject(
             "rotary",
             both_rotated,
-            lambda way: lambda q, k: rotary(q, k, cos, sin, way),
+            lambda kind: lambda q, k: rotary(q, k, cos, sin, kind),
             [q, k],
             4 * heads,
         ),
-        subject("SwiGLU", lambda g, u: F.silu(g) * u, lambda way: lambda g, u: silu_mul(g, u, way), [gate, up], 8),
-        # The loss writes on its logits: a copy of them is made for each.
+        subject("SwiGLU", lambda g, u: F.silu(g) * u, lambda kind: lambda g, u: silu_mul(g, u, kind), [gate, up], 8),
+        # The loss overwrites its logits: each call gets a copy of them.
         subject("loss", pytorchs_loss, our_loss, [logits], 7),
     ]
 

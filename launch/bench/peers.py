@@ -1,7 +1,7 @@
 """A forward and a backward pass of our model against the same one of `transformers`, `litgpt` and `torchtitan`.
 
-All pass the same tokens with the same weights by turns: fp32 on the CPU, bf16 on a GPU. Losses and the norms of all
-gradients say whether it is the same model.
+All models get the same tokens and weights by turns: fp32 on the CPU, bf16 on a GPU. Losses and gradient norms show
+whether it is the same model.
 """
 
 import math
@@ -23,27 +23,28 @@ from launch.bench.contenders import PEERS, Contender, ours
 DEFAULTS = [
     *["model.n_layers=4", "model.d_model=512", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=1536"],
     *["model.vocab_size=8192", "model.max_seq_len=1024", "train.seq_len=1024", "train.micro_batch=2"],
-    # Larger than a run would take: with it attention is far from even, and a head in the wrong place shows in the loss.
+    # This is larger than in training: attention is far from uniform, and a misplaced head shows in the loss.
     "model.init_std=0.06",
 ]
 
 
 def measure(overrides: Sequence[str], rounds: int = 5, limit: float = 40.0) -> dict[str, Any]:
-    """Passes by turns, ours first; medians over the rounds, of which one more at first is not counted.
+    """Run passes by turns, ours first; return medians over the rounds, before which one is not counted.
 
     Args:
-        overrides: of the model, `train.seq_len` and `train.micro_batch` (sequences of a pass), after `DEFAULTS`.
-        rounds: of one forward and backward pass of each.
-        limit: seconds after which no further round begins, but for the second: a busy machine gets fewer.
+        overrides: the overrides of the model, `train.seq_len` and `train.micro_batch` (sequences of a pass), after
+            `DEFAULTS`.
+        rounds: the number of rounds, with one forward and backward pass of each model.
+        limit: the seconds after which no further round begins, but for the second: a busy machine gets fewer.
 
     Returns:
-        ``ours`` and by name ``peers``: ``seconds`` of a pass, its ``loss``, and on a GPU ``bytes``, the most that the
-        pass holds beyond the weights. Of a peer also ``ratio``, its seconds to ours (above 1 we are faster), its
-        extremes ``ratios`` over the rounds, ``loss_difference``, and ``gradient_difference`` of the norms, relative.
-        ``absent`` says why a peer did not take part.
+        ``ours`` and by name ``peers``: ``seconds`` of a pass, its ``loss``, and on a GPU ``bytes``, the peak of the
+        pass beyond the weights. A peer also has ``ratio``, its seconds to ours (above 1 we are faster), its extremes
+        ``ratios`` over the rounds, ``loss_difference``, and ``gradient_difference`` of the norms, relative.
+        ``absent`` says why a peer could not be compared.
 
     Raises:
-        BadInput: settings that cannot work.
+        BadInput: the settings cannot work.
     """
     settings = composed(DEFAULTS, overrides).config
     config, size = settings.model, (settings.train.micro_batch, settings.train.seq_len)
@@ -58,7 +59,7 @@ def measure(overrides: Sequence[str], rounds: int = 5, limit: float = 40.0) -> d
         try:
             contender = build(config, device, dtype)
             _pass(contender, *batch)
-        # Whatever it raises: another version may have another interface, and is no reason to stop.
+        # Any exception is caught: another version of a library may have another interface, and is no reason to stop.
         except Exception as error:
             absent[name] = _reason(name, error)
         else:
@@ -96,7 +97,7 @@ def measure(overrides: Sequence[str], rounds: int = 5, limit: float = 40.0) -> d
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     table = Table("", "s a pass", "MiB", "times ours", "in each round", "loss - ours", "gradient norm")
     for name, one in {"ours": found["ours"], **found["peers"]}.items():
         memory = f"{one['bytes'] / 2**20:.0f}" if one["bytes"] else ""
@@ -129,22 +130,22 @@ class _Pass:
 def _found(one: Contender, passes: Sequence[_Pass]) -> dict[str, Any]:
     last = passes[-1]
     seconds = statistics.median(each.seconds for each in passes)
-    return {"what": one.words, "seconds": seconds, "loss": last.loss, "bytes": last.num_bytes}
+    return {"what": one.description, "seconds": seconds, "loss": last.loss, "bytes": last.num_bytes}
 
 
 def _pass(one: Contender, tokens_BL: torch.Tensor, labels_BL: torch.Tensor) -> _Pass:
     gpu = tokens_BL.device.type == "cuda"
     one.model.zero_grad(set_to_none=True)
-    held = 0
+    allocated = 0
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
     begin = synchronised(tokens_BL.device)
     loss = one.loss(tokens_BL, labels_BL)
     loss.backward()
     seconds = synchronised(tokens_BL.device) - begin
-    return _Pass(seconds, float(loss.detach()), torch.cuda.max_memory_allocated() - held if gpu else None)
+    return _Pass(seconds, float(loss.detach()), torch.cuda.max_memory_allocated() - allocated if gpu else None)
 
 
 def _gradient_norm(model: nn.Module) -> float:

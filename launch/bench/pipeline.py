@@ -1,7 +1,7 @@
-"""Two pipeline stages with a core each against one process with both cores, and what the bubble allows.
+"""The speed of two pipeline stages with a core each, against one process with both cores and the bubble's bound.
 
-Real processes that pass real messages, on the CPU on every machine: one GPU has no room for two stages that compute at
-once. Passes and messages are those of training; no optimizer step follows.
+Real processes exchange real messages, on the CPU on every machine: one GPU cannot run two stages at once. Passes and
+messages are those of training; no optimizer step follows.
 """
 
 import json
@@ -29,29 +29,29 @@ from train.strict_json import dumps
 
 DEFAULTS = [*schedules.DEFAULTS, "train.seq_len=256"]
 RANKS = 2
-"""Of the pipeline; one more process holds the whole model."""
-TURNS = {"two stages": 1, "both cores": RANKS, "one core": 1}
-"""What is measured by turns, and the threads of each of its processes; all but the first is one process."""
+"""The number of ranks of the pipeline; one more process holds the whole model."""
+CASES = {"two stages": 1, "both cores": RANKS, "one core": 1}
+"""The cases that are measured by turns, and the threads of each process; all but the first have one process."""
 
 
 def measure(overrides: Sequence[str], micro_batches: int = 8, rounds: int = 7, limit: float = 40.0) -> dict[str, Any]:
-    """Steps of 1f1b by turns; medians over the rounds, of which one more at first is not counted.
+    """Run steps of 1f1b by turns; return medians over the rounds, before which one is not counted.
 
     Args:
-        overrides: of the model and `train.seq_len`, after those of `deepnarrow bench schedules`.
-        micro_batches: of a step.
-        rounds: of one step of each.
-        limit: seconds after which no further round begins, but for the second: a busy machine gets fewer.
+        overrides: the overrides of the model and `train.seq_len`, after those of `deepnarrow bench schedules`.
+        micro_batches: the number of micro-batches of a step.
+        rounds: the number of rounds, with one step of each case.
+        limit: the seconds after which no further round begins, but for the second: a busy machine gets fewer.
 
     Returns:
-        ``seconds`` by the keys of `TURNS`. ``ratio`` is that of one process with both cores to two stages with a core
-        each, and ``ratios`` its extremes over the rounds; ``bound`` is what it can be where two threads are twice as
-        fast as one, m / (m + p - 1). ``speedup`` is that of two stages over one core, and ``speedup_bound`` the most
+        ``seconds`` by the keys of `CASES`. ``ratio`` is that of one process with both cores to two stages with a core
+        each, and ``ratios`` its extremes over the rounds; ``bound`` is its limit where two threads are twice as fast
+        as one, m / (m + p - 1). ``speedup`` is that of two stages over one core, and ``speedup_bound`` the most
         that this cut and its bubble allow, however well threads share work. ``loss_difference`` and
-        ``gradient_difference`` (of the norm, relative) say that the same was computed.
+        ``gradient_difference`` (of the norm, relative) show whether the results are the same.
 
     Raises:
-        BadInput: settings that cannot work.
+        BadInput: the settings cannot work.
     """
     config = composed(DEFAULTS, overrides).config
     with tempfile.TemporaryDirectory() as folder:
@@ -61,14 +61,14 @@ def measure(overrides: Sequence[str], micro_batches: int = 8, rounds: int = 7, l
         found = json.loads(out.read_text("utf-8"))
     (loss_cut, squares_cut), (loss_alone, squares_alone) = found["checks"]
     rounds_of = found["seconds"]
-    seconds = {turn: statistics.median(values) for turn, values in rounds_of.items()}
+    seconds = {case: statistics.median(values) for case, values in rounds_of.items()}
     ratios = [alone / cut for alone, cut in zip(rounds_of["both cores"], rounds_of["two stages"], strict=True)]
     return {
         "parameters": config.model.num_params,
         "device": device_name(torch.device("cpu")),
         "tokens": [micro_batches, config.train.seq_len],
         "rounds": len(ratios),
-        "threads": TURNS,
+        "threads": CASES,
         "seconds": seconds,
         "ratio": statistics.median(ratios),
         "ratios": [min(ratios), max(ratios)],
@@ -84,7 +84,7 @@ def measure(overrides: Sequence[str], micro_batches: int = 8, rounds: int = 7, l
 
 
 def speedup_bound(model: ModelConfig, seq_len: int, micro_batches: int) -> float:
-    """How many times as fast as one core 1f1b can be on two, with this model's cut: 2 m / (m + 1) for an even one."""
+    """Return the bound of 1f1b's speedup on two cores over one, for this model's split: 2 m / (m + 1) if even."""
     placement = placement_of(ONE_F_ONE_B, RANKS, None)
     stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], placement)
     return (
@@ -93,16 +93,16 @@ def speedup_bound(model: ModelConfig, seq_len: int, micro_batches: int) -> float
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     micro_batches, seq_len = found["tokens"]
     title = (
         f"1f1b, {micro_batches} micro-batches of {seq_len} tokens, {found['parameters']:,} parameters, fp32; "
         f"medians of {found['rounds']} rounds on {found['device']}"
     )
     table = Table("", "processes", "threads each", "s a step")
-    for turn, threads in found["threads"].items():
-        processes = RANKS if turn == "two stages" else 1
-        table.add_row(turn, str(processes), str(threads), f"{found['seconds'][turn]:.3f}")
+    for case, threads in found["threads"].items():
+        processes = RANKS if case == "two stages" else 1
+        table.add_row(case, str(processes), str(threads), f"{found['seconds'][case]:.3f}")
     low, high = found["ratios"]
     return "\n".join(
         [
@@ -123,7 +123,7 @@ def as_text(found: dict[str, Any]) -> str:
 def _process(
     rank: int, port: int, model: ModelConfig, seq_len: int, micro_batches: int, rounds: int, limit: float, out: Path
 ) -> None:
-    """One process: a stage, or on the last one the whole model; what was found to a file."""
+    """Run one process, with a stage or, on the last one, the whole model; rank 0 writes the results to a file."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS + 1)
     alone = rank == RANKS
     placement = placement_of(ONE_F_ONE_B, 1 if alone else RANKS, None)
@@ -131,7 +131,7 @@ def _process(
     stages = stages_of(model, seq_len, placement, own)
     pipeline = pipeline_of(stages, placement, own, (1, seq_len, model.d_model), first=first)
     parameters = [parameter for layer in stages.in_order() for parameter, _ in layer.parameters()]
-    seconds: dict[str, list[float]] = {turn: [] for turn in TURNS}
+    seconds: dict[str, list[float]] = {case: [] for case in CASES}
     bubbles, ideals = [], []
     mean_loss, count = 0.0, micro_batches * seq_len
     begin, late = time.perf_counter(), torch.zeros(1)
@@ -141,9 +141,9 @@ def _process(
         dist.broadcast(late, 0)
         if late:
             break
-        for turn, threads in TURNS.items():
-            cut = turn == "two stages"
-            dist.barrier()  # who has no turn waits for a message, which takes no core
+        for case, threads in CASES.items():
+            cut = case == "two stages"
+            dist.barrier()  # processes whose turn it is not wait here, which takes no core
             if alone != cut:
                 torch.set_num_threads(threads)
                 for parameter in parameters:
@@ -153,12 +153,12 @@ def _process(
             dist.barrier()
             spans = timeline.gather(pipeline.began, pipeline.spans(), None, range(RANKS) if cut else [RANKS])
             if spans and number:
-                seconds[turn].append(max(row[-1].end for row in spans))
+                seconds[case].append(max(row[-1].end for row in spans))
                 if cut:
                     step = timeline.MeasuredStep(0, ONE_F_ONE_B, placement, micro_batches, spans)
                     bubbles.append(step.bubble)
                     ideals.append(step.ideal().bubble)
-    # The first stage has no loss, and each its own gradients: sums over ranks are those of a model.
+    # The first stage has no loss, and each has its own gradients: sums over the ranks are those of a whole model.
     checks = torch.zeros(2, 2, dtype=torch.float64)
     checks[int(alone), 0] = mean_loss
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

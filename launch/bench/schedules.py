@@ -1,5 +1,5 @@
-"""The bubble of every pipeline schedule, measured: with a model's layers on two ranks, and with stages that sleep, so
-that more ranks than cores can be had. Passes and messages are those of training; no optimizer step follows."""
+"""The measured bubble of every pipeline schedule: with a model's layers on two ranks, and with stages that sleep, so
+that there can be more ranks than cores. Passes and messages are those of training; no optimizer step follows."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import composed, drawn_stages, rendered
+from launch.bench.common import composed, random_stages, rendered
 from model.batch import Batch
 from model.config import ModelConfig
 from model.context import Context
@@ -37,7 +37,7 @@ DEFAULTS = [
 ]
 KINDS = [("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2), ("zbv", 2), ("dualpipev", 2)]
 REAL = {2: (2, 4, 8)}
-"""Ranks, and micro-batches of a step."""
+"""The numbers of micro-batches of a step, by the number of ranks."""
 ASLEEP = {4: (8,), 8: (16,)}
 
 
@@ -48,13 +48,13 @@ def measure(
     real: Mapping[int, Sequence[int]] = REAL,
     asleep: Mapping[int, Sequence[int]] = ASLEEP,
 ) -> dict[str, Any]:
-    """Steps of every schedule by turns; medians over the rounds, of which one more at first is not counted.
+    """Run steps of every schedule by turns; return medians over the rounds, before which one is not counted.
 
     Args:
-        overrides: of the model, after `DEFAULTS`.
-        rounds: of one step of each schedule.
-        nap: seconds that a sleeping rank takes for each of forward, input gradient and weight gradient.
-        real, asleep: ranks, and for each the numbers of micro-batches.
+        overrides: the overrides of the model, after `DEFAULTS`.
+        rounds: the number of rounds, with one step of each schedule.
+        nap: the seconds that a sleeping rank takes for each of forward, input gradient and weight gradient.
+        real, asleep: the numbers of micro-batches of a step, by the number of ranks.
     """
     config = composed(DEFAULTS, overrides).config
     rows = []
@@ -69,7 +69,7 @@ def measure(
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     tables = []
     for asleep, title in (
         (False, "layers that compute"),
@@ -97,7 +97,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def share_of_cores(ranks: int, micro_batches: int) -> float:
-    """The most of all ranks' time that 1f1b can compute in, m / (m + p - 1), with stages of even cost."""
+    """Return the largest share of time in which ranks can compute under 1f1b, m / (m + p - 1), for even stages."""
     return micro_batches / (micro_batches + ranks - 1)
 
 
@@ -112,7 +112,7 @@ def _rank(
     nap: float | None,
     out: Path,
 ) -> None:
-    """One process: every schedule by turns, and the medians to a file."""
+    """Run one process: every schedule by turns; rank 0 writes the medians to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     pipelines = {}
@@ -127,8 +127,8 @@ def _rank(
     seconds: dict[Any, list[float]] = {}
     bubbles: dict[Any, list[float]] = {}
     expected: dict[Any, list[float]] = {}
-    for turn in range(rounds + 1):
-        _Nap.share = 1.0 if turn else 0.05
+    for number in range(rounds + 1):
+        _Nap.share = 1.0 if number else 0.05
         for m in numbers:
             for kind, pipeline in pipelines.items():
                 if batch_problems(Schedule[kind[0]], ranks, m, 1):
@@ -136,7 +136,7 @@ def _rank(
                 dist.barrier()
                 pipeline.train(micro_batches_of(model, seq_len, m), m)
                 spans = timeline.gather(pipeline.began, pipeline.spans(), None, range(ranks))
-                if spans and turn:
+                if spans and number:
                     step = timeline.MeasuredStep(0, Schedule[kind[0]], pipeline.placement, m, spans)
                     key = (*kind, m)
                     seconds.setdefault(key, []).append(max(row[-1].end for row in spans))
@@ -157,7 +157,7 @@ def _rank(
 
 
 def _expected(step: timeline.MeasuredStep, nap: float | None) -> float:
-    """What theory says: of naps that are equally long, or of passes as long as they were."""
+    """Return the theoretical bubble, for naps of equal length or for passes of their measured length."""
     if nap is None:
         return step.ideal().bubble
     even = [1 / step.placement.num_stages] * step.placement.num_stages
@@ -165,7 +165,7 @@ def _expected(step: timeline.MeasuredStep, nap: float | None) -> float:
 
 
 def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> Iterator[Batch]:
-    """Random tokens and labels of a step, int64 (1, L) each; the same every time."""
+    """Yield the micro-batches of a step, random tokens and labels, int64 (1, L); the same in every call."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(micro_batches):
         tokens = torch.randint(model.vocab_size, (1, seq_len + 1), generator=generator)
@@ -173,9 +173,9 @@ def micro_batches_of(model: ModelConfig, seq_len: int, micro_batches: int) -> It
 
 
 def stages_of(model: ModelConfig, seq_len: int, placement: Placement, rank: int) -> RankStages:
-    """The stages of one rank, by its place in the pipeline, on the CPU, drawn alike for every cut."""
+    """Build the stages of a pipeline-parallel rank on the CPU, with the same random weights for every placement."""
     stages = split_for([float(flops) for flops in model.layer_flops(seq_len)], placement)
-    return drawn_stages(model, [stages[index] for index in placement.stages_of(rank)], torch.device("cpu"))
+    return random_stages(model, [stages[index] for index in placement.stages_of(rank)], torch.device("cpu"))
 
 
 def pipeline_of(
@@ -186,15 +186,15 @@ def pipeline_of(
     schedule: str = ONE_F_ONE_B.name,
     first: int = 0,
 ) -> Pipeline:
-    """One rank's `Pipeline` over gloo, without an engine around it.
+    """Build one rank's `Pipeline` over Gloo, without an engine around it.
 
     Args:
-        stages: of this rank.
-        placement: of all stages.
-        rank: this one's place in the pipeline.
-        shape: of what travels between stages, fp32.
+        stages: the stages of this rank.
+        placement: the placement of all stages.
+        rank: the pipeline-parallel rank.
+        shape: the shape of the activations between stages, fp32.
         schedule: the order of passes.
-        first: the global rank of the pipeline's first; the others follow it.
+        first: the global rank of the pipeline's first rank, which the others follow.
     """
     functions, loss = forward_functions(stages, Recompute.none, head_pieces=1)
     return _pipeline(functions, loss, stages.deferred, placement, rank, shape, schedule, first)
@@ -217,10 +217,10 @@ def _pipeline(
 
 
 class _Nap(torch.autograd.Function):
-    """Takes its time in the place of a stage, in each of its passes."""
+    """The forward and backward passes of a stage that sleeps instead of computing."""
 
     share = 1.0
-    """Of its time; less in the round that only opens connections."""
+    """The share of its seconds that it sleeps; less than 1 in the round that only opens connections."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""Training a pipeline stage that fits one device: tokens per second, model FLOPs utilisation, memory.
+"""The training of a pipeline stage that fits one device: tokens per second, model FLOPs utilisation, memory.
 
-A step is what a rank of a pipeline does for it: forward and backward passes of its micro-batches, fp32 accumulation,
-clipping and AdamW, without the messages to its neighbours, which a bench of one device cannot have.
+A step is that of a rank of a pipeline: forward and backward passes of its micro-batches, fp32 accumulation,
+clipping and AdamW, without the messages to its neighbours, which one device cannot have.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from launch.bench.common import (
     PeakBytes,
     composed,
     device_name,
-    drawn_stages,
     product_flops,
+    random_stages,
     rendered,
     seconds_of,
 )
@@ -33,35 +33,35 @@ from parallel.zero import Replicas, Zero
 from train.metrics import peak_flops
 from train.optimizer import adamw
 
-# What fits 80 GB at 18 bytes per parameter (name, blocks, whether embedding and head are with them), and what a CPU
-# trains in seconds.
+# The cases are (name, blocks, whether embedding and head are with them): those for a GPU fit 80 GB at 18 bytes per
+# parameter, and those for a CPU train in seconds.
 ON_GPU = [("7b", 15, False), ("7b", 8, True), ("67b", 5, False), ("67b", 2, True)]
 ON_CPU = [("8x512", 4, False), ("8x512", 2, True)]
 SMALL = ["model.vocab_size=8192", "train.seq_len=512"]
-"""What is smaller on a CPU than in the preset."""
+"""The overrides that make the preset smaller on a CPU."""
 
 
 def measure(
     overrides: Sequence[str], cases: Sequence[tuple[str, int, bool]] = (), micro_batches: int = 0, rounds: int = 3
 ) -> dict[str, Any]:
-    """Steps of each stage, one stage after another; medians.
+    """Run steps of each stage, one stage after another; return the medians.
 
     Args:
-        overrides: after the presets: `parallel.recompute`, `parallel.head_pieces`, `model.kernels`, `model.attention`,
-            `train.micro_batch`, `train.seq_len`, `train.precision`.
-        cases: model, blocks, and whether embedding and head are with them; empty for those that fit the device.
-        micro_batches: of a step; 0 for 8 on a GPU and 2 on a CPU.
-        rounds: steps that are timed.
+        overrides: the overrides after the presets: `parallel.recompute`, `parallel.head_pieces`, `model.kernels`,
+            `model.attention`, `train.micro_batch`, `train.seq_len`, `train.precision`.
+        cases: the model, its blocks, and whether embedding and head are with them; empty for those that fit the device.
+        micro_batches: the number of micro-batches of a step; 0 for 8 on a GPU and 2 on a CPU.
+        rounds: the number of timed steps.
 
     Returns:
-        ``product_flops``, of a large matrix product in this run; ``rows``, for each case with ``tokens_per_second``,
-        ``flops`` a second by true model FLOPs (arithmetic of `ModelConfig`; causal attention counted half),
-        ``flops_whole_attention`` with all of it counted and ``flops_by_m`` by the paper's M, ``mfu``,
+        ``product_flops``, the FLOP/s of a large matrix product in this run; ``rows``, for each case with
+        ``tokens_per_second``, ``flops`` a second by true model FLOPs (arithmetic of `ModelConfig`; causal attention
+        counted half), ``flops_whole_attention`` with all of it counted and ``flops_by_m`` by the paper's M, ``mfu``,
         ``mfu_whole_attention`` and ``mfu_by_m`` of the device's nominal peak where that is known,
         ``share`` of the matrix product's, ``peak_bytes`` and ``predicted_bytes``.
 
     Raises:
-        BadInput: settings that cannot work.
+        BadInput: the settings cannot work.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -89,7 +89,7 @@ def measure(
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`measure`'s findings for people."""
+    """Render the results of `measure` as text."""
     title = (
         f"training a stage (ends: embedding and head), {found['precision']} on {found['device']}; {found['kernels']}; "
     )
@@ -128,14 +128,14 @@ def _row(
     stage = Stage(0, 0, blocks + 2, 1.0) if whole else Stage(0, 1, blocks + 1, 1.0)
     with PeakBytes(device) as peak:
         run = _step(config, stage, device, dtype, micro_batches)
-        for _ in range(2):  # the moments are made in the first
+        for _ in range(2):  # the first one allocates the moments
             run()
     seconds = seconds_of(run, device, rounds)
     bf16 = dtype == torch.bfloat16
     step = Step(train.micro_batch, train.seq_len, bf16, parallel.recompute, parallel.head_pieces)
     tokens = micro_batches * train.micro_batch * train.seq_len
     per_token = 3 * sum(model.layer_flops(train.seq_len)[stage.start : stage.stop])
-    # The other half of each block's causal attention, forward and backward.
+    # Unmasked FLOPs add the other half of each block's causal attention, forward and backward.
     unmasked = per_token + 3 * blocks * 2 * model.n_heads * model.d_head * train.seq_len
     by_count = {"": per_token, "_whole_attention": unmasked, "_by_m": model.scaling_m(train.seq_len)}
     flops = {name: tokens * count / seconds for name, count in by_count.items()}
@@ -158,9 +158,9 @@ def _row(
 def _step(
     config: Config, stage: Stage, device: torch.device, dtype: torch.dtype, micro_batches: int
 ) -> Callable[[], None]:
-    """A stage, and a step of it."""
+    """Build a stage, and return a function that runs a training step of it."""
     model, train, parallel = config.model, config.train, config.parallel
-    stages = drawn_stages(model, [stage], device)
+    stages = random_stages(model, [stage], device)
     optimizer = Zero(
         stages.in_order(),
         partial(adamw, settings=config.optimizer),
@@ -181,7 +181,7 @@ def _step(
             for function in functions[stage.index]:
                 y = function(y, Context())
             if loss:
-                y = loss(y, tokens_BL).total  # and no name for the logits, which would keep them
+                y = loss(y, tokens_BL).total  # the logits must have no other name, which would keep them in memory
                 y.backward()
             else:
                 y.backward(torch.ones_like(y).div_(y.numel()))

@@ -1,4 +1,4 @@
-"""One benchmark or all of them, and the file of what they found."""
+"""The runner of one benchmark or all of them, and the file of their results."""
 
 import os
 import time
@@ -17,17 +17,18 @@ from train.strict_json import dumps
 
 
 def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json: bool) -> None:
-    """Measure and print; each subject as soon as it is done.
+    """Measure subjects and print each one's results as soon as it is done.
 
     Args:
         subject: one of `SUBJECTS`; None runs `ALL`.
-        overrides: of that subject.
-        out: a JSON file for the findings, written anew after each subject, so that an interruption keeps what there
-            is. None writes none of a subject, and bench.json of all.
-        as_json: print the findings as JSON instead: a subject's own, or those of all at the end, as in the file.
+        overrides: the overrides of that subject.
+        out: the JSON file of the results, rewritten after each subject, so that an interruption loses none that are
+            done. With None, a single subject writes no file, and all of them write bench.json.
+        as_json: whether to print JSON instead: a subject's results, or those of all at the end, as in the file.
 
     Raises:
-        BadInput: an unknown subject, overrides without one, a file that cannot be written, or what a subject refuses.
+        BadInput: the subject is unknown or refuses its settings, there are overrides without a subject, or the file
+            cannot be written.
     """
     problems = [
         *_subject_problems(subject),
@@ -50,19 +51,19 @@ def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json
 
 
 def facts() -> dict[str, Any]:
-    """What findings are worth nothing without: device, PyTorch, date, threads, load; and no ``subjects`` yet."""
+    """Return the conditions of the results: device, PyTorch, date, threads, load; ``subjects`` is still empty."""
     return {
         "device": device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],  # where others compute too, only what was taken by turns means anything
+        "load_before": os.getloadavg()[0],  # on a busy machine, only ratios of measurements by turns are meaningful
         "subjects": {},
     }
 
 
 def write(record: dict[str, Any], out: Path) -> None:
-    """The record as JSON, whole or not at all."""
+    """Write the record as JSON, atomically."""
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     draft.write_text(dumps(record, indent=2) + "\n", "utf-8")
     os.replace(draft, out)
@@ -77,7 +78,7 @@ def _subject_problems(subject: str | None) -> list[str]:
 
 
 def _out_problems(out: Path | None) -> list[str]:
-    """Whether a file can be written there, before minutes of measuring."""
+    """Return why the file cannot be written, before minutes of measuring."""
     if out is None:
         return []
     if out.is_dir():

@@ -1,1 +1,2 @@
-"""What fewer key/value heads cost in quality and buy at inference: the trade of arXiv 2305.13245, measured."""
+"""The study of grouped-query attention: it measures the trade-off of arXiv 2305.13245, the quality that fewer key/value
+heads cost against the inference time that they save."""

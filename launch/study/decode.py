@@ -1,4 +1,4 @@
-"""Seconds that a token costs at inference, by key/value heads, batch and context."""
+"""The seconds per decoded token, by key/value heads, batch and context."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from parallel.decode import load_stage
 from parallel.layout import Layout
 
 STEPS = 8
-"""Timed tokens of one round."""
+"""The number of timed tokens of a round."""
 
 
 def decode_seconds(
@@ -26,18 +26,18 @@ def decode_seconds(
     say: Callable[[str], None],
     rounds: int = 3,
 ) -> tuple[dict[int, list[dict[str, Any]]], str]:
-    """The median time of a step that adds a token to every sequence, on one device, the models by turns.
+    """Measure the median time of a step that adds a token to every sequence, on one device, the models by turns.
 
     Args:
-        models: weights by key/value heads; one model is in memory at a time.
-        batches: sequences at once.
-        contexts: tokens that the caches hold of each sequence. They are filled with noise: a step takes as long
-            whatever it attends to.
-        say: told what is under way.
-        rounds: of all models.
+        models: the weights by key/value heads; one model is in memory at a time.
+        batches: the numbers of sequences that are decoded together.
+        contexts: the numbers of tokens of each sequence in the caches, which are filled with noise: the time of a step
+            does not depend on their values.
+        say: the function that reports progress.
+        rounds: the number of rounds over all models.
 
     Returns:
-        By key/value heads a list of ``batch``, ``context``, ``seconds``; and the device.
+        A list of ``batch``, ``context``, ``seconds`` by key/value heads; and the name of the device.
     """
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
@@ -45,7 +45,7 @@ def decode_seconds(
     for number in range(rounds):
         say(f"decoding, round {number + 1} of {rounds}")
         for heads, weights in models.items():
-            # Rotary positions go on without end: a longer context changes no weight.
+            # Rotary positions have no end: a longer context changes no weight.
             config = replace(weights.config, max_seq_len=max(contexts) + STEPS + 2)
             stages, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
             for batch in batches:

@@ -1,4 +1,4 @@
-"""What a study has found: numbers, the paper's orderings as they came out, and a text for people."""
+"""The results of a study: its numbers, whether the paper's orderings were reproduced, and a text of both."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,30 +13,31 @@ from model.regroup import Method
 from train.pretrained import Source
 
 CLOSE = 0.01
-"""GQA is close to MHA where its loss is higher by less than this share."""
+"""The share by which GQA's loss may be higher for it to count as close to MHA."""
 LITTLE = 0.1
-"""Little is gained beyond alpha = 0.1 where it is less than this share of what was gained up to there."""
+"""The gain beyond alpha = 0.1 counts as little below this share of the gain up to there."""
 
 
 def findings(
-    made: Plan,
+    study: Plan,
     source: Source,
     losses: Iterable[tuple[Uptraining, dict[float, float]]],
     times: dict[int, list[dict[str, Any]]],
     device: str,
 ) -> dict[str, Any]:
-    """All numbers of a study.
+    """Return all numbers of a study.
 
     Args:
-        made: the study.
+        study: the plan of the study.
         source: the original weights.
-        losses: validation loss in nats by share, 0 among them, of each uptraining.
-        times: from `launch.study.decode.decode_seconds`; device: what they were taken on.
+        losses: the validation loss of each uptraining in nats, by share, 0 included.
+        times: the result of `launch.study.decode.decode_seconds`.
+        device: the device that they were measured on.
 
     Returns:
-        For JSON: facts of the study; ``models``, a list by key/value heads, the original's first, each with
-        ``attention``, ``parameters``, ``kv_cache_bytes_per_token`` in the dtype of the device, ``decode`` and
-        ``val_loss`` by method and share; ``efficiency_gain``; ``orderings``.
+        A dict for JSON: the study's shape, data and settings; ``models``, a list by key/value heads, the original's
+        first, each with ``attention``, ``parameters``, ``kv_cache_bytes_per_token`` in the dtype of the device,
+        ``decode`` and ``val_loss`` by method and share; ``efficiency_gain``; ``orderings``.
     """
     assert source.run is not None
     config = source.weights.config
@@ -46,7 +47,7 @@ def findings(
         kind = (uptraining.kv_heads, uptraining.method.value if uptraining.method else ORIGINAL)
         by_kind.setdefault(kind, {}).update({f"{alpha:g}": loss for alpha, loss in found.items()})
     models = []
-    for n in made.kv_heads:
+    for n in study.kv_heads:
         model = replace(config, n_kv_heads=n)
         models.append(
             {
@@ -58,12 +59,12 @@ def findings(
                 "val_loss": {method: shares for (heads, method), shares in by_kind.items() if heads == n},
             }
         )
-    settings = made.settings
+    settings = study.settings
     result = {
         "shape": f"{config.n_layers} layers of {config.d_model}, {config.n_heads} query heads of {config.d_head}",
-        "data": made.config.data.source.name,
+        "data": study.config.data.source.name,
         "tokens": source.run.tokens,
-        "rate": made.rate.name,
+        "rate": study.rate.name,
         "alpha": f"{settings.alpha:g}",
         "alphas": [f"{alpha:g}" for alpha in sorted(settings.alphas)],
         "device": device,
@@ -73,18 +74,18 @@ def findings(
 
 
 def losses_of(model: dict[str, Any]) -> dict[str, float]:
-    """What stands for a model, by share: the losses of the mean where several methods were taken."""
+    """Return the losses of a model by share: those of the mean, where several methods were used."""
     by_method = model["val_loss"]
     return by_method.get(Method.mean.value) or next(iter(by_method.values()))
 
 
 def longest(model: dict[str, Any]) -> dict[str, Any]:
-    """The decoding where the cache weighs most."""
+    """Return the decoding with the largest cache."""
     return max(model["decode"], key=lambda time: time["batch"] * time["context"])
 
 
 def _efficiency(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """(cost of the original - cost with fewer heads) / loss in quality, with seconds per step and nats."""
+    """Compute (cost of the original - cost with fewer heads) / loss in quality, in seconds per step and nats."""
     original, *others = found["models"]
     cost, loss = longest(original)["seconds"], losses_of(original)[found["alpha"]]
     gains = []
@@ -103,21 +104,21 @@ def _efficiency(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The orderings of arXiv 2305.13245, sections 3.2 and 3.3, and whether they came out so."""
+    """Return the orderings of arXiv 2305.13245, sections 3.2 and 3.3, and whether they were reproduced."""
     original, *others = found["models"]
     alpha, name = found["alpha"], original["attention"]
 
     def gap(model: dict[str, Any], share: str) -> float:
-        """How much worse than the original trained on for as long."""
+        """Return how much higher the loss is than that of the original after as many more tokens."""
         return losses_of(model)[share] - losses_of(original)[share]
 
-    said = []
+    orderings = []
 
     def claim(text: str, parts: Sequence[tuple[bool, str]], without: str) -> None:
         evidence = "; ".join(part for _, part in parts) or without
         held_for = [part.split()[0] for held, part in parts if held]
         held = len(held_for) == len(parts) if parts else None
-        said.append({"claim": text, "held": held, "held_for": held_for, "evidence": evidence})
+        orderings.append({"claim": text, "held": held, "held_for": held_for, "evidence": evidence})
 
     ranks = [method.value for method in Method]
     for share, when in (("0", "right after conversion"), (alpha, f"after alpha = {alpha}")):
@@ -156,11 +157,11 @@ def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
         parts,
         "0.1 and a larger share are needed",
     )
-    return said
+    return orderings
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """`findings` for people."""
+    """Render `findings` as text."""
     alpha, original = found["alpha"], found["models"][0]
     most = longest(original)
     console = Console(width=118, highlight=False, color_system=None)

@@ -1,4 +1,4 @@
-"""A study's two pictures."""
+"""The two pictures of a study."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ from launch.study.plan import ORIGINAL
 
 LINES = {ORIGINAL: "-", "mean": "-", "first": "--", "random": ":"}
 SIZE = (7.2, 4.4)
-"""Inches, at 150 dots each."""
+"""The size of a picture in inches, at 150 dots each."""
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Loss against uptraining, and quality against decode time, as PNG files.
+    """Draw loss against uptraining, and quality against decode time, as PNG files.
 
     Args:
-        found: from `launch.study.findings.findings`.
-        folder: to write them to.
+        found: the result of `launch.study.findings.findings`.
+        folder: the folder of the files.
     """
     import matplotlib
 
@@ -51,7 +51,7 @@ def _losses(found: dict[str, Any], path: Path) -> Path:
 
 
 def _tradeoff(found: dict[str, Any], path: Path) -> Path:
-    """After figure 3 of arXiv 2305.13245: a point for each model, better above, faster to the left."""
+    """Draw a point for each model, better above, faster to the left, after figure 3 of arXiv 2305.13245."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")

@@ -1,4 +1,4 @@
-"""Which models a study trains and where they are kept, decided before anything runs."""
+"""The plan of a study, checked before anything runs: the models that it trains, and their folders."""
 
 import math
 import os
@@ -24,38 +24,38 @@ from train.pretrained import Source, open_source
 PREFIX = "study."
 _SHARED = ("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision")
 ORIGINAL = "original"
-"""In the place of a method, where nothing was regrouped."""
+"""The name that stands for a method where the heads are the original ones."""
 
 
 @dataclass
 class StudySettings:
-    """The keys ``study.…``; every other override is of the pretraining."""
+    """The settings ``study.…``; every other override belongs to the pretraining."""
 
     kv_heads: list[int] | None = None
-    """Key/value heads to regroup to; null is every divisor of the model's own."""
+    """The numbers of key/value heads to regroup to; null is every divisor of the model's own."""
     methods: list[Method] = field(default_factory=lambda: list(Method))
-    """mean, first, random."""
+    """The methods of regrouping: mean, first, random."""
     alphas: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
-    """Shares of the original tokens after which an uptraining is measured."""
+    """The shares of the original tokens after which an uptraining is measured."""
     alpha: float = 0.05
-    """The one of them by which models are compared."""
+    """The one of these shares at which models are compared."""
     contexts: list[int] = field(default_factory=lambda: [512, 2048, 8192])
-    """Tokens that come before a decoded one."""
+    """The numbers of tokens before a decoded one."""
     batches: list[int] = field(default_factory=lambda: [1, 4, 16])
-    """Sequences that are decoded together."""
+    """The numbers of sequences that are decoded together."""
     dir: str | None = None
-    """Where all of it is kept; null is runs/gqa-NAME, of the pretraining's name."""
+    """The folder of the study; null is runs/gqa-NAME, by the pretraining's name."""
 
 
 @dataclass(frozen=True)
 class Uptraining:
-    """One training run on from the original weights, regrouped or, as what the others are compared with, not.
+    """A training run that continues from the original weights, regrouped or, for comparison, as they are.
 
     Attributes:
-        kv_heads: of the model.
-        method: of regrouping; None for the original heads.
+        kv_heads: the number of key/value heads of the model.
+        method: the method of regrouping; None for the original heads.
         alphas: the shares after which it is measured; the last is its length.
-        steps: after which each is reached.
+        steps: the steps after which the shares are reached.
     """
 
     kv_heads: int
@@ -65,22 +65,22 @@ class Uptraining:
 
     @property
     def name(self) -> str:
-        """``4-mean-0.2``: key/value heads, method, length."""
+        """The name of the run: key/value heads, method and length, as in ``4-mean-0.2``."""
         return f"{self.kv_heads}-{self.method.value if self.method else ORIGINAL}-{self.alphas[-1]:g}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study, checked.
+    """The plan of a study, after all checks.
 
     Attributes:
-        settings: of the study.
-        config: of the pretraining.
-        folder: of the study.
-        pretrain: overrides of the pretraining; None where `source` has been trained already.
-        source: the weights to begin with, where they are there.
-        shared: the command's overrides that are no part of a recipe, and so are every uptraining's too.
-        rate: the treatment of the learning rate.
+        settings: the settings of the study.
+        config: the configuration of the pretraining.
+        folder: the folder of the study.
+        pretrain: the overrides of the pretraining; None where `source` has been trained already.
+        source: the weights to begin with; None where they are still to be pretrained.
+        shared: the command's overrides that are not part of a recipe, and so apply to every uptraining too.
+        rate: the treatment of the learning rate in an uptraining.
     """
 
     settings: StudySettings
@@ -93,16 +93,16 @@ class Plan:
 
     @property
     def kv_heads(self) -> list[int]:
-        """Every model's, the original's first."""
+        """The numbers of key/value heads of all models, the original's first."""
         model = self.config.model
         wanted = self.settings.kv_heads or [n for n in range(1, model.n_kv_heads) if model.n_kv_heads % n == 0]
         return sorted({*wanted, model.n_kv_heads}, reverse=True)
 
     def uptrainings(self, tokens: int) -> list[Uptraining]:
-        """What is to be trained on, once it is known how many tokens the original has seen.
+        """Return the uptrainings of an original that was trained on this number of tokens.
 
-        At a rate that is held, a shorter uptraining is the beginning of a longer one, and one run gives every share. A
-        schedule that is run again differs by length, and each share is a run.
+        At a constant rate, a shorter uptraining is the beginning of a longer one, and one run gives every share. A
+        repeated schedule differs by length, and each share is a run.
         """
         model = self.config.model
         kinds: list[tuple[int, Method | None]] = [(model.n_kv_heads, None)]
@@ -119,15 +119,15 @@ class Plan:
         return math.ceil(alpha * tokens / length_of(self.config).tokens_per_step)
 
     def weights(self, kv_heads: int, method: Method) -> Path:
-        """The folder of regrouped weights."""
+        """Return the folder of regrouped weights."""
         return self.folder / "weights" / f"{kv_heads}-{method.value}"
 
     def run_dir(self, run: Uptraining) -> Path:
-        """The run folder of an uptraining."""
+        """Return the run folder of an uptraining."""
         return self.folder / "uptrained" / run.name
 
     def overrides(self, run: Uptraining, source: Path) -> list[str]:
-        """Of the training run of an uptraining that begins with the weights at a path."""
+        """Return the overrides of an uptraining that begins with the weights at a path."""
         return [
             f"init_from={quoted(source.absolute())}",
             f"uptrain.alpha={run.alphas[-1]!r}",
@@ -140,14 +140,14 @@ class Plan:
 
 
 def plan(overrides: Sequence[str]) -> Plan:
-    """Check a study's command whole, and prepare its data.
+    """Check all of a study's command, and prepare its data.
 
     Args:
-        overrides: ``study.…``, and those of the pretraining, which is of `tiny_mha` unless they say otherwise;
-            ``init_from`` takes the place of it.
+        overrides: the overrides ``study.…`` and those of the pretraining, whose model is `tiny_mha` by default;
+            ``init_from`` replaces the pretraining.
 
     Raises:
-        BadInput: with every problem found.
+        BadInput: the study cannot work; it lists every problem.
     """
     settings, problems = _settings([text for text in overrides if text.startswith(PREFIX)])
     rest = [text for text in overrides if not text.startswith(PREFIX)]
@@ -173,14 +173,14 @@ def plan(overrides: Sequence[str]) -> Plan:
     else:
         trial = [*rest, "uptrain.alpha=1.0", f"hydra.run.dir={quoted((folder / 'trial').absolute())}"]
         config = _checked(trial, problems, writes=False)
-    made = Plan(settings, config, folder, pretrain, source, shared, composition.config.uptrain.rate)
-    if problems := _problems(made, source.run.tokens if source and source.run else None):
+    study = Plan(settings, config, folder, pretrain, source, shared, composition.config.uptrain.rate)
+    if problems := _problems(study, source.run.tokens if source and source.run else None):
         raise BadInput(problems)
-    return made
+    return study
 
 
 def _name_of(source: Source) -> str:
-    """Of a run, its folder's; of other weights, theirs."""
+    """Return the name of a run's folder, or that of other weights."""
     return (source.path.parents[1] if source.path.parent.name == CHECKPOINTS else source.path).name
 
 
@@ -199,7 +199,7 @@ def _settings(overrides: Sequence[str]) -> tuple[StudySettings, list[str]]:
 
 
 def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> Config:
-    """The configuration of a run that can start."""
+    """Check that a run can start, and return its configuration."""
     try:
         config = preflight(overrides, writes=writes).config
     except BadInput as error:
@@ -209,9 +209,9 @@ def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> 
     return config
 
 
-def _problems(made: Plan, tokens: int | None) -> list[str]:
-    """What of the study's own settings cannot be."""
-    settings, model = made.settings, made.config.model
+def _problems(study: Plan, tokens: int | None) -> list[str]:
+    """Return the problems of the study's own settings."""
+    settings, model = study.settings, study.config.model
     found = []
     for n in settings.kv_heads or []:
         if problem := problem_of(model, n):
@@ -227,20 +227,20 @@ def _problems(made: Plan, tokens: int | None) -> list[str]:
         return [*found, f"study.alphas={alphas}: at least one share above 0, such as 0.05"]
     if settings.alpha not in alphas:
         found.append(f"study.alpha={settings.alpha:g}: not one of study.alphas={alphas}")
-    length = length_of(made.config)
+    length = length_of(study.config)
     steps: dict[int, float] = {}
     for alpha in alphas:
-        step = made._step(alpha, tokens or length.steps * length.tokens_per_step)
+        step = study._step(alpha, tokens or length.steps * length.tokens_per_step)
         if step in steps:
             found.append(f"study.alphas={alphas}: {steps[step]:g} and {alpha:g} are both {step} steps of training")
         steps[step] = alpha
-    if not made.config.data.val_fraction:
+    if not study.config.data.val_fraction:
         found.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
     return found
 
 
 def _replicas(composition: Composition, source: Source | None) -> int:
-    """Without GPUs, as many replicas as there are cores and the batch divides over."""
+    """Return the largest number of replicas that the cores allow and that divides the batch; 1 on GPUs."""
     then = source.run.config["train"] if source and source.run and "train" in source.run.config else None
     train = composition.config.train
     batch, micro = (then["global_batch"], then["micro_batch"]) if then else (train.global_batch, train.micro_batch)

@@ -1,4 +1,4 @@
-"""`deepnarrow gqa-study`: pretrain, regroup, uptrain, measure, say what came of it."""
+"""The command `deepnarrow gqa-study`: pretrain, regroup, uptrain, measure, and report the results."""
 
 import json
 import sys
@@ -29,26 +29,26 @@ SHARD_BYTES = 5 * 10**9
 
 
 def run(overrides: Sequence[str], launch: Launch = launch) -> int:
-    """Everything of a study that is not there yet; returns the exit code.
+    """Run everything of a study that has not been done yet; return the exit code.
 
-    Each training is a run of its own, in its own folder and in W&B, started as `deepnarrow train` starts it; one that
-    is complete is not trained again, and one that was stopped goes on.
+    Each training is a run with its own folder and its own run in W&B, started as `deepnarrow train` starts one. A
+    training that is complete is not repeated, and one that was stopped is resumed.
 
     Args:
-        overrides: of the command.
-        launch: starts a training and waits for it.
+        overrides: the overrides of the command.
+        launch: the function that starts a training and waits for it.
 
     Raises:
-        BadInput: with every problem found, before anything is trained.
+        BadInput: the study cannot work; it lists every problem, before anything is trained.
     """
-    made = plan(overrides)
-    source = made.source
+    study = plan(overrides)
+    source = study.source
     if source is None:
-        run_dir = made.folder / "pretrained"
-        assert made.pretrain is not None
+        run_dir = study.folder / "pretrained"
+        assert study.pretrain is not None
         if not _complete(run_dir):
             _say(f"pretraining in {run_dir}")
-            if code := _train(made.pretrain, launch):
+            if code := _train(study.pretrain, launch):
                 return code
             if not _complete(run_dir):
                 return _stopped()
@@ -56,31 +56,31 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
     assert source.run is not None
 
     losses = []
-    uptrainings = made.uptrainings(source.run.tokens)
+    uptrainings = study.uptrainings(source.run.tokens)
     for number, uptraining in enumerate(uptrainings, 1):
-        run_dir = made.run_dir(uptraining)
+        run_dir = study.run_dir(uptraining)
         if not _complete(run_dir):
-            start = _weights(made, uptraining.kv_heads, uptraining.method, source)
+            start = _weights(study, uptraining.kv_heads, uptraining.method, source)
             _say(f"uptraining {number} of {len(uptrainings)} in {run_dir}")
-            if code := _train(made.overrides(uptraining, start), launch):
+            if code := _train(study.overrides(uptraining, start), launch):
                 return code
             if not _complete(run_dir):
                 return _stopped()
         losses.append((uptraining, _losses(run_dir, uptraining)))
 
-    settings, own = made.settings, source.weights.config.n_kv_heads
-    # Which weights of a shape they are is nothing to the time that a token takes.
-    folders = {n: _weights(made, n, None if n == own else settings.methods[0], source) for n in made.kv_heads}
+    settings, own = study.settings, source.weights.config.n_kv_heads
+    # The time of a token depends on the shape alone, so that the weights of one method stand for all.
+    folders = {n: _weights(study, n, None if n == own else settings.methods[0], source) for n in study.kv_heads}
     models = {n: open_source(folder, checked=False).weights for n, folder in folders.items()}
     times, device = decode_seconds(models, settings.batches, settings.contexts, _say)
-    found = findings(made, source, losses, times, device)
-    pictures = draw(found, made.folder)
-    (made.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
+    found = findings(study, source, losses, times, device)
+    pictures = draw(found, study.folder)
+    (study.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     text = as_text(found)
-    (made.folder / TEXT).write_text(text + "\n", "utf-8")
+    (study.folder / TEXT).write_text(text + "\n", "utf-8")
     print(text)
-    print(f"\n{made.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
-    _log(made, found, pictures)
+    print(f"\n{study.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
+    _log(study, found, pictures)
     return 0
 
 
@@ -103,11 +103,11 @@ def _stopped() -> int:
     return 0
 
 
-def _weights(made: Plan, kv_heads: int, method: Method | None, source: Source) -> Path:
-    """What an uptraining begins with; made here where heads are to be regrouped."""
+def _weights(study: Plan, kv_heads: int, method: Method | None, source: Source) -> Path:
+    """Return the weights an uptraining begins with, after regrouping the heads where they are not the original ones."""
     if method is None:
         return source.path
-    folder = made.weights(kv_heads, method)
+    folder = study.weights(kv_heads, method)
     if not folder.exists():
         regrouped = Regrouped(source.weights, kv_heads, method)
         with trained.new_folder(folder) as unfinished:
@@ -116,7 +116,7 @@ def _weights(made: Plan, kv_heads: int, method: Method | None, source: Source) -
 
 
 def _losses(run_dir: Path, uptraining: Uptraining) -> dict[float, float]:
-    """The validation loss at each share of an uptraining, 0 among them."""
+    """Read the validation loss at each share of an uptraining, 0 included."""
     records = [with_nan(json.loads(line)) for line in (run_dir / METRICS).read_text("utf-8").splitlines()]
     by_step = {record["step"]: record["val_loss"] for record in records if "val_loss" in record}
     try:
@@ -127,22 +127,22 @@ def _losses(run_dir: Path, uptraining: Uptraining) -> dict[float, float]:
         raise BadInput([f"{run_dir}: was trained without a validation after step {missing}; {works}"]) from None
 
 
-def _log(made: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
-    """The study's own run in W&B."""
+def _log(study: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
+    """Log the results as a run of their own in W&B."""
     import wandb
 
-    settings = made.config.wandb
+    settings = study.config.wandb
     run, _, _ = start_wandb(
         wandb_mode(settings),
-        wandb_id(made.folder),
+        wandb_id(study.folder),
         project=settings.project,
         entity=settings.entity,
         tags=settings.tags,
-        name=made.folder.name,
-        dir=made.folder,
+        name=study.folder.name,
+        dir=study.folder,
         config={
-            "study": to_jsonable(asdict(made.settings)),
-            **to_jsonable(asdict(made.config)),
+            "study": to_jsonable(asdict(study.settings)),
+            **to_jsonable(asdict(study.config)),
             "code": code_version(),
         },
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from launch.bench import ALL, SUBJECTS, contenders, data, kernels, peers, pipeline, stage, suite
-from launch.bench.common import Drawn
+from launch.bench.common import RandomWeights
 from launch.bench.schedules import micro_batches_of
 from launch.cli import main
 from model.problems import BadInput
@@ -27,7 +27,7 @@ SHAPE = [
 
 
 def loss_of(config, tokens, labels, std):
-    return float(F.cross_entropy(streamed_logits(Drawn(config, std), tokens).flatten(0, 1), labels.flatten()))
+    return float(F.cross_entropy(streamed_logits(RandomWeights(config, std), tokens).flatten(0, 1), labels.flatten()))
 
 
 # ---- all of them ----

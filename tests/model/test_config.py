@@ -93,3 +93,13 @@ def test_an_impossible_shape_says_what_would_work(change, said):
 def test_all_that_is_wrong_is_said_at_once():
     config = ModelConfig(n_layers=2, d_model=100, n_heads=8, n_kv_heads=3, d_ff=384, vocab_size=512)
     assert len(config.problems()) == 2
+
+
+def test_the_readmes_tokens_per_second_are_what_its_mfu_says():
+    for name, share, tokens_per_second in [("7b", 0.55, 12_962), ("7b", 0.6, 14_141), ("67b", 0.55, 1_299)]:
+        assert round(share * 989e12 / preset(name).model.flops_per_token(4096)) == tokens_per_second
+    ratios = [
+        preset(name).model.flops_per_token_whole_attention(4096) / preset(name).model.flops_per_token(4096)
+        for name in ("7b", "67b")
+    ]
+    assert ratios == pytest.approx([1.07, 1.05], abs=0.005)

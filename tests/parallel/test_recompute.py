@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.config import Kernels
 from model.context import Context
 from model.rematerialization import Rematerialization
-from parallel.build import ALONE, build_stages, drawn
+from parallel.build import ALONE, build_stages, initial_values
 from parallel.layout import Recompute
 from parallel.recompute import recomputing
 from tests.shapes import small
@@ -31,7 +31,8 @@ COUNTED = ["mm", "silu", "rsqrt", "as_strided"]
 
 
 def built(config, device="cpu"):
-    (layer,) = build_stages(config, {0: range(1, 2)}, ALONE, torch.device(device), drawn(config, 1)).layers[0]
+    values = initial_values(config, 1)
+    (layer,) = build_stages(config, {0: range(1, 2)}, ALONE, torch.device(device), values).layers[0]
     return layer.module
 
 
