@@ -69,9 +69,9 @@ def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list
     layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
     step = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
     rows = []
-    for rank, activations in enumerate(timeline.activations):
-        own = [stages[stage] for stage in parallel.placement.stages_of(rank)]
-        found = stage_memory(config.model, layout, own, activations, step)
+    for rank, spans in enumerate(timeline.spans):
+        own = {stage: stages[stage] for stage in parallel.placement.stages_of(rank)}
+        found = stage_memory(config.model, layout, own, [span.action for span in spans], step)
         rows.append({**asdict(found), "peak": found.peak})
     return rows
 

@@ -1,18 +1,20 @@
 """The memory of a rank during a step, in bytes, predicted from the shape of the model and its layout.
 
 Three parts add up. The state: weights, accumulated gradients, master weights and moments (`parallel/zero.py`). The
-activations that forward passes save for backward, for each micro-batch that is in flight. And the workspace of the pass
-that needs most: the gradients of the head's logits, for instance, or a block that is recomputed.
+activations that forward passes save for backward, and what a split backward pass holds for its weight gradients, for
+each micro-batch that is in flight. And the workspace of the pass that needs most: the gradients of the head's logits,
+for instance, or a block that is recomputed.
 
 All of them are counted in values per token, times tokens, times bytes; d_model, query and key/value widths, d_ff and
 the vocabulary are those of the rank's part under tensor parallelism.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from model.config import ModelConfig
 from parallel.layout import Layout, Recompute
+from parallel.schedules import Action, Pass, split_off
 from parallel.sharding import vocabulary_shard
 from parallel.stages import Stage
 
@@ -64,32 +66,61 @@ def state_bytes_per_parameter(bf16: bool, dp: int) -> float:
 
 
 def stage_memory(
-    model: ModelConfig, layout: Layout, stages: Sequence[Stage], micro_batches: float, step: Step
+    model: ModelConfig, layout: Layout, stages: Mapping[int, Stage], order: Sequence[Action], step: Step
 ) -> Memory:
     """Predict the most memory that a rank with these stages needs.
 
     Args:
         model: the whole model's shape.
         layout: the rank grid.
-        stages: the stages of the rank.
-        micro_batches: the most micro-batches whose activations the rank saves at a time, through all its stages
-            (`parallel.simulation.Timeline.activations`).
+        stages: the stages of the rank, by index.
+        order: the rank's passes of a step, which say how many micro-batches are in flight, and between which passes.
         step: the batch, the precision and the recomputation.
     """
     layers = _LayerMemory(model, layout, step)
-    blocks = sum(len(range(max(one.start, 1), min(one.stop, model.n_layers + 1))) for one in stages)
-    first = any(one.start == 0 for one in stages)
-    last = any(one.stop == model.n_layers + 2 for one in stages)
-    parameters = blocks * layers.block_parameters + (first + last) * layers.vocab * model.d_model
+    blocks = {index: _num_blocks(stage, model) for index, stage in stages.items()}
+    has_head = {index: stage.stop == model.n_layers + 2 for index, stage in stages.items()}
+    first = any(stage.start == 0 for stage in stages.values())
+    last = any(has_head.values())
+    parameters = sum(blocks.values()) * layers.block_parameters + (first + last) * layers.vocab * model.d_model
     parameters += model.d_model if last else 0
-    activations = micro_batches * blocks * layers.saved(step.recompute)
+    saved = {index: number * layers.saved(step.recompute) for index, number in blocks.items()}
+    deferred = {
+        index: number * layers.block_deferred() + has_head[index] * layers.head_deferred()
+        for index, number in blocks.items()
+    }
     # The head has no saved activations between passes: its backward pass follows its forward pass.
     workspace = max(
-        layers.block_backward() if blocks else 0.0,
+        layers.block_backward() if any(blocks.values()) else 0.0,
         layers.head() if last else 0.0,
-        layers.embedding() - activations / max(micro_batches, 1) if first else 0.0,
+        layers.embedding() - saved[min(stages)] if first else 0.0,
     )
-    return Memory(parameters * state_bytes_per_parameter(step.bf16, layout.dp), activations, workspace)
+    state = parameters * state_bytes_per_parameter(step.bf16, layout.dp)
+    return Memory(state, _most_activations(order, saved, deferred), workspace)
+
+
+def _num_blocks(stage: Stage, model: ModelConfig) -> int:
+    return len(range(max(stage.start, 1), min(stage.stop, model.n_layers + 1)))
+
+
+def _most_activations(order: Sequence[Action], saved: Mapping[int, float], deferred: Mapping[int, float]) -> float:
+    """Return the most bytes at any time of a step, of what forward passes save and of what split backward passes defer.
+
+    Args:
+        order: the passes of the rank.
+        saved: the bytes that a micro-batch's forward pass through a stage saves, by stage.
+        deferred: the bytes that its backward pass holds until its weight gradients are computed, where it is split.
+    """
+    split, now, most = split_off(order), 0.0, 0.0
+    for action in order:
+        is_split = (action.stage, action.micro_batch) in split
+        now += {
+            Pass.F: saved[action.stage],
+            Pass.B: deferred[action.stage] * is_split - saved[action.stage],
+            Pass.W: -deferred[action.stage],
+        }[action.what]
+        most = max(most, now)
+    return most
 
 
 class _LayerMemory:
@@ -125,6 +156,16 @@ class _LayerMemory:
         product = self._ff if recompute is Recompute.none else 0
         # In fp32 there are the norms' scales and attention's log-sum-exps.
         return self._of_tokens(residual + attention + normed + gate_up + product, 2 + self._heads)
+
+    def block_deferred(self) -> float:
+        """Return the bytes that a block holds between B and W: each matrix's input and its output's gradient."""
+        inputs = 2 * self._residual + self._queries + self._ff
+        gradients = self._queries + 2 * self._keys + self._d + 2 * self._ff + self._d
+        return self._of_tokens(inputs + gradients)
+
+    def head_deferred(self) -> float:
+        """Return the bytes that the head holds between B and W; the loss in pieces defers nothing."""
+        return self._of_tokens(self._residual + self.vocab) if self._step.head_pieces == 1 else 0.0
 
     def block_backward(self) -> float:
         """Return the most bytes that a block's backward pass needs beside the saved activations."""

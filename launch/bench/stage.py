@@ -28,6 +28,7 @@ from model.kernels import which_and_why
 from parallel.build import forward_functions
 from parallel.layout import Layout
 from parallel.memory import Step, stage_memory
+from parallel.schedules import Action, Pass
 from parallel.stages import Stage
 from parallel.zero import Replicas, Zero
 from train.metrics import peak_flops
@@ -37,6 +38,8 @@ from train.optimizer import adamw
 # parameter, and those for a CPU train in seconds.
 ON_GPU = [("7b", 15, False), ("7b", 8, True), ("67b", 5, False), ("67b", 2, True)]
 ON_CPU = [("8x512", 4, False), ("8x512", 2, True)]
+_ALONE = [Action(Pass.F, 0, 0), Action(Pass.B, 0, 0)]
+"""What a stage that is a pipeline by itself does with a micro-batch."""
 SMALL = ["model.vocab_size=8192", "train.seq_len=512"]
 """The overrides that make the preset smaller on a CPU."""
 
@@ -94,7 +97,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"training a stage (ends: embedding and head), {found['precision']} on {found['device']}; {found['kernels']}; "
     )
     title += f"a matrix product alone: {found['product_flops'] / 1e12:.3g} TFLOP/s"
-    columns = ["tokens/s", "TFLOP/s", "of product", "MFU", "whole", "by M", "peak GiB", "predicted", "ratio"]
+    columns = ["tokens/s", "TFLOP/s", "of product", "MFU (whole)", "by M", "peak GiB", "predicted"]
     table = Table("stage", "recompute", *columns, title=title, title_justify="left")
     for row in found["rows"]:
         table.add_row(
@@ -103,10 +106,10 @@ def as_text(found: dict[str, Any]) -> str:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['flops'] / 1e12:.3g}",
             f"{row['share']:.1%}",
-            *(f"{row[key]:.1%}" if row[key] else "-" for key in ("mfu", "mfu_whole_attention", "mfu_by_m")),
+            f"{row['mfu']:.1%} ({row['mfu_whole_attention']:.1%})" if row["mfu"] else "-",
+            f"{row['mfu_by_m']:.1%}" if row["mfu_by_m"] else "-",
             f"{row['peak_bytes'] / 2**30:.3f}",
-            f"{row['predicted_bytes'] / 2**30:.3f}",
-            f"{row['predicted_bytes'] / row['peak_bytes']:.3f}",
+            f"{row['predicted_bytes'] / 2**30:.3f} ({row['predicted_bytes'] / row['peak_bytes']:.3f})",
         )
     return rendered(table)
 
@@ -151,7 +154,7 @@ def _row(
         **{f"mfu{name}": count / nominal if nominal else None for name, count in flops.items()},
         "share": flops[""] / bound,
         "peak_bytes": peak.bytes,
-        "predicted_bytes": stage_memory(model, Layout(1, 1), [stage], 1, step).peak,
+        "predicted_bytes": stage_memory(model, Layout(1, 1), {0: stage}, _ALONE, step).peak,
     }
 
 
