@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
+from rich.table import Column, Table
 
 from conf.schema import Config
 from launch.bench.common import (
@@ -98,7 +98,7 @@ def as_text(found: dict[str, Any]) -> str:
     )
     title += f"a matrix product alone: {found['product_flops'] / 1e12:.3g} TFLOP/s"
     columns = ["tokens/s", "TFLOP/s", "of product", "MFU (whole)", "by M", "peak GiB", "predicted"]
-    table = Table("stage", "recompute", *columns, title=title, title_justify="left")
+    table = Table(Column("stage", no_wrap=True), "recompute", *columns, title=title, title_justify="left")
     for row in found["rows"]:
         table.add_row(
             row["stage"],
