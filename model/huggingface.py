@@ -6,17 +6,17 @@ in both, so that nothing is permuted.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from model.config import ModelConfig
+from model.huggingface_files import FLOATS, INDEX, SINGLE, Place, beside, chosen_files, headers, read_object, shown, tie
 from model.transformer import full_shapes
-from model.weights import StoredWeights, Weights, entries, shards, write_safetensors
+from model.weights import HEAD, StoredWeights, Weights, entries, few, shards, write_safetensors
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {
     r"embedding\.tokens": "model.embed_tokens",
     r"blocks\.(\d+)\.attention_norm": r"model.layers.\1.input_layernorm",
@@ -28,6 +28,28 @@ _NAMES = {
     r"head\.norm": "model.norm",
     r"head\.proj": "lm_head",
 }
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MISSING: Any = object()
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu", "swish"),
+    "pretraining_tp": (1, None),
+}
+"""What a config.json may say of what is not implemented otherwise; absent, it means the first."""
+_WHOLE: dict[str, tuple[str, Any]] = {
+    "n_layers": ("num_hidden_layers", _MISSING),
+    "d_model": ("hidden_size", _MISSING),
+    "n_heads": ("num_attention_heads", _MISSING),
+    "d_ff": ("intermediate_size", _MISSING),
+    "vocab_size": ("vocab_size", _MISSING),
+    "n_kv_heads": ("num_key_value_heads", None),
+    "head_dim": ("head_dim", None),
+    "max_seq_len": ("max_position_embeddings", 2048),
+}
+_POSITIVE = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
+_NOT_KEPT = ("dtype", "rope_parameters", "transformers_weights", "quantization_config", "auto_map")
+"""Of a config.json: what is written under another key, is of the source's files alone, or names code."""
 
 
 def name_there(name: str) -> str:
@@ -73,6 +95,9 @@ def config_there(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: i
 def config_here(theirs: dict[str, Any], where: str) -> ModelConfig:
     """The shape that a config.json describes.
 
+    A value that is absent is what `transformers` takes for it, and one that is null only where null means something
+    there.
+
     Args:
         theirs: its content.
         where: its path, for what is said.
@@ -83,33 +108,33 @@ def config_here(theirs: dict[str, Any], where: str) -> ModelConfig:
     problems = []
     kind = theirs.get("model_type")
     if kind != "llama":
-        problems.append(f"{where}: model_type={kind}: not Llama's architecture; model_type=llama would work")
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"), ("pretraining_tp", 1)):
-        if theirs.get(key, plain) != plain:
-            problems.append(f"{where}: {key}={theirs[key]}: is not implemented; {key}={plain} would work")
-    rope = {**(theirs.get("rope_scaling") or {}), **(theirs.get("rope_parameters") or {})}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        problems.append(f"{where}: rope_scaling of type {scaling}: is not implemented; a model without it would work")
-    needed = {
-        "n_layers": "num_hidden_layers",
-        "d_model": "hidden_size",
-        "n_heads": "num_attention_heads",
-        "d_ff": "intermediate_size",
-        "vocab_size": "vocab_size",
-    }
-    problems += [f"{where}: {key} is missing" for key in needed.values() if not isinstance(theirs.get(key), int)]
+        problems.append(f"model_type={shown(kind)}: not Llama's architecture; model_type=llama would work")
+    for key, plain in _PLAIN.items():
+        if theirs.get(key, plain[0]) not in plain:
+            problems.append(f"{key}={shown(theirs[key])}: is not implemented; {key}={plain[0]} would work")
+    if theirs.get("quantization_config") is not None:
+        problems.append("quantization_config: quantised weights are not read; the weights before that would work")
+    if not isinstance(theirs.get("tie_word_embeddings", False), bool):
+        problems.append(f"tie_word_embeddings={shown(theirs['tie_word_embeddings'])}: is neither true nor false")
+    theta, rope_problems = _rotary(theirs)
+    problems += rope_problems
+    values: dict[str, Any] = {"rope_theta": theta}
+    for ours, (key, default) in _WHOLE.items():
+        values[ours] = theirs.get(key, default)
+        if values[ours] is None and default is _MISSING:
+            values[ours] = _MISSING
+        if values[ours] is _MISSING:
+            problems.append(f"{key} is missing")
+        elif not _is_whole(values[ours]) and not (values[ours] is None and default is None):
+            problems.append(f"{key}={shown(values[ours])}: must be a whole number from 1 to {2**24}")
+    for ours, (key, default) in _POSITIVE.items():
+        values[ours] = theirs.get(key, default)
+        if not _is_positive(values[ours]):
+            problems.append(f"{key}={shown(values[ours])}: must be a number above 0; {key}={default} is usual")
     if problems:
-        raise ValueError("\n".join(problems))
-    config = ModelConfig(
-        **{ours: theirs[key] for ours, key in needed.items()},
-        n_kv_heads=theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-        head_dim=theirs.get("head_dim"),
-        max_seq_len=theirs.get("max_position_embeddings", 2048),
-        rope_theta=float(theirs.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        norm_eps=theirs.get("rms_norm_eps", 1e-6),
-        init_std=theirs.get("initializer_range", 0.02),
-    )
+        raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
+    values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+    config = ModelConfig(**values)
     if config.head_dim is not None and config.head_dim * config.n_heads == config.d_model:
         config.head_dim = None
     if problems := config.problems():
@@ -125,36 +150,65 @@ def open_huggingface(folder: Path) -> StoredWeights:
     Raises:
         ValueError: with a line for everything that is missing, truncated or not Llama-shaped, by file and tensor.
     """
-    try:
-        theirs = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    theirs = read_object(folder / "config.json")
     config = config_here(theirs, str(folder / "config.json"))
-    found, problems = _headers(folder)
+    chosen, weight_map = chosen_files(folder, theirs)
+    found, lost, problems = headers(folder, chosen, weight_map)
+    if theirs.get("tie_word_embeddings"):
+        problems += tie(folder, found, _EMBEDDING, _HEAD)
+    if problems and not found:
+        raise ValueError("\n".join(problems))
+    if config.n_layers > len(found) + len(lost):  # what each of them lacks would be a consequence, and many lines
+        layers = f"num_hidden_layers={config.n_layers}"
+        problems.append(f"{folder / 'config.json'}: {layers}: the files hold {len(found)} tensors altogether")
+        raise ValueError("\n".join(problems))
     expected = {name_there(name): (name, shape) for name, shape in full_shapes(config).items()}
-    if theirs.get("tie_word_embeddings") and "lm_head.weight" not in found:
-        found["lm_head.weight"] = found.get("model.embed_tokens.weight", ("", []))
     tensors = {}
+    missing, misshapen = [], []
+    by_dtype: dict[str, list[Place]] = {}
     for key, (name, shape) in expected.items():
         if key not in found:
-            problems.append(f"{folder}: {key} is missing")
+            if key not in lost:
+                missing.append(f"{folder}: {key} is missing")
             continue
-        file, there = found[key]
-        if list(there) != list(shape):
-            problems.append(f"{folder / file}: {key} has shape {list(there)}, and config.json makes it {list(shape)}")
-        stored = "model.embed_tokens.weight" if key == "lm_head.weight" and theirs.get("tie_word_embeddings") else key
-        piece = {"offset": [0] * len(shape), "shape": list(shape), "file": file, "key": stored}
+        at = found[key]
+        if at.shape != list(shape):
+            misshapen.append(f"{folder / at.file}: {key} has shape {at.shape}, and config.json makes it {list(shape)}")
+        by_dtype.setdefault(at.dtype, []).append(at)
+        piece = {"offset": [0] * len(shape), "shape": list(shape), "file": at.file, "key": at.key}
         tensors[name] = {"shape": list(shape), "pieces": [piece]}
-    for key in found.keys() - expected.keys():
-        if not key.endswith("rotary_emb.inv_freq"):  # a table that old versions stored
-            problems.append(f"{folder / found[key][0]}: {key} is no tensor of this architecture")
+    strange = [
+        f"{folder / at.file}: {key} is no tensor of this architecture"
+        for key, at in found.items()
+        if key not in expected and not key.endswith("rotary_emb.inv_freq")  # a table that old versions stored
+    ]
+    problems += [
+        f"{folder / those[0].file}: {_and_others(those)} stored as {dtype}; {', '.join(FLOATS)} would work"
+        for dtype, those in by_dtype.items()
+        if dtype not in FLOATS
+    ]
+    problems += few(missing) + few(misshapen) + few(strange)
     if problems:
         raise ValueError("\n".join(problems))
-    return StoredWeights(config, folder, tensors)
+    notes = beside(folder, chosen, {at.file for at in found.values()})
+    if doubles := by_dtype.get("F64"):
+        notes.append(f"{folder / doubles[0].file}: {_and_others(doubles)} stored in float64, and taken as float32")
+    if theirs.get("rope_theta", config.rope_theta) != config.rope_theta:
+        said = f"rope_theta={shown(theirs['rope_theta'])}"
+        notes.append(f"{folder / 'config.json'}: {said}: its rope_parameters say {config.rope_theta}, which is taken")
+    return StoredWeights(config, folder, tensors, tuple(notes))
 
 
 def write_huggingface(
-    weights: Weights, folder: Path, dtype: torch.dtype, max_shard_bytes: int, bos_id: int, eos_id: int
+    weights: Weights,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    bos_id: int,
+    eos_id: int,
+    *,
+    tied: bool = False,
+    described: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model so that `AutoModelForCausalLM.from_pretrained` and vLLM load it, one tensor in memory at a time.
 
@@ -164,8 +218,11 @@ def write_huggingface(
         dtype: of the written weights.
         max_shard_bytes: of one file.
         bos_id, eos_id: the tokens that begin and end a document.
+        tied: whether the head is the embedding, and is not written once more.
+        described: the config.json that the weights came with, if they did: what it says beyond the shape stays, special
+            tokens among it, and a generation_config.json is its source's to give.
     """
-    tensors = entries(weights, dtype, name_there)
+    tensors = [entry for entry in entries(weights, dtype, name_there) if not (tied and entry.key == name_there(HEAD))]
     files = shards(tensors, max_shard_bytes)
     index: dict[str, str] = {}
     for number, shard in enumerate(files, 1):
@@ -175,36 +232,49 @@ def write_huggingface(
     total = sum(entry.num_bytes for entry in tensors)
     if len(files) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    _write_json(folder / "config.json", config_there(weights.config, dtype, bos_id, eos_id))
-    _write_json(folder / "generation_config.json", {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": False})
-
-
-def _headers(folder: Path) -> tuple[dict[str, tuple[str, list[int]]], list[str]]:
-    """Of every tensor its file and shape, and what is wrong with the files."""
-    problems: list[str] = []
-    wanted: dict[str, str] = {}
-    if (folder / INDEX).exists():
-        wanted = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        files = sorted(set(wanted.values()))
+    content = config_there(weights.config, dtype, bos_id, eos_id) | {"tie_word_embeddings": tied}
+    if described is None:
+        ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+        _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     else:
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
-            hint = f"; {pickles[0]} is a pickle, which can run code, and is not read" if pickles else ""
-            problems.append(f"{folder}: no safetensors file is there{hint}")
-    found: dict[str, tuple[str, list[int]]] = {}
-    for name in files:
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                found |= {key: (name, file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{folder / name}: {str(error) or 'cannot be read'}")
-    problems += [
-        f"{folder / name}: {key} is not in it, and {INDEX} says so"
-        for key, name in wanted.items()
-        if key not in found and (folder / name).exists() and not any(str(folder / name) in line for line in problems)
-    ]
-    return found, problems
+        kept = {key: value for key, value in described.items() if key not in _NOT_KEPT}
+        shape = {key: value for key, value in content.items() if key not in ("bos_token_id", "eos_token_id")}
+        content = kept | shape
+    _write_json(folder / "config.json", content)
+
+
+def _rotary(theirs: dict[str, Any]) -> tuple[float, list[str]]:
+    """The base of the rotary frequencies, where `transformers` looks for it, and what is wrong with what is said."""
+    said = {key: theirs[key] for key in ("rope_scaling", "rope_parameters") if theirs.get(key) is not None}
+    if problems := [
+        f"{key}={shown(value)}: is no JSON object; null would work"
+        for key, value in said.items()
+        if not isinstance(value, dict)
+    ]:
+        return 0.0, problems
+    rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        problems.append(f"rope_scaling of type {shown(scaling)}: is not implemented; a model without it would work")
+    part = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor"))
+    if part is not None and part != 1:
+        problems.append(f"partial_rotary_factor={shown(part)}: is not implemented; a model without it would work")
+    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    if not _is_positive(theta):
+        problems.append(f"rope_theta={shown(theta)}: must be a number above 0; rope_theta=10000.0 is usual")
+    return float(theta) if _is_positive(theta) else 0.0, problems
+
+
+def _and_others(places: list[Place]) -> str:
+    return f"{places[0].key} is" if len(places) == 1 else f"{places[0].key} and {len(places) - 1} others are"
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**24
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e38
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from model.config import ModelConfig
 from model.transformer import full_shapes, layer_builders
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+EMBEDDING, HEAD = "embedding.tokens.weight", "head.proj.weight"
+FEW = 12
+"""Lines of one kind of problem that are said one by one."""
 
 
 class Weights(Protocol):
@@ -44,19 +48,27 @@ class StoredWeights:
         folder: where the files are.
         tensors: per full name its ``shape`` and its ``pieces``: ``offset`` and ``shape`` in the whole, ``file``, and
             ``key`` in that file.
+        notes: what of the folder is not taken as it lies there, a sentence each.
     """
 
     config: ModelConfig
     folder: Path
     tensors: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: one tensor on disk is both."""
+        embedding, head = self.tensors.get(EMBEDDING), self.tensors.get(HEAD)
+        return embedding is not None and head is not None and embedding["pieces"] == head["pieces"]
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole parameter, put together from its pieces."""
+        """A whole parameter, put together from its pieces; what is stored in fp64 comes in fp32."""
         entry = self.tensors[name]
         whole: torch.Tensor | None = None
         for piece in entry["pieces"]:
             with safe_open(self.folder / piece["file"], framework="pt") as file:
-                part = file.get_tensor(piece["key"])
+                part = _at_most_fp32(file.get_tensor(piece["key"]))
             if part.shape == torch.Size(entry["shape"]):
                 return part
             whole = part.new_empty(entry["shape"]) if whole is None else whole
@@ -66,6 +78,42 @@ class StoredWeights:
             place.copy_(part)
         assert whole is not None
         return whole
+
+
+def stored_dtype(weights: StoredWeights) -> torch.dtype:
+    """The narrowest dtype that holds every stored weight as it is, of those that are written."""
+    found = {_at_most_fp32(part).dtype for _, _, part in _parts(weights, rows=0)}
+    return reduce(torch.promote_types, found)
+
+
+def not_finite(weights: StoredWeights) -> list[str]:
+    """Name every stored tensor with a NaN or an infinity in it, a sentence each; all of them are read."""
+    lines = []
+    for file, key, part in _parts(weights):
+        least, most = torch.aminmax(_at_most_fp32(part))  # a NaN anywhere makes both NaN
+        if not (least.isfinite() and most.isfinite()):
+            kind = "NaN" if most.isnan() else "infinite values"
+            lines.append(f"{weights.folder / file}: {key} holds {kind}; weights that are all finite would work")
+    return few(lines)
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """The first lines of a kind, and how many more there are."""
+    rest = len(lines) - FEW
+    return [*lines] if rest <= 1 else [*lines[:FEW], f"and {rest} more like the last"]
+
+
+def _parts(weights: StoredWeights, rows: int | None = None) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Each stored piece once, with its file and key; only so many rows of it where `rows` is given."""
+    places = {(piece["file"], piece["key"]) for entry in weights.tensors.values() for piece in entry["pieces"]}
+    for name, group in groupby(sorted(places), key=lambda place: place[0]):
+        with safe_open(weights.folder / name, framework="pt") as file:
+            for _, key in group:
+                yield name, key, file.get_slice(key)[:rows]
+
+
+def _at_most_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def problems(config: Config, source: Source | None) -> list[str]:
         if alpha is not None:
             found.append(f"uptrain.alpha={alpha}: there are no weights to train on; init_from=PATH would give some")
         return found
+    if source.tokenizer is None and config.data.tokenizer is None:
+        found.append(
+            f"init_from={config.init_from}: has no tokenizer.json, and a vocabulary made of the corpus would number "
+            "its tokens in another way; data.tokenizer=PATH of the one that the weights were trained with would work"
+        )
     now, there = to_jsonable(asdict(config.model)), to_jsonable(asdict(source.weights.config))
     hint = "; deepnarrow regroup makes weights that have"
     found += [

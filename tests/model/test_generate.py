@@ -8,11 +8,13 @@ from model.cache import KVCache
 from model.generate import Decoder, Sampling, complete, drawing, generate
 from model.init import initialise
 from model.kernels import cached_attention, reference
+from model.problems import BadInput
 from model.transformer import Transformer, layer_builders
 from tests.model.test_huggingface import SHAPES, Drawn, written
 from tests.shapes import small
 
 GREEDY = Sampling(temperature=0)
+DRAWS = [GREEDY, Sampling(), Sampling(top_k=2), Sampling(top_p=0.5)]
 LENGTHS = [3, 11, 7, 1]
 
 
@@ -149,3 +151,13 @@ def test_a_seed_decides_the_draws():
 def test_impossible_sampling_is_said(sampling, said):
     (problem,) = sampling.problems()
     assert problem.startswith(said)
+
+
+@pytest.mark.parametrize("sampling", DRAWS, ids=["greedy", "all", "top k", "top p"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_of_logits_that_are_not_finite_no_token_is_drawn(number, sampling):
+    logits = torch.zeros(2, 5)
+    drawing(sampling)(logits)
+    logits[1, 3] = number
+    with pytest.raises(BadInput, match="logits that are not finite"):
+        drawing(sampling)(logits)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.problems import BadInput
+from train import strict_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -69,7 +70,7 @@ class Damaged(Exception):
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, durable when this returns."""
-    body = asdict(manifest)
+    body = json.loads(strict_json.dumps(asdict(manifest)))
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {"sha256": _digest(body), **body}.items()]
     with open(folder / MANIFEST, "w", encoding="utf-8") as file:
         file.write("{\n" + ",\n".join(lines) + "\n}\n")
@@ -94,12 +95,18 @@ def read(folder: Path) -> Manifest:
                 [f"{folder}: written in format {body['format']}, and {reads}; the version that wrote it would"]
             )
         manifest = Manifest(**body)
+        pieces = [piece["file"] for entry in manifest.tensors.values() for piece in entry["pieces"]]
+        outside = [name for name in (*manifest.files, *pieces) if not _inside(folder, name)]
+        listed = {name for name, entry in manifest.files.items() if {"bytes", "sha256"} <= entry.keys()}
+        unlisted = [name for name in (*manifest.files, *pieces) if name not in listed]
     except OSError as error:
         raise Damaged(f"{MANIFEST}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Damaged(f"{MANIFEST} is no manifest") from None
-    if not all(Path(name).name == name for name in manifest.files):
-        raise Damaged(f"{MANIFEST} names files outside its folder")
+    if outside:
+        raise Damaged(f"{MANIFEST} names files outside its folder: {outside[0]}")
+    if unlisted:
+        raise Damaged(f"{MANIFEST} names {unlisted[0]} without its size and checksum")
     return manifest
 
 
@@ -128,6 +135,13 @@ def checksum(path: Path) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether a name is of a file right in the folder, no link out of it among them."""
+    if Path(name).name != name or name == "..":
+        return False
+    return (folder / name).resolve().parent == folder.resolve()
 
 
 def _digest(body: dict[str, Any]) -> str:
