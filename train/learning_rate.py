@@ -30,6 +30,30 @@ def length_of(config: Config) -> Length:
     return Length(tokens_per_step, schedule_steps, steps)
 
 
+def warnings(config: Config, num_sequences: int) -> list[str]:
+    """Warn of a length that may not be what was meant, in one sentence each.
+
+    Args:
+        config: of the run.
+        num_sequences: that the corpus has to train on.
+    """
+    train, warmup, steps = config.train, config.schedule.warmup_steps, length_of(config).steps
+    key = f"train.max_steps={steps}" if train.max_steps == steps else f"train.total_tokens={train.total_tokens:g}"
+    samples, found = steps * train.global_batch, []
+    if samples - num_sequences >= train.global_batch or train.global_batch > num_sequences:
+        found.append(
+            f"{key}: {samples / num_sequences:.1f} epochs, since {steps:,} steps of train.global_batch="
+            f"{train.global_batch} take {samples:,} sequences and the corpus has {num_sequences:,} of train.seq_len="
+            f"{train.seq_len}; a larger corpus or a shorter run repeats less"
+        )
+    if warmup > steps:
+        found.append(
+            f"schedule.warmup_steps={warmup}: longer than the run ({key}), whose {steps:,} steps end at "
+            f"{steps / warmup:.1%} of optimizer.lr={config.optimizer.lr:g}; {steps} or fewer would reach it"
+        )
+    return found
+
+
 def rate_share(step: int, num_steps: int, settings: ScheduleConfig) -> float:
     """Compute the share of the peak learning rate that step number `step` (from 1 to `num_steps`) uses.
 

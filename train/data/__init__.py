@@ -1,1 +1,1 @@
-"""From a corpus to micro-batches: documents, tokens, memory-mapped sequences, sample order."""
+"""From a corpus to micro-batches: documents, tokens, sequences read from disk, sample order."""

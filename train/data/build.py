@@ -12,13 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from conf.train_settings import DataConfig, Source
+from model.problems import BadInput
 from train.data.corpus import documents, list_files
 from train.data.packing import TokenWriter
 from train.data.tally import Tally
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from train.data.tokenizer import Encoder
 
 SPLITS = ("train", "val")
 
@@ -43,7 +47,8 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
     Encoding needs a hundred bytes for each byte of text, so a long document cannot be encoded whole. Pieces end after
     a newline that no space follows, else before a single space between words: both are boundaries to our tokenizer
-    and to the usual ones. Only where the second half of a piece has neither is it cut anywhere.
+    and to the usual ones. Only where the second half of a piece has neither is it cut anywhere. `Encoder` sees to it
+    that a tokenizer takes no piece for the beginning of a document.
     """
     start = 0
     while len(text) - start > limit:
@@ -70,9 +75,12 @@ def sample_texts(data: DataConfig, progress: bool) -> Iterator[str]:
 
     Of local files, the pieces of documents with the smallest hashes: spread evenly over the corpus, and the same
     whatever the order of documents. Of a hub dataset, which may be of any length, its beginning.
+
+    Raises:
+        BadInput: more of it is unusable than `data.max_bad` allows.
     """
-    budget = data.tokenizer_sample_mb * 10**6
-    texts = _with_bar(data, Tally(), "sampling", progress)
+    budget, tally = data.tokenizer_sample_mb * 10**6, Tally()
+    texts = _with_bar(data, tally, "sampling", progress)
     if data.source is Source.hub:
         total = 0
         for text in texts:
@@ -94,6 +102,8 @@ def sample_texts(data: DataConfig, progress: bool) -> Iterator[str]:
             held += size
             while held > budget and len(heap) > 1:
                 held -= heapq.heappop(heap)[2]
+    if problems := tally.problems(data.max_bad):  # known here, before hours of tokenising
+        raise BadInput(problems)
     for _, _, _, piece in sorted(heap, reverse=True):
         yield piece
 
@@ -108,7 +118,7 @@ class _Extreme:
 
 
 def tokenise(
-    data: DataConfig, tokenizer: "Tokenizer", eos_id: int, dtype: str, folder: Path, progress: bool
+    data: DataConfig, encoder: "Encoder", eos_id: int, dtype: str, folder: Path, progress: bool
 ) -> tuple[dict[str, int], Tally]:
     """Write `train.bin` and `val.bin`, each document followed by `eos_id`.
 
@@ -128,7 +138,7 @@ def tokenise(
     ):
         writers = {"train": train, "val": val}
         start = 0
-        for split, key, first, last, ids in _encoded(data, tokenizer, threshold, tally, progress, writers):
+        for split, key, first, last, ids in _encoded(data, encoder, threshold, tally, progress, writers):
             writer = writers[split]
             start = writer.num_tokens if first else start
             writer.write(ids, end=last)
@@ -154,35 +164,37 @@ def tokenise(
 
 def _encoded(
     data: DataConfig,
-    tokenizer: "Tokenizer",
+    encoder: "Encoder",
     threshold: int,
     tally: Tally,
     progress: bool,
     writers: dict[str, TokenWriter],
-) -> Iterator[tuple[str, int, bool, bool, list[int]]]:
+) -> Iterator[tuple[str, int, bool, bool, NDArray[np.int64]]]:
     """Encode the corpus's pieces in order: split, document hash, whether first and last of its document, token ids."""
-    batch: list[tuple[str, int, bool, bool, str]] = []
+    batch: list[tuple[str, int, bool, bool]] = []
+    pieces: list[tuple[str, str]] = []
     chars = 0
 
-    def flush() -> Iterator[tuple[str, int, bool, bool, list[int]]]:
-        encodings = tokenizer.encode_batch_fast([entry[4] for entry in batch], add_special_tokens=False)
-        for (split, key, first, last, _), encoding in zip(batch, encodings, strict=True):
-            yield split, key, first, last, encoding.ids
+    def flush() -> Iterator[tuple[str, int, bool, bool, NDArray[np.int64]]]:
+        for entry, ids in zip(batch, encoder.encode_batch(pieces), strict=True):
+            yield *entry, ids
         batch.clear()
+        pieces.clear()
 
     with _threads():
         for text in _with_bar(data, tally, "tokenising", progress, writers):
             key = document_hash(text, "split")
             split = "val" if key < threshold else "train"
-            first = True
+            before = ""
             for piece in cut(text, _PIECE_CHARS):
                 chars += len(piece)
                 if chars >= _BATCH_CHARS:
                     yield from flush()
                     chars = len(piece)
-                batch.append((split, key, first, False, piece))
-                first = False
-            batch[-1] = (*batch[-1][:3], True, batch[-1][4])
+                batch.append((split, key, not before, False))
+                pieces.append((before, piece))
+                before = piece
+            batch[-1] = (*batch[-1][:3], True)
         yield from flush()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from conf.train_settings import DataConfig, Source
 from model.problems import BadInput
+from train.data.columns import check_columns, saved_dataset, saved_splits
 from train.data.readers import read_file, usable
 from train.data.tally import Tally
 from train.data.tokenizer import MIN_VOCAB, too_small
@@ -43,6 +44,9 @@ def check(data: DataConfig) -> list[str]:
     size = data.tokenizer_vocab_size
     if data.tokenizer is None and size is not None and size < MIN_VOCAB:
         problems.append(too_small("data.tokenizer_vocab_size", size))
+    if not 0 <= data.max_bad <= 1:
+        problems.append(f"data.max_bad={data.max_bad}: not a share of the records; a number from 0 to 1 would work, "
+                        "such as 0.05")  # fmt: skip
     if data.document_separator == "":
         problems.append(
             "data.document_separator='': nothing to cut at; null (each file one document) or a string that stands "
@@ -64,9 +68,21 @@ def _check_source(data: DataConfig) -> list[str]:
     if data.source is Source.hub and not data.name:
         problems.append("data.name=null: data.source=hub needs one; a dataset's hub name such as "
                         "HuggingFaceFW/fineweb-edu would work")  # fmt: skip
+    if data.source is Source.hub and data.name:
+        problems += _check_saved(Path(data.name).expanduser(), f"data.name={data.name}")
     if data.source is Source.files:
         problems += _check_path(data)
     return problems
+
+
+def _check_saved(path: Path, said: str) -> list[str]:
+    """Whether a folder is what `save_to_disk` has written, which the hub's loader does not read."""
+    splits = saved_splits(path)
+    saved = path / splits[0] if splits else path
+    if saved_dataset(saved) is None:
+        return []
+    return [f"{said}: a folder that datasets' save_to_disk has written, and no dataset of the hub; data=files "
+            f"data.path={saved} would work"]  # fmt: skip
 
 
 def _check_path(data: DataConfig) -> list[str]:
@@ -76,6 +92,9 @@ def _check_path(data: DataConfig) -> list[str]:
     path = Path(data.path).expanduser()
     if not path.exists() and not glob.has_magic(data.path):
         return [f"{said}: no such file or folder; {_near(path)}"]
+    if len(splits := saved_splits(path)) > 1:
+        works = " or ".join(f"data.path={path / split}" for split in splits[:_MAX_NAMED])
+        return [f"{said}: a dataset of {len(splits)} splits, written by save_to_disk; {works} would work"]
     files = list_files(data)
     if not files:
         what = "the folder holds no file" if path.is_dir() else "the pattern matches no file"
@@ -165,6 +184,11 @@ def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
             continue
         seen.add(real)
         below[:] = sorted(b for b in below if b not in without and not b.startswith("."))
+        if (saved := saved_dataset(Path(folder))) is not None:  # what else is there describes these, or is a cache
+            yield from (file for file in saved if file.is_file())
+            continue
+        if saved_splits(Path(folder)):
+            continue
         for name in names:
             if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
                 yield Path(folder, name)
@@ -200,7 +224,7 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
         tally: counts what is read and skipped; `tally.documents` is how many were handed on.
 
     Raises:
-        BadInput: the hub dataset cannot be opened, or rows have no such column as `data.text_field`.
+        BadInput: the hub dataset cannot be opened, or tables have no such column of text as `data.text_field`.
     """
     from datasets import Features, IterableDataset, Value
 
@@ -211,6 +235,10 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
     separator = data.document_separator if data.source is Source.files else None
     separator = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
 
+    files = list_files(data)
+    if problems := check_columns(files, data.text_field):
+        raise BadInput(problems)
+
     # datasets' own JSON and text readers end at the first bad line, hence a generator. The tally is reached through
     # the closure and not gen_kwargs, which are hashed and may be copied.
     def rows(files: list[tuple[str, Path]]) -> Iterator[dict[str, str]]:
@@ -219,7 +247,7 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
                 yield {"text": text}
 
     stream = IterableDataset.from_generator(
-        rows, features=Features({"text": Value("large_string")}), gen_kwargs={"files": list_files(data)}
+        rows, features=Features({"text": Value("large_string")}), gen_kwargs={"files": files}
     )
     for row in stream:
         yield row["text"]

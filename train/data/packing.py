@@ -1,6 +1,7 @@
 """Token ids on disk: one flat file per split, read as overlapping sequences of any length."""
 
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -61,8 +62,12 @@ class TokenWriter:
         self.close()
 
 
+class ChangedTokens(RuntimeError):
+    """Prepared tokens were changed while a run read them."""
+
+
 class PackedSequences:
-    """A token file as sequences of `seq_len` predictions, memory-mapped.
+    """A token file as sequences of `seq_len` predictions, of which only those that are asked for are read.
 
     Sequence i covers the tokens from i * seq_len to (i + 1) * seq_len, both included: neighbours share one token, so
     every token but the first is predicted exactly once, and the file suits every `seq_len`. Tokens after the last
@@ -72,19 +77,21 @@ class PackedSequences:
         path: a file of `TokenWriter`.
         dtype: its type.
         seq_len: predictions per sequence, at least 1.
+        vocab_size: token ids are below it; None takes any.
 
     Raises:
         ValueError: `seq_len` is below 1.
     """
 
-    def __init__(self, path: str | Path, dtype: str, seq_len: int):
+    def __init__(self, path: str | Path, dtype: str, seq_len: int, vocab_size: int | None = None):
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len}: a sequence predicts at least one token")
         self.seq_len = seq_len
-        # An empty file cannot be mapped.
-        empty = os.path.getsize(path) == 0
-        self._tokens = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-        self.num_tokens = len(self._tokens)
+        self._path, self._dtype, self._vocab_size = path, np.dtype(dtype), vocab_size
+        # Not memory-mapped: a process that touches a page beyond the end of a file cut short dies without a word.
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self.num_tokens = os.fstat(self._file).st_size // self._dtype.itemsize
         """Tokens in the file."""
 
     def __len__(self) -> int:
@@ -95,8 +102,32 @@ class PackedSequences:
 
         Raises:
             IndexError: not from 0 to len - 1.
+            ChangedTokens: the file has been cut short since it was opened, cannot be read any more, or holds ids
+                beyond the vocabulary.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         start = int(index) * self.seq_len
-        return self._tokens[start : start + self.seq_len + 1].astype(np.int64)
+        tokens = np.frombuffer(self._read(start, self.seq_len + 1), self._dtype).astype(np.int64)
+        if self._vocab_size is not None and (largest := int(tokens.max())) >= self._vocab_size:
+            raise self.changed(f"holds token {largest} in sequence {index}, beyond the tokenizer's {self._vocab_size}")
+        return tokens
+
+    def _read(self, start: int, count: int) -> bytes:
+        item = self._dtype.itemsize
+        offset, end = start * item, (start + count) * item
+        read = b""
+        try:
+            while offset + len(read) < end:  # a single read may be cut short by a signal, or by a network disk
+                if not (block := os.pread(self._file, end - offset - len(read), offset + len(read))):
+                    left = os.fstat(self._file).st_size // item
+                    raise self.changed(f"ends after {left:,} of {self.num_tokens:,} tokens")
+                read = read + block if read else block
+        except OSError as error:
+            raise self.changed(f"cannot be read any more ({error})") from error
+        return read
+
+    def changed(self, what: str) -> ChangedTokens:
+        """Make the error for a file that is not what it was, in which way."""
+        works = "the same command prepares the tokens again and goes on from the last save"
+        return ChangedTokens(f"{self._path}: {what}: the file was changed under the run; {works}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from train.data.packing import PackedSequences
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the files of a prepared corpus change in meaning."""
 
 
@@ -59,10 +60,16 @@ class PreparedData:
         return tokenizers_.load_tokenizer(self.tokenizer_path)
 
     def _sequences(self, split: str, seq_len: int) -> PackedSequences:
-        return PackedSequences(self.folder / f"{split}.bin", self.dtype, seq_len)
+        sequences = PackedSequences(self.folder / f"{split}.bin", self.dtype, seq_len, vocab_size=self.tokenizer_size)
+        expected = self.num_train_tokens if split == "train" else self.num_val_tokens
+        if sequences.num_tokens != expected:
+            raise sequences.changed(f"has {sequences.num_tokens:,} of {expected:,} tokens")
+        return sequences
 
 
-def prepare(data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool = True) -> PreparedData:
+def prepare(
+    data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool = True, verify: bool = False
+) -> PreparedData:
     """Tokenise a corpus, or find it tokenised under `data.cache_dir`.
 
     Every rank may call it at once: one works and the others wait. As any of them may be the one, `progress` should be
@@ -73,10 +80,13 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool =
         vocab_size: rows of the model's embedding, padding included.
         seq_len: predictions per sequence; only checked against, the cache suits every length.
         progress: show progress bars on stderr.
+        verify: read all of what is prepared already and compare it with its checksums; else that is done where files
+            are small or have been touched since.
 
     Raises:
-        BadInput: with all problems found: wrong settings, a corpus or tokenizer that cannot be used, a tokenizer
-            larger than `vocab_size`, too few tokens for one sequence of a split.
+        BadInput: with all problems found: wrong settings, a corpus or tokenizer that cannot be used or has more that
+            cannot be used than `data.max_bad`, a tokenizer larger than `vocab_size`, too few tokens for one sequence of
+            a split.
     """
     problems = corpus.check(data) + _check_sizes(data, vocab_size, seq_len)
     if problems:
@@ -92,7 +102,8 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool =
     with _writable(data, "be made"):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with _writable(data, "be written", _FULL_OR_FORBIDDEN):
-        meta = cache.cached(folder, lambda temporary: _build(data, vocab_size, temporary, description, progress))
+        build = partial(_build, data, vocab_size, description, progress)
+        meta = cache.cached(folder, build, verify=verify)
     prepared = PreparedData(
         folder=folder,
         fingerprint=fingerprint,
@@ -104,14 +115,15 @@ def prepare(data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool =
         num_val_tokens=meta["tokens"]["val"],
         tally=meta["tally"],
     )
-    problems = _check_vocab(data, prepared.tokenizer_size, vocab_size) + _check_lengths(data, prepared, seq_len)
+    problems = corpus.Tally(**prepared.tally).problems(data.max_bad)
+    problems += _check_vocab(data, prepared.tokenizer_size, vocab_size) + _check_lengths(data, prepared, seq_len)
     if problems:
         raise BadInput(problems)
     return prepared
 
 
 def _build(
-    data: DataConfig, vocab_size: int, folder: Path, description: dict[str, Any], progress: bool
+    data: DataConfig, vocab_size: int, description: dict[str, Any], progress: bool, folder: Path
 ) -> dict[str, Any]:
     from train.data import build
 
@@ -119,13 +131,15 @@ def _build(
         texts = build.sample_texts(data, progress)
         tokenizer = tokenizers_.train_tokenizer(texts, _trained_size(data, vocab_size), progress=progress)
         tokenizer.save(str(folder / "tokenizer.json"))
-        eos = tokenizers_.eos_id(tokenizer)
+        eos, encoder = tokenizers_.eos_id(tokenizer), tokenizers_.Encoder(tokenizer)
     else:
         file = tokenizers_.tokenizer_file(data.tokenizer)
         tokenizer = tokenizers_.load_tokenizer(data.tokenizer)
         problems = _check_vocab(data, tokenizers_.size(tokenizer), vocab_size)
         try:
             eos = tokenizers_.eos_id(tokenizer, data.tokenizer)
+            encoder = tokenizers_.Encoder(tokenizer, f"data.tokenizer={data.tokenizer}")
+            problems += encoder.problems(eos)
         except BadInput as error:
             problems += error.problems
         if problems:  # known here, before hours of tokenising
@@ -135,10 +149,13 @@ def _build(
             shutil.copyfile(config, folder / config.name)
     size = tokenizers_.size(tokenizer)
     dtype = "uint16" if size <= 1 << 16 else "uint32"
-    tokens, tally = build.tokenise(data, tokenizer, eos, dtype, folder, progress)
+    tokens, tally = build.tokenise(data, encoder, eos, dtype, folder, progress)
     print(f"corpus: {tally.summary()}; {sum(tokens.values()):,} tokens", file=sys.stderr)
     if not tally.documents:
         raise BadInput([_no_documents(data, tally)])
+    if corpus.fingerprint_inputs(data) != description["corpus"]:
+        raise BadInput([f"data.path={data.path}: files of the corpus have changed while it was prepared; the same "
+                        "command would work once nobody writes to them"])  # fmt: skip
     return {
         "dtype": dtype,
         "eos_id": eos,
@@ -231,7 +248,9 @@ def _rounded(size: int) -> int:
 def _no_documents(data: DataConfig, tally: corpus.Tally) -> str:
     key = "name" if data.source is Source.hub else "path" if data.source is Source.files else "source"
     value = data.source.value if key == "source" else getattr(data, key)
-    hint = f", with the text in data.text_field={data.text_field}," if tally.no_text else ""
+    hint = ", a JSON object on each line," if tally.bad_json else ""
+    hint += f", with the text in data.text_field={data.text_field}," if tally.no_text else ""
+    hint = hint.replace(",,", ",")
     return f"data.{key}={value}: no usable document ({tally.summary()}); UTF-8 text{hint} would work"
 
 

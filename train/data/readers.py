@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from model.problems import BadInput
+from train.data.columns import kind_of_table, table_documents
 from train.data.tally import Tally
 
 _READ = 1 << 20
 # Decompressors lose the output of the call that fails, so they are fed little at a time.
 _FEED = 1 << 10
 _COMPRESSED = (".gz", ".zst")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# Integers as floats: Python refuses to read one of 5,000 digits, in whatever field.
+_JSON = json.JSONDecoder(parse_int=float)
+_BETWEEN = " \t\r\n\ufeff"
 
 
 class Damaged(Exception):
@@ -21,18 +25,13 @@ class Damaged(Exception):
 
 
 def kind_of(name: str) -> str:
-    """Tell from its name how a file is read: `json` (a document per line), `parquet` (per row) or `text`."""
+    """Tell from its name how a file is read: `json` (a document per line), `table` (per row) or `text`."""
     lower = name.lower()
     for ending in _COMPRESSED:
         lower = lower.removesuffix(ending)
-    if lower.endswith((".jsonl", ".json")):
+    if lower.endswith((".jsonl", ".json", ".ndjson", ".jsonlines")):
         return "json"
-    return "parquet" if lower.endswith(".parquet") else "text"
-
-
-def is_compressed(name: str) -> bool:
-    """Tell whether the bytes on disk are fewer than the text in the file (.gz, .zst, .parquet)."""
-    return name.lower().endswith((*_COMPRESSED, ".parquet"))
+    return "table" if kind_of_table(lower) else "text"
 
 
 def read_file(path: Path, name: str, text_field: str, separator: str | None, tally: Tally) -> Iterator[str]:
@@ -41,21 +40,21 @@ def read_file(path: Path, name: str, text_field: str, separator: str | None, tal
     Args:
         path: the file.
         name: what to call it in `tally.places`.
-        text_field: the field or column with the text, for JSONL and Parquet.
+        text_field: the field or column with the text, for JSONL and tables; `check_columns` has found it there.
         separator: where to cut plain text into documents; None keeps the file whole.
         tally: counts what is read and skipped.
-
-    Raises:
-        BadInput: a Parquet file has no column `text_field`; all of it would be lost.
     """
     kind = kind_of(name)
     before, size = tally.bytes_read, path.stat().st_size if path.exists() else 0
     if kind == "json":
         yield from _json_documents(path, name, text_field, tally)
-    elif kind == "parquet":
-        yield from _parquet_documents(path, name, text_field, tally)
+    elif kind == "table":
+        for value, place in table_documents(path, name, text_field, tally):
+            if usable(value, place, tally):
+                yield value
     else:
         yield from _text_documents(path, name, separator, tally)
+    tally.bytes_lost += before + size - tally.bytes_read
     tally.bytes_read = before + size
 
 
@@ -82,22 +81,40 @@ def _has_utf8(text: str) -> bool:
 
 
 def _json_documents(path: Path, name: str, text_field: str, tally: Tally) -> Iterator[str]:
+    found, damaged = False, tally.unreadable
     for number, raw, whole in _records(path, name, b"\n", tally):
         place = f"{name}:{number}"
         # The last line of a damaged file is half a line: the damage is counted already. Blank lines are no documents.
         if not whole or not raw.strip():
             continue
+        found = True
+        # What is no UTF-8 in another field harms nobody; in the text it leaves half a surrogate pair, which is found.
+        line = raw.decode("utf-8", "surrogateescape")
         try:
-            row = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError:
-            tally.skip("bad_utf8", place)
-            continue
+            rows = _json_values(line)
         except (ValueError, RecursionError):
-            tally.skip("bad_json", place)
+            tally.skip("bad_json" if _has_utf8(line) else "bad_utf8", place)
             continue
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if usable(text, place, tally):
-            yield text
+        for row in rows:
+            text = row.get(text_field) if isinstance(row, dict) else None
+            if usable(text, place, tally):
+                yield text
+    if not found and tally.unreadable == damaged:
+        tally.skip("no_rows", name)
+
+
+def _json_values(line: str) -> list[Any]:
+    """The values of a line: one, but where files without a last newline were joined.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    values, rest = [], line.strip(_BETWEEN)
+    while rest:
+        value, end = _JSON.raw_decode(rest)
+        values.append(value)
+        rest = rest[end:].lstrip(_BETWEEN)
+    return values
 
 
 def _text_documents(path: Path, name: str, separator: str | None, tally: Tally) -> Iterator[str]:
@@ -117,60 +134,15 @@ def _text_documents(path: Path, name: str, separator: str | None, tally: Tally) 
             yield text
 
 
-def _parquet_documents(path: Path, name: str, text_field: str, tally: Tally) -> Iterator[str]:
-    import glob
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import load_dataset
-
-    try:
-        columns = pq.read_schema(path).names
-    except (OSError, pa.ArrowException):
-        tally.skip("unreadable", name)
-        return
-    if text_field not in columns:
-        raise BadInput(
-            [f"data.text_field={text_field}: {path} has no such column; one of its columns would work: "
-             f"{', '.join(columns)}"]
-        )  # fmt: skip
-    row = 0
-    try:
-        # File by file, so that a damaged one does not end the stream. As Arrow tables, because Arrow hands out a
-        # string column without checking it: as bytes, one bad row costs itself and not its batch.
-        rows = load_dataset(
-            "parquet", data_files=[glob.escape(str(path))], split="train", streaming=True, columns=[text_field]
-        )
-        for table in rows.with_format("arrow").iter(batch_size=256):
-            column = table.column(text_field)
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                column = column.cast(pa.large_binary())
-            for scalar in column:
-                row += 1
-                value = scalar.as_py()
-                if isinstance(value, bytes):
-                    try:
-                        value = value.decode("utf-8")
-                    except UnicodeDecodeError:
-                        tally.skip("bad_utf8", f"{name}:{row}")
-                        continue
-                if usable(value, f"{name}:{row}", tally):
-                    yield value
-    except (OSError, pa.ArrowException):
-        tally.skip("unreadable", f"{name}:{row + 1}")
-
-
 def _records(path: Path, name: str, separator: bytes | None, tally: Tally) -> Iterator[tuple[int, bytes, bool]]:
     """Cut a file at `separator`: (number from 1, bytes without the separator, whether it is whole)."""
     held, start, scanned, number = bytearray(), 0, 0, 1
     whole = True
     try:
         for block in _blocks(path, tally):
-            if number == 1 and not held:
-                block = block.removeprefix(codecs.BOM_UTF8)
             held += block
             while separator and (at := held.find(separator, scanned)) >= 0:
-                yield number, bytes(held[start:at]), True
+                yield number, _without_bom(held[start:at]), True
                 number += 1
                 start = scanned = at + len(separator)
             if separator:
@@ -182,9 +154,14 @@ def _records(path: Path, name: str, separator: bytes | None, tally: Tally) -> It
         whole = False
     # Blank space after the last separator, or before the damage, is no document; a blank file is an empty one.
     if (held and not held.isspace()) or (whole and number == 1):
-        last = bytes(held)
+        last = _without_bom(held)
         held.clear()  # the record may be a file of gigabytes
         yield number, last, whole
+
+
+def _without_bom(record: bytearray) -> bytes:
+    """A record without the mark that stands where a file begins, and so within files that were joined."""
+    return bytes(record.removeprefix(codecs.BOM_UTF8))
 
 
 def _blocks(path: Path, tally: Tally) -> Iterator[bytes]:
@@ -196,8 +173,12 @@ def _blocks(path: Path, tally: Tally) -> Iterator[bytes]:
     name = path.name.lower()
     try:
         with open(path, "rb") as file:
-            if name.endswith(_COMPRESSED):
-                yield from _decompress(file, name.endswith(".zst"), tally)
+            begins = file.read(len(_ZSTD))
+            file.seek(0)
+            # By what is in it as well: no text begins so, and not everybody who compresses renames.
+            zstd = begins == _ZSTD or name.endswith(".zst")
+            if zstd or begins[: len(_GZIP)] == _GZIP or name.endswith(_COMPRESSED):
+                yield from _decompress(file, zstd, tally)
                 return
             while block := file.read(_READ):
                 tally.bytes_read += len(block)

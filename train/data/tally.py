@@ -1,5 +1,6 @@
 """Counts of what was read and of what had to be skipped."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,12 +12,13 @@ _WORDS = {
     "bad_json": "not JSON",
     "no_text": "without text",
     "unreadable": "damaged files",
+    "no_rows": "files without a row",
 }
 
 
 @dataclass
 class Tally:
-    """What one pass over a corpus met. All counts are of documents, but for `unreadable`, which counts files."""
+    """What one pass over a corpus met. All counts are of documents; `unreadable` and `no_rows` count files."""
 
     documents: int = 0
     """Usable documents handed on."""
@@ -30,6 +32,10 @@ class Tally:
     """JSONL lines and rows whose text field is missing or is no string."""
     unreadable: int = 0
     """Files that could not be read, or not to their end; what could be read of them is among `documents`."""
+    no_rows: int = 0
+    """JSONL files and tables that hold nothing."""
+    bytes_lost: int = 0
+    """Bytes of input files after the place where they could not be read on."""
     bytes_read: int = 0
     """Bytes of input files read so far, compressed ones as they lie on disk; 0 for the hub. For progress only."""
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -39,13 +45,28 @@ class Tally:
         """Count one skipped document or damaged file.
 
         Args:
-            kind: the name of a count: empty, bad_utf8, bad_json, no_text or unreadable.
+            kind: the name of a count: empty, bad_utf8, bad_json, no_text, unreadable or no_rows.
             place: where it is.
         """
         setattr(self, kind, getattr(self, kind) + 1)
         places = self.places.setdefault(kind, [])
         if len(places) < _MAX_PLACES:
             places.append(place)
+
+    def problems(self, max_bad: float) -> list[str]:
+        """Whether more cannot be used than a share of the records, or of the files' bytes: a sentence, or none.
+
+        Empty documents do not count: there is nothing in them to lose. Where nothing at all can be used, there is more
+        to say than this.
+        """
+        unusable = self.bad_utf8 + self.bad_json + self.no_text
+        records = unusable + self.documents + self.empty
+        share = max(unusable / max(records, 1), self.bytes_lost / max(self.bytes_read, 1))
+        if share <= max_bad or not self.documents:
+            return []
+        said = f"data.max_bad={max_bad}: {share:.2%} of the corpus cannot be used ({self.summary()})"
+        higher = math.ceil(share * 100) / 100
+        return [f"{said}; a corpus without these, or data.max_bad={higher} to train on the rest, would work"]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts and places, JSON-able."""

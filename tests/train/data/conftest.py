@@ -2,23 +2,20 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from conf.train_settings import DataConfig, Source
+from conf.train_settings import DataConfig
+from tests.train.data.helpers import local
 from train.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture
 def files_config(tmp_path: Path) -> Callable[..., DataConfig]:
     """Settings for a local corpus, cached in a folder of the test."""
-
-    def make(path: Path | str, **changes) -> DataConfig:
-        settings = {"cache_dir": str(tmp_path / "cache"), "tokenizer_sample_mb": 1, "val_fraction": 0.2, **changes}
-        return DataConfig(source=Source.files, path=str(path), **settings)
-
-    return make
+    return partial(local, tmp_path)
 
 
 @pytest.fixture

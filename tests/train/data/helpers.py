@@ -6,11 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conf.train_settings import DataConfig
+from conf.train_settings import DataConfig, Source
 from model.problems import BadInput
 from train.data.prepare import prepare
 
 VOCAB = 320
+
+
+def local(tmp_path: Path, path: Path | str, **changes) -> DataConfig:
+    """Settings for a local corpus, cached in a folder of the test."""
+    settings = {"cache_dir": str(tmp_path / "cache"), "tokenizer_sample_mb": 1, "val_fraction": 0.2, **changes}
+    return DataConfig(source=Source.files, path=str(path), **settings)
 
 
 def ready(data: DataConfig, vocab_size: int = VOCAB, seq_len: int = 8):
