@@ -13,7 +13,7 @@ class Source(Enum):
     stdlib = "stdlib"
     """The source files of the running interpreter's standard library: text that every machine has."""
     files = "files"
-    """Local text, JSONL (also .gz or .zst) or Parquet."""
+    """Local text, JSONL (also .gz or .zst), Parquet or Arrow."""
     hub = "hub"
     """A dataset by its hub name."""
 
@@ -25,8 +25,9 @@ class DataConfig:
     source: Source = Source.stdlib
     """stdlib, files or hub."""
     path: str | None = None
-    """files: a file, a folder (searched recursively) or a glob. .jsonl/.json(.gz/.zst) hold a document per line,
-    .parquet one per row; every other file is one document of plain text (.gz and .zst too)."""
+    """files: a file, a folder (searched recursively) or a glob. .jsonl/.ndjson/.jsonlines/.json(.gz/.zst) hold a
+    document per line, .parquet and .arrow one per row (a folder of datasets' save_to_disk is read as such); every
+    other file is one document of plain text (.gz and .zst too)."""
     name: str | None = None
     """hub: the dataset's name, such as HuggingFaceFW/fineweb-edu."""
     subset: str | None = None
@@ -49,6 +50,9 @@ class DataConfig:
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by a hash of their text, so that exact duplicates
     never stand on both sides."""
+    max_bad: float = 0.05
+    """The largest share of the records, or of the files' bytes, that may be unusable (not UTF-8, not JSON, without
+    text, damaged); a corpus with more is refused, since it is not what its settings say."""
     cache_dir: str = "~/.cache/deepnarrow"
     """Where prepared corpora are kept, each under a fingerprint of all that shaped it. The environment variable
     DEEPNARROW_CACHE moves it for every run."""
@@ -125,6 +129,9 @@ class TrainConfig:
     """Sequences of the order to pass over: an uptraining goes on in the data where the original run stood."""
     max_steps: int | None = None
     """For trials: stop after so many steps, with the schedule of the full run."""
+    max_skipped: int | None = 10
+    """The run has diverged, and stops with exit code 3, after so many steps in a row whose loss or gradients are not
+    finite (their updates are skipped); null sets no limit. Weights that are not finite stop it at once."""
     precision: Precision = Precision.auto
     """auto, bf16 or fp32."""
     val_every: int = 1000

@@ -1,7 +1,9 @@
 """Validation of a configuration: one sentence per problem, with the key, the value and what would work."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from conf.schema import Config
 from model.problems import either, nearest_multiples
@@ -39,7 +41,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
             found.append(str(error))
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
-    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += _text(config) + _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
@@ -122,6 +124,8 @@ def _lengths(config: Config) -> list[str]:
         problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1 and finite, such as 2e12")
     if train.max_steps is not None and train.max_steps < 1:
         problems.append(f"train.max_steps={train.max_steps}: must be at least 1, or null for the whole run")
+    if train.max_skipped is not None and train.max_skipped < 1:
+        problems.append(f"train.max_skipped={train.max_skipped}: must be at least 1, or null for no limit")
     if train.skip_samples < 0:
         problems.append(f"train.skip_samples={train.skip_samples}: must be at least 0")
     if train.val_every < 0:
@@ -138,6 +142,30 @@ def _lengths(config: Config) -> list[str]:
             f"sample.temperature={config.sample.temperature}: must be 0 (the likeliest token) or above, and finite"
         )
     return problems
+
+
+def _text(config: Config) -> list[str]:
+    """Find text that has no UTF-8 form, as what a terminal of another encoding sends has none."""
+    found = []
+    for key, value in _leaves("", asdict(config)):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = value.encode("utf-8", "backslashreplace").decode()
+            found.append(f"{key}={shown}: is not UTF-8; the same text would work from a terminal whose locale is UTF-8")
+    return found
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield all text of nested settings, with the key that it stands under."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}" if key else name, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(key, inner)
 
 
 def _kernels(config: Config) -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from model.cache import KVCache
 from model.context import Context
+from model.problems import BadInput
 from model.transformer import Block, Head
 
 
@@ -118,10 +119,15 @@ def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sa
 
 
 def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that draws tokens, int64 (B,), from logits (B, V) on the CPU: the same on every device and rank."""
+    """A function that draws tokens, int64 (B,), from logits (B, V) on the CPU: the same on every device and rank.
+
+    It raises `BadInput` where logits are not finite, of which no token can be drawn.
+    """
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(logits_BV: torch.Tensor) -> torch.Tensor:
+        if not logits_BV.isfinite().all():
+            raise BadInput(["the model gives logits that are not finite: its weights are not, or they have diverged"])
         if sampling.temperature == 0:
             return logits_BV.argmax(-1)
         sorted_BV, order_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True)

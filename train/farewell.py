@@ -1,65 +1,109 @@
-"""The end of a run: text from the model while the last save is written, a summary, and what to do next."""
+"""The end of a run: the last save, text from the model, a summary, and what to do next."""
 
 import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
+from train.agreement import max_over_ranks
+from train.checkpoint.folder import CHECKPOINTS, mark_damaged, newest_first, step_of
 from train.checkpoint.saver import Outcome
+from train.health import DIVERGED, NOT_FINITE, Health
+from train.log_lines import CALMER
 from train.run import Run, leave
 from train.sample import sample_text
 
+if TYPE_CHECKING:
+    from train.loop import Progress
+
 log = logging.getLogger(__name__)
 
+LOST = 1
+"""The exit code of a run whose last step could not be saved, or that could not keep its records."""
 
-def farewell(run: Run, step: int, stopped: bool, tokens_per_second: float | None) -> None:
+
+def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: float | None) -> None:
     """Bring a run to its end; every rank calls it.
+
+    The last save ends first: nothing that comes after it can cost what was learned.
 
     Args:
         run: whose steps are taken.
-        step: the last of them.
-        stopped: whether it was told to stop before it was complete.
+        progress: of it.
+        health: of it.
         tokens_per_second: of its steps; None where none was timed.
 
     Raises:
-        SystemExit: 1: its last step could not be saved.
+        SystemExit: 1: its last step could not be saved, or not all of its records are kept; 3: it has diverged.
     """
     run.engine.wait()  # for weights that travel to a step that does not come
-    sample, texts = run.config.sample, []
-    if not stopped and sample.tokens and sample.prompts:
-        data = run.prepared.data
-        texts = sample_text(run.engine, run.config.model, data.tokenizer(), data.eos_id, sample, run.config.train.seed)
     last_save = run.saver.wait()
-    lost = last_save is not None and last_save.error is not None
+    if run.tracker:
+        run.tracker.saved(last_save)
+    diverged = progress.diverged or (None if last_save is None or last_save.finite else NOT_FINITE)
+    if diverged is not None and health.weights_are_lost() and run.rank == 0:
+        _set_aside(run, health.last_sound)
+    texts = [] if diverged is not None or progress.stopped else _samples(run)
+    lost = diverged is None and last_save is not None and last_save.error is not None
+    code = DIVERGED if diverged is not None else LOST if lost else 0
     if tracker := run.tracker:
-        tracker.saved(last_save)
         if texts:
-            tracker.samples(sample.prompts, texts)
+            tracker.samples(run.config.sample.prompts, texts)
         summary = {
-            "complete": not stopped,
-            "steps": step,
-            "tokens": step * run.length.tokens_per_step,
+            "complete": not progress.stopped and diverged is None,
+            "diverged": diverged is not None,
+            "reason": diverged,
+            "steps": progress.step,
+            "tokens": progress.step * run.length.tokens_per_step,
             "loss_first": tracker.first and tracker.first["loss"],
             "loss_last": tracker.last and tracker.last["loss"],
             "val_loss": tracker.val_loss,
             "tokens_per_second": tokens_per_second,
             "skipped_steps": tracker.skipped_steps,
         }
-        tracker.finish(summary, ended=not lost)
+        if diverged is not None:
+            tracker.alert("diverged", f"step {progress.step}: {diverged}")
+        kept = tracker.finish(summary, ended=not lost)
+        code = code or (0 if kept else LOST)
         log.info("%s", closing(summary, run.length.steps, texts, run.run_dir, last_save))
-    dist.barrier()
+    (highest,) = max_over_ranks([code], run.patient_group)  # nobody leaves before all, uploads of rank 0, are done
     run.signals.ignore()
     leave()
-    if lost:
-        raise SystemExit(1)
+    if highest:
+        raise SystemExit(int(highest))
+
+
+def _samples(run: Run) -> list[str]:
+    """Sample text, if it is asked for; what fails there is said, and ends nothing. All ranks call it together."""
+    sample, data = run.config.sample, run.prepared.data
+    if not (sample.tokens and sample.prompts):
+        return []
+    try:
+        return sample_text(run.engine, run.config.model, data.tokenizer(), data.eos_id, sample, run.config.train.seed)
+    except Exception as error:
+        run.say(f"no samples: {type(error).__name__}: {error}", logging.WARNING)
+        return []
+
+
+def _set_aside(run: Run, last_sound: int) -> None:
+    """Rename the checkpoints of this run whose weights have given no finite loss, so that none goes on from them."""
+    for path in newest_first(run.run_dir / CHECKPOINTS):
+        step = step_of(path) or 0
+        if step >= last_sound and step > run.steps_before:
+            try:
+                aside = mark_damaged(path, "diverged").name
+            except OSError as error:
+                run.say(f"{path} gives no finite loss, and could not be set aside ({error})", logging.WARNING)
+            else:
+                run.say(f"step {step} gives no finite loss: set aside as {aside}", logging.WARNING)
 
 
 def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: Path, last_save: Outcome | None) -> str:
     """Write the closing lines: samples, losses, speed, where things are, how to go on."""
     lines = [f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1)]
-    if not summary["complete"]:
+    if summary["diverged"]:
+        lines.append(f"--- diverged at step {summary['steps']:,} of {num_steps:,}: {summary['reason']} ---")
+    elif not summary["complete"]:
         lines.append(f"--- stopped after step {summary['steps']:,} of {num_steps:,} ---")
     else:
         lines.append("--- done ---" if texts else "done")
@@ -73,12 +117,24 @@ def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: 
         lines.append(f"validation loss  {val}")
     if summary["tokens_per_second"] is not None:
         lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s")
+    if summary["missing_records"]:
+        lines.append(f"missing          {summary['missing_records']:,} records, which the disk did not take")
     lines.append(f"run folder       {run_dir}")
     if last_save:
         lines.append(f"checkpoint       {last_save.error or last_save.path}")
-    if not summary["complete"]:
+    if summary["diverged"]:
+        lines += [f"to try           {CALMER}", f"to go on         {_how_to_go_back(run_dir)}"]
+    elif not summary["complete"]:
         lines.append(f"to go on         {_how_to_go_on(last_save)}")
     return "\n".join([*lines, *_where_in_wandb(summary["wandb"])])
+
+
+def _how_to_go_back(run_dir: Path) -> str:
+    finite = newest_first(run_dir / CHECKPOINTS)
+    if not finite:
+        return "no checkpoint is finite: the same command begins again"
+    how = f"the same command goes on from step {step_of(finite[0]):,}, the last checkpoint that is finite"
+    return f"{how}; resume={finite[1]} goes further back" if len(finite) > 1 else how
 
 
 def _how_to_go_on(last_save: Outcome | None) -> str:

@@ -1,11 +1,14 @@
 """Progress of a run in its log: lines with loss, speed and ETA, and warnings of skipped steps."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 EVERY_SECONDS = 60.0
 """Seconds between two lines of one kind where no number of steps is set."""
+CALMER = "a lower optimizer.lr, a longer schedule.warmup_steps or a smaller optimizer.clip"
+"""What to try where losses or gradients are not finite."""
 
 
 class StepLines:
@@ -50,29 +53,40 @@ class StepLines:
 
 
 class SkippedSteps:
-    """Counter of optimizer steps that were skipped since their gradients were not finite.
+    """Counter of optimizer steps that were skipped since their gradients were not finite, and of what to say of them.
 
     Attributes:
         total: so many in the run, those before it was resumed among them.
+        said: whether anything has been said so far.
 
     Args:
         clock: seconds that only rise.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.total = 0
-        self._clock, self._said = clock, -float("inf")
+        self.total, self.said = 0, False
+        self._clock, self._last = clock, -float("inf")
 
-    def add(self, record: dict[str, Any]) -> str | None:
-        """Count the step of a record; return the warning to log, the first time and then at most once a minute."""
-        self.total += 1
-        now = self._clock()
-        if now - self._said < EVERY_SECONDS:
+    def add(self, record: dict[str, Any], skipped: bool = True) -> str | None:
+        """Look at the step of a record, and count it if it was skipped.
+
+        Returns:
+            The warning to log of one with a loss or gradients that are not finite, the first time and then at most once
+            a minute.
+        """
+        self.total += skipped
+        if not skipped and math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
             return None
-        self._said = now
+        now = self._clock()
+        if now - self._last < EVERY_SECONDS:
+            return None
+        self._last, self.said = now, True
+        what = f"loss {record['loss']}, norm {record['grad_norm']}"
+        if not skipped:
+            return f"step {record['step']} is not finite ({what}); where that goes on, {CALMER} would help"
         return (
-            f"step {record['step']} was skipped: its gradients are not finite (loss {record['loss']}, norm "
-            f"{record['grad_norm']}), and the weights stay as they were; skipped so far: {self.total:,}"
+            f"step {record['step']} was skipped: its gradients are not finite ({what}), and the weights stay as they "
+            f"were; where that goes on, {CALMER} would help; skipped so far: {self.total:,}"
         )
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from parallel.engine import StepResult
 from train import timeline
+from train.checkpoint.saver import Outcome
 from train.farewell import farewell
+from train.health import Health
 from train.preflight import PreparedRun
 from train.profiling import profiled
 from train.report import StepReport, as_record, own_report
@@ -27,11 +29,15 @@ class Progress:
     Attributes:
         step: the last that was taken.
         stopped: a rank was told to stop before the run was complete.
+        diverged: why the run has diverged, in a clause; None where it has not.
+        save_put_off: a save was due after a step that learned nothing, and comes after the next that does.
         timed_steps, timed_seconds: those by which the run's speed is told.
     """
 
     step: int
     stopped: bool = False
+    diverged: str | None = None
+    save_put_off: bool = False
     timed_steps: int = 0
     timed_seconds: float = 0.0
 
@@ -45,26 +51,31 @@ def train(prepared: PreparedRun, signals: StopSignals) -> None:
 
     Raises:
         BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
-        SystemExit: 1: the run has ended and its last step could not be saved.
+        SystemExit: 1: its last step could not be saved, or records of it are lost; 3: it has diverged.
     """
     run = open_run(prepared, signals)
     if run is None:
         return
+    signals.save_first()
     if prepared.source and not run.resumed:  # what trained weights are worth before the first step
         val_loss = run.validation_loss()
         if run.tracker and val_loss is not None:
             run.tracker.begin(val_loss)
     progress = Progress(run.steps_before)
-    with garbage_collected_by_hand():
-        take_steps(run, progress)
-    speed = progress.timed_steps * run.length.tokens_per_step / progress.timed_seconds if progress.timed_steps else None
-    farewell(run, progress.step, progress.stopped, speed)
+    health = Health(run.steps_before, run.config.train.max_skipped, run.weights_are_finite, run.validation_loss)
+    try:
+        with garbage_collected_by_hand():
+            take_steps(run, progress, health)
+        pace = progress.timed_steps / progress.timed_seconds if progress.timed_steps else None
+        farewell(run, progress, health, pace and pace * run.length.tokens_per_step)
+    finally:  # whatever fails meanwhile, a save that has begun ends
+        _tell_of_save(run, run.saver.wait())
 
 
-def take_steps(run: Run, progress: Progress) -> None:
-    """Take steps until the run is complete or a rank is told to stop: step, agree, evaluate, record, save."""
+def take_steps(run: Run, progress: Progress, health: Health) -> None:
+    """Take steps until the run is complete, diverges or is told to stop: step, agree, evaluate, record, save."""
     settings = run.config.train
-    while progress.step < run.length.steps and not progress.stopped:
+    while progress.step < run.length.steps and not progress.stopped and progress.diverged is None:
         step = progress.step = progress.step + 1
         rate = run.rate(step)
         with _traced(run, step):
@@ -79,14 +90,15 @@ def take_steps(run: Run, progress: Progress) -> None:
         progress.stopped = report.told_to_stop and step < run.length.steps
 
         record = as_record(step, result, rate, seconds, report, run.constants)
-        if run.evaluates_after(step) and (val_loss := run.validation_loss()) is not None:
-            record["val_loss"] = val_loss
+        val_loss = run.validation_loss() if run.evaluates_after(step) else None
+        record |= {} if val_loss is None else {"val_loss": val_loss}
+        progress.diverged = health.diverged(step, result, val_loss, last=step == run.length.steps)
         if run.tracker:
             run.tracker.step(record, skipped=result.skipped)
         if run.layout.pp > 1 and step in settings.timeline_at:
             _keep_timeline(run, step, result)
 
-        _save(run, step, report, last=progress.stopped or step == run.length.steps)
+        _save(run, progress, report, learned=not health.in_a_row)
         if step % COLLECT_EVERY == 0:
             gc.collect()
 
@@ -110,22 +122,36 @@ def _keep_timeline(run: Run, step: int, result: StepResult) -> None:
     measured = timeline.MeasuredStep(step, parallel.schedule, parallel.placement, micro_batches, spans)
     try:
         run.tracker.picture("timeline", timeline.write(measured, run.run_dir))
-    except OSError as error:
+    except Exception as error:  # of the disk, or of what draws
         run.say(f"the timeline of step {step} could not be kept ({error})", logging.WARNING)
 
 
-def _save(run: Run, step: int, report: StepReport, last: bool) -> None:
-    """Begin to save where it is due, and say how the save before ended."""
-    saves = run.config.checkpoint.enabled and (last or (report.save_due and not report.save_busy))
+def _save(run: Run, progress: Progress, report: StepReport, learned: bool) -> None:
+    """Begin to save where it is due, and say how the save before ended.
+
+    Args:
+        run: open.
+        progress: of it.
+        report: on its last step.
+        learned: whether that moved the weights. If it did not, what is saved already is as good, and must not give way.
+    """
+    step, last = progress.step, progress.stopped or progress.step == run.length.steps
+    due = last or ((report.save_due or progress.save_put_off) and learned)
+    progress.save_put_off = run.config.checkpoint.enabled and not due and (report.save_due or progress.save_put_off)
+    saves = run.config.checkpoint.enabled and due and (last or not report.save_busy) and progress.diverged is None
     outcome = run.saver.wait() if saves else run.saver.news()
-    if run.tracker:
-        run.tracker.saved(outcome)
-        if saves:
-            run.tracker.sync()  # no checkpoint is ahead of its metrics
-        elif report.save_due:
-            run.say(f"step {step} is not saved: the save before is still being written", logging.WARNING)
+    _tell_of_save(run, outcome)
+    if run.tracker and saves:
+        run.tracker.sync()  # no checkpoint is ahead of its metrics
+    elif run.tracker and due and not last:
+        run.say(f"step {step} is not saved: the save before is still being written", logging.WARNING)
     if saves:
         run.saver.save(step, tokens=step * run.length.tokens_per_step)
+
+
+def _tell_of_save(run: Run, outcome: Outcome | None) -> None:
+    if run.tracker:
+        run.tracker.saved(outcome)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from train import strict_json
+
 PROFILES = "profiles"
 """In the run folder."""
 
@@ -26,7 +28,8 @@ def profiled(
     of the pipeline by name, and at each allocation the bytes held, on the CPU of those since the trace began. With a
     GPU, ``….memory.pickle`` beside it is a snapshot for pytorch.org/memory_viz, with what was allocated and freed.
 
-    A disk that cannot take them ends nothing: that is said. What is raised meanwhile passes, and leaves no file.
+    A disk that cannot take them, or a profiler that fails, ends nothing: that is said. What is raised meanwhile passes,
+    and leaves no file.
 
     Args:
         run_dir: the run folder, shared by all ranks.
@@ -38,14 +41,25 @@ def profiled(
     path = run_dir / PROFILES / f"step-{step:08d}-rank-{rank}.json.gz"
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    if on_gpu:
-        torch.cuda.memory._record_memory_history(stacks="python")
     try:
-        with profile(activities=activities, record_shapes=True, profile_memory=True) as trace:
-            yield
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(stacks="python")
+        trace = profile(activities=activities, record_shapes=True, profile_memory=True)
+        trace.start()
+    except Exception as error:
+        say(f"step {step} on rank {rank} could not be profiled ({error})", logging.WARNING)
+        yield
+        return
+    try:
         try:
+            yield
+        finally:
+            failure = _stopped(trace)
+        try:
+            if failure is not None:
+                raise failure
             write(path, trace, on_gpu=on_gpu)
-        except OSError as error:
+        except Exception as error:  # of the disk, or of what others write
             say(f"the profile of step {step} on rank {rank} could not be kept ({error})", logging.WARNING)
         else:
             say(f"profile of step {step} on rank {rank}: {path}", logging.INFO)
@@ -54,18 +68,27 @@ def profiled(
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
+def _stopped(trace: profile) -> Exception | None:
+    """Stop a trace, and return what that failed with."""
+    try:
+        trace.stop()
+    except Exception as error:
+        return error
+    return None
+
+
 def write(path: Path, trace: profile, *, on_gpu: bool) -> None:
     """Keep a trace, and the snapshot of the GPU's memory beside it; neither has its name before it is whole.
 
     Args:
-        path: ending in .json.gz; its folder is made where the one above is there.
+        path: ending in .json.gz; its folder is made.
         trace: that has ended; it can be written once.
         on_gpu: whether there is such a snapshot.
 
     Raises:
         OSError: the disk does not take them.
     """
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.removesuffix(".json.gz")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-", ignore_cleanup_errors=True) as folder:
         # Given a name in .gz, torch would go through /tmp, which may be small, and pack whatever has arrived there.
@@ -77,7 +100,7 @@ def write(path: Path, trace: profile, *, on_gpu: bool) -> None:
             raise OSError(f"torch's profiler wrote no whole trace: {error}") from error
         found["traceEvents"] = list(messages_aside(found["traceEvents"]))
         with gzip.open(packed, "wb", compresslevel=6) as file:  # of 9: all ranks wait
-            file.write(json.dumps(found).encode())
+            file.write(strict_json.dumps(found).encode())
         if on_gpu:
             snapshot = Path(folder, f"{name}.memory.pickle")
             torch.cuda.memory._dump_snapshot(str(snapshot))

@@ -23,7 +23,7 @@ from parallel.processes import use_cpus_fairly
 from parallel.stages import Stage, split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train import timeline
-from train.agreement import control_group, from_rank_0
+from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks
 from train.checkpoint import resume
 from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.manifest import Manifest
@@ -32,13 +32,15 @@ from train.checkpoint.saver import Saver
 from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
+from train.health import all_finite
 from train.learning_rate import Length, length_of, rate_share
 from train.metrics import peak_flops
 from train.optimizer import adamw
+from train.patient_file import patient_logs
 from train.preflight import PreparedRun
 from train.report import RunConstants
 from train.stopping import StopSignals
-from train.tracking import Tracker, code_version
+from train.tracking import Tracker, code_version, diverged_before
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Run:
         run_dir: the run folder, the same on every rank.
         device, rank: of this process.
         group: of all ranks, over the CPU.
+        patient_group: the same, for what takes longer; saves use it, and nothing else while one is under way.
         engine: this rank's stages and optimizer.
         batches: micro-batches to train on, without end.
         held_out: sequences to validate on; may be none.
@@ -71,6 +74,7 @@ class Run:
     device: torch.device
     rank: int
     group: dist.ProcessGroup
+    patient_group: dist.ProcessGroup
     engine: Engine
     batches: Iterator[Batch]
     held_out: PackedSequences
@@ -112,6 +116,11 @@ class Run:
         batches, count = eval_micro_batches(self.held_out, limit, **_replica(self.prepared, self.rank))
         return self.engine.evaluate(iter(batches), count)
 
+    def weights_are_finite(self) -> bool:
+        """Tell whether the master weights of all ranks are finite. All ranks call it together."""
+        own = all_finite(bucket.master.detach() for bucket in self.engine.zero.buckets)
+        return not any(max_over_ranks([not own], self.group))
+
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Write a line to the log; of ranks other than 0, warnings reach the terminal."""
         if self.tracker:
@@ -133,6 +142,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
         be_deterministic()
     device = start_process_group()
     rank = dist.get_rank()
+    logs = patient_logs()
     use_cpus_fairly(device)
     group = control_group()
     run_dir, start, complete = from_rank_0((prepared.run_dir.absolute(), prepared.start, prepared.complete), group)
@@ -144,7 +154,8 @@ def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
     stages = _stages(config, device, dtype)
     engine = _engine(config, layout, stages, dtype)
     state = OptimizerState(engine.zero)
-    past = _restore(prepared, start, state, group)
+    patient = checkpoint_group()
+    past = _restore(prepared, start, state, patient)
     steps_before = past.step if past else 0
 
     length = length_of(config)
@@ -158,10 +169,15 @@ def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
         **_replica(prepared, rank),
     )
     facts = _facts(prepared, stages, device, dtype)
+    saver = _saver(prepared, run_dir, start, state, facts, patient)
     tracker = None
     if rank == 0:
-        tracker = Tracker(config, run_dir, length.steps, facts, resumed=steps_before if start.own else None)
+        diverged = diverged_before(run_dir)
+        resumed = steps_before if start.own else None
+        tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
         _announce(prepared, stages, facts, past, len(held_out))
+        if past and diverged:
+            log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
     return Run(
         prepared=prepared,
         signals=signals,
@@ -170,13 +186,14 @@ def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
         device=device,
         rank=rank,
         group=group,
+        patient_group=patient,
         engine=engine,
         batches=ahead(batches, pinned=device.type == "cuda"),
         held_out=held_out,
         steps_before=steps_before,
         resumed=past is not None,
         constants=_constants(config, layout, stages, device, length),
-        saver=_saver(prepared, run_dir, start, state, facts),
+        saver=saver,
         tracker=tracker,
     )
 
@@ -281,7 +298,14 @@ def _constants(
     )
 
 
-def _saver(prepared: PreparedRun, run_dir: Path, start: Start, state: OptimizerState, facts: dict[str, Any]) -> Saver:
+def _saver(
+    prepared: PreparedRun,
+    run_dir: Path,
+    start: Start,
+    state: OptimizerState,
+    facts: dict[str, Any],
+    group: dist.ProcessGroup,
+) -> Saver:
     config, data = prepared.config, prepared.data
     return Saver(
         state,
@@ -295,7 +319,7 @@ def _saver(prepared: PreparedRun, run_dir: Path, start: Start, state: OptimizerS
             "origin": start.origin,
         },
         tokenizer=data.tokenizer_path,
-        group=control_group(),  # of its own, since it is used by another thread
+        group=group,
     )
 
 

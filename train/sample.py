@@ -6,6 +6,7 @@ from conf.train_settings import SampleConfig
 from model.config import ModelConfig
 from model.generate import Sampling, complete
 from parallel.engine import Engine
+from train.data.tokenizer import Encoder
 
 
 def sample_text(
@@ -18,7 +19,8 @@ def sample_text(
     Returns:
         Each prompt with its continuation.
     """
-    prompts = [[eos_id, *tokenizer.encode(text).ids][: model.max_seq_len - 1] for text in settings.prompts]
+    encoder = Encoder(tokenizer)  # a prompt that spells a special token is text
+    prompts = [[eos_id, *encoder.encode(text)][: model.max_seq_len - 1] for text in settings.prompts]
     longest = max(map(len, prompts))
     num_tokens = min(settings.tokens, model.max_seq_len - longest)
     with engine.decoder(prompts, longest + num_tokens) as decoder:

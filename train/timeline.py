@@ -159,7 +159,7 @@ TIMELINES = "timelines"
 def write(measured: MeasuredStep, run_dir: Path) -> Path:
     """Write a step's timeline to the run folder, draw it, and return the path of the picture."""
     path = run_dir / TIMELINES / f"step-{measured.step:08d}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(strict_json.dumps(measured.as_json()) + "\n", "utf-8")
     draw(measured, path.with_suffix(".png"))
     return path.with_suffix(".png")

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
@@ -21,6 +21,7 @@ from conf.schema import Config, to_jsonable
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
 from train.checkpoint.saver import Outcome
 from train.log_lines import SkippedSteps, StepLines, loss_and_rate
+from train.patient_file import PatientFile
 from train.profiling import PROFILES
 from train.strict_json import dumps_flagged, with_nan
 from train.timeline import TIMELINES
@@ -43,6 +44,8 @@ class Tracker:
         steps: length of the run, for the progress bar.
         facts: what else identifies the run: layout, device, parameters.
         resumed: the step after which the run in this folder goes on; None for a run that begins here.
+        logs: files of the log, to be looked after.
+        deleted: is called when the run folder or its newest checkpoint was deleted.
         clock: seconds that only rise, by which the log's lines are spaced.
     """
 
@@ -53,6 +56,8 @@ class Tracker:
         steps: int,
         facts: dict[str, Any],
         resumed: int | None = None,
+        logs: Sequence[PatientFile] = (),
+        deleted: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.run_dir = run_dir
@@ -62,32 +67,33 @@ class Tracker:
         """The record of the last."""
         self.val_loss: float | None = None
         """The validation loss last measured."""
+        self.was_deleted = False
+        """Whether files of the run were, while it goes on."""
         self._skipped = SkippedSteps(clock)
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
         self._wandb_id = wandb_id(run_dir)
-        run, self.mode, self._logged = start_wandb(
-            wandb_mode(config.wandb),
-            self._wandb_id,
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            tags=config.wandb.tags,
-            name=config.name,
-            dir=run_dir,
-            config={**to_jsonable(asdict(config)), **facts, "code": code_version()},
-        )
-        self._wandb: Any = run
-        self._wandb_folder = Path(run.dir).parent if run else run_dir / "wandb"
-        self._wandb_url = run.url if self.mode == "online" else None
+        self._wandb_settings = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "tags": config.wandb.tags,
+            "name": config.name,
+            "dir": run_dir,
+            "config": {**to_jsonable(asdict(config)), **facts, "code": code_version()},
+        }
+        self._start_wandb(wandb_mode(config.wandb))
         for written in _cut(run_dir / METRICS, resumed) if resumed is not None else ():
             record = with_nan(written)
             self._remember(record)
             self._log(record)  # what W&B missed of it, killed with the run
-        self._metrics = open(run_dir / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._metrics = PatientFile(run_dir / METRICS, clock)
+        self._files, self._remade, self._deleted = [self._metrics, *logs], 0, deleted
+        self._to_resume = {path: path.read_bytes() for path in _needed_to_resume(run_dir)}
         # A bar where someone watches; in a log file, a line now and then.
         watched = sys.stderr.isatty()
         self._bar = tqdm(initial=resumed or 0, total=steps, unit="step", dynamic_ncols=True) if watched else None
         self._lines = StepLines(steps, config.train.log_every, clock)
         self._costs: dict[str, float] = {}
+        self._newest = next(iter(newest_first(run_dir / CHECKPOINTS)), None)
 
     def begin(self, val_loss: float) -> None:
         """Log what trained weights are worth before the first step: a record of step 0."""
@@ -108,11 +114,15 @@ class Tracker:
             skipped: whether the optimizer skipped it.
         """
         record, self._costs = {**record, **self._costs}, {}
-        if skipped and (warning := self._skipped.add(record)):
+        first = not self._skipped.said
+        if warning := self._skipped.add(record, skipped):
             self.say(warning, logging.WARNING)
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps
         self._keep(record)
+        self._look_after_files()
+        if warning and first:
+            self.alert("not finite", warning, "WARN")
         if self._bar is not None:
             self._bar.set_postfix_str(loss_and_rate(record), refresh=False)
             self._bar.update(1)
@@ -122,7 +132,7 @@ class Tracker:
             self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}")
 
     def _keep(self, record: dict[str, Any]) -> None:
-        print(dumps_flagged(record), file=self._metrics, flush=True)
+        self._metrics.write(dumps_flagged(record))
         self._remember(record)
         self._log(record)
 
@@ -133,6 +143,52 @@ class Tracker:
         by_stage = {key: value for key, value in record.items() if isinstance(value, list)}
         flat |= {f"{key}/stage{i}": one for key, values in by_stage.items() for i, one in enumerate(values)}
         self._tell_wandb(lambda run: run.log(flat, step=record["step"], commit=True))
+
+    def _look_after_files(self) -> None:
+        """Say what of the run's files cannot be written, and make a folder again that was deleted."""
+        for file in self._files:
+            file.flush()
+        if self.was_deleted:  # what deletes it may still be at it
+            self._write_what_resumes()
+        if (remade := sum(file.remade for file in self._files)) > self._remade:
+            self._remade = remade
+            self._write_what_resumes()
+            self._tell_of_deletion(
+                self.run_dir,
+                "its metrics, log and configuration are written again; what else it held, checkpoints too, is lost",
+            )
+        elif self._newest is not None and not self._newest.exists():
+            self._tell_of_deletion(self._newest, "there may be no checkpoint to go on from before the next")
+        if self._wandb is not None and self._wandb_is_kept and not self._wandb_folder.exists():
+            self._tell_of_deletion(self._wandb_folder, f"W&B gets the records of {METRICS} again")
+            self._tell_wandb(lambda run: run.finish())
+            self._start_wandb("offline")
+            for record in _records(self.run_dir / METRICS):
+                self._log(with_nan(record))
+        for file in self._files:
+            if news := file.news():
+                self.say(news, logging.WARNING)
+
+    def _tell_of_deletion(self, path: Path, what: str) -> None:
+        text = f"{path} was deleted or moved while the run goes on: {what}"
+        self.say(text, logging.ERROR)
+        self.alert("files of the run are gone", text)
+        self.was_deleted, self._newest = True, None
+        self._deleted()
+
+    def _write_what_resumes(self) -> None:
+        with suppress(OSError):
+            for path, content in self._to_resume.items():
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+
+    def _start_wandb(self, mode: Any) -> None:
+        run, self.mode, self._logged = start_wandb(mode, self._wandb_id, **self._wandb_settings)
+        self._wandb: Any = run
+        self._wandb_folder = Path(run.dir).parent if run else self.run_dir / "wandb"
+        self._wandb_url = run.url if self.mode == "online" else None
+        self._wandb_is_kept = self.mode == "offline" and self._wandb_folder.exists()
 
     def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
         """Call W&B, whose process a signal to all may have ended: that must not end the run."""
@@ -169,18 +225,20 @@ class Tracker:
         if outcome.error:
             text = f"step {outcome.step} could not be saved ({outcome.error}); older checkpoints stay"
             self.say(text, logging.ERROR)
-            self._tell_wandb(lambda run: run.alert("checkpoint not saved", text, level="ERROR"))
+            self.alert("checkpoint not saved", text)
             return
         gib = outcome.num_bytes / 2**30
         self.say(
             f"step {outcome.step} saved: {gib:.2f} GiB, {outcome.blocked:.2f} s without training, on disk after "
             f"{outcome.seconds:.1f} s"
         )
+        if outcome.path.exists() or not self.was_deleted:
+            self._newest = outcome.path
         self._costs = {"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib}
 
     def sync(self) -> None:
-        """Make metrics.jsonl durable."""
-        os.fsync(self._metrics.fileno())
+        """Make metrics.jsonl durable, as far as its disk can."""
+        self._metrics.sync()
 
     def samples(self, prompts: list[str], texts: list[str]) -> None:
         """Log text drawn from the model."""
@@ -205,12 +263,19 @@ class Tracker:
 
         self._tell_wandb(tell)
 
-    def finish(self, summary: dict[str, Any], ended: bool = True) -> None:
+    def alert(self, title: str, text: str, level: str = "ERROR") -> None:
+        """Send an alert through W&B."""
+        self._tell_wandb(lambda run: run.alert(title, text, level=level))
+
+    def finish(self, summary: dict[str, Any], ended: bool = True) -> bool:
         """Close everything; summary.json is written last and says that the run ended as it should.
 
         Args:
-            summary: is completed with where W&B's files are.
+            summary: is completed with where W&B's files are, and how many records are missing.
             ended: whether it did.
+
+        Returns:
+            Whether all that was to be written is there.
         """
         if self._bar is not None:
             self._bar.close()
@@ -218,30 +283,63 @@ class Tracker:
         parts = len(list(self._wandb_folder.parent.glob(f"*run-*-{self._wandb_id}")))
         where = {"mode": self.mode, "dir": str(self._wandb_folder), "id": self._wandb_id, "parts": parts}
         summary["wandb"] = {**where, "url": self._wandb_url} if self._wandb_url else where
-        self._metrics.close()
-        if not ended:
-            return
-        unfinished = self.run_dir / (SUMMARY + ".tmp")
-        unfinished.write_text(dumps_flagged(summary, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(self.run_dir / SUMMARY)
+        self._newest = None  # of a run that has diverged it may be set aside
+        self._look_after_files()
+        summary["missing_records"] = self._metrics.close()
+        if ended:
+            try:
+                unfinished = self.run_dir / (SUMMARY + ".tmp")
+                unfinished.write_text(dumps_flagged(summary, indent=2) + "\n", encoding="utf-8")
+                unfinished.rename(self.run_dir / SUMMARY)
+            except OSError as error:
+                self.say(f"{SUMMARY} could not be written ({error})", logging.ERROR)
+                return False
+        return not self.was_deleted and not any(file.lacking for file in self._files)
+
+
+def diverged_before(run_dir: Path) -> str | None:
+    """Read why the run that was in this folder has diverged; None where it has not."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
+        return summary["reason"] if summary["diverged"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _needed_to_resume(run_dir: Path) -> list[Path]:
+    """List the small files of a run folder without which a run is not the same when it goes on."""
+    return [path for path in (*run_dir.glob(".hydra/*.yaml"), run_dir / "wandb" / "run-id") if path.is_file()]
+
+
+def _records(metrics: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of a file; none where it cannot be read."""
+    with suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with suppress(ValueError):
+                yield json.loads(line)
 
 
 def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
     """Cut a file after the record of a step, partly written lines included, and yield the records up to there."""
-    kept, whole = [], True
-    with suppress(FileNotFoundError), open(metrics, encoding="utf-8", errors="replace") as lines:
+    kept: list[bytes] = []
+    beginning, whole = 0, True
+    with suppress(FileNotFoundError), open(metrics, "rb") as lines:
         for line in lines:
             record = None
             with suppress(ValueError):
                 record = json.loads(line)
-            if isinstance(record, dict) and line.endswith("\n") and record.get("step", last_step + 1) <= last_step:
+            if isinstance(record, dict) and line.endswith(b"\n") and record.get("step", last_step + 1) <= last_step:
                 kept.append(line)
+                beginning += len(line) if whole else 0
                 yield record
             else:
                 whole = False
-    if not whole:
+    if beginning == sum(map(len, kept)):
+        with suppress(FileNotFoundError):
+            os.truncate(metrics, beginning)  # takes no room, where a disk may be full
+    else:
         unfinished = metrics.with_name(METRICS + ".tmp")
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with open(unfinished, "wb") as file:
             file.writelines(kept)
             file.flush()
             os.fsync(file.fileno())

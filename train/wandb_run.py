@@ -26,13 +26,17 @@ def wandb_id(run_dir: Path) -> str:
     with suppress(OSError):
         if known := path.read_text("utf-8").strip():
             return known
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(secrets.token_hex(4) + "\n", "utf-8")
-    return path.read_text("utf-8").strip()
+    made = secrets.token_hex(4)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(made + "\n", "utf-8")
+    except OSError as error:
+        log.warning("W&B: the id of this run could not be kept (%s); resumed, it is another run there", error)
+    return made
 
 
 def start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
-    """Start or go on with a W&B run.
+    """Start or go on with a W&B run; one that cannot be started is said, and is not logged there.
 
     Args:
         mode: from `wandb_mode`.
@@ -40,11 +44,19 @@ def start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
         run: arguments of `wandb.init`, ``dir`` among them.
 
     Returns:
-        The run, None where it is disabled; its mode, offline where it should be online and no server or key lets it be;
-        the last step that it holds already, -1 for none.
+        The run, None where it is disabled; its mode, offline where it should be online and no server or key lets it be,
+        disabled where its files cannot be written; the last step that it holds already, -1 for none.
     """
     if mode == "disabled":
         return None, mode, -1
+    try:
+        return _start_wandb(mode, run_id, **run)
+    except Exception as error:
+        log.warning("W&B could not be started, so this run is not logged there: %s", (str(error) or repr(error)))
+        return None, "disabled", -1
+
+
+def _start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
     import wandb
 
     from train.wandb_file import last_offline_step

@@ -13,6 +13,7 @@ from parallel.engine import StepResult
 from parallel.layout import Layout
 from tests.shapes import preset
 from train import loop, report, run
+from train.health import Health
 from train.learning_rate import length_of
 from train.loop import Progress, garbage_collected_by_hand, take_steps
 from train.report import RunConstants
@@ -30,7 +31,7 @@ class Played(SimpleNamespace):
         self.layout, self.rank, self.device, self.run_dir = Layout(dp=1, pp=1), 0, torch.device("cpu"), None
         self.signals = SimpleNamespace(asked=None)
         self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
-        self.constants = RunConstants(2048, 1, 1, None, None)
+        self.constants, self.weights_are_finite = RunConstants(2048, 1, 1, None, None), True
         self.engine = SimpleNamespace(step=self.step)
         self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
         self.saver = SimpleNamespace(
@@ -73,7 +74,8 @@ def agreed(monkeypatch):
 
 def done(played):
     progress = Progress(played.steps_before)
-    take_steps(played, progress)
+    health = Health(0, played.config.train.max_skipped, lambda: played.weights_are_finite, lambda: None)
+    take_steps(played, progress, health)
     return progress, [(what, step) if what in ("record", "save") else what for what, step in played.done]
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import resource
 import sys
 from urllib.parse import urlparse
 
@@ -10,7 +11,7 @@ from conf.train_settings import WandbConfig, WandbMode
 from tests.shapes import preset
 from train.checkpoint.saver import Outcome
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
-from train.tracking import METRICS, SUMMARY, Tracker, set_aside
+from train.tracking import METRICS, SUMMARY, Tracker, _cut, set_aside
 from train.wandb_run import wandb_mode
 
 
@@ -183,6 +184,33 @@ def test_a_run_that_goes_on_goes_on_counting_skipped_steps(tmp_path):
     assert [found["skipped_steps"] for found in records] == [1, 2, 2]
 
 
+def test_a_checkpoint_that_is_deleted_is_missed_and_made_up_for(tmp_path, caplog):
+    asked = []
+    tracker = quiet_tracker(tmp_path, steps=5, deleted=lambda: asked.append("save"))
+    newest = tmp_path / "checkpoints" / "step-00000001"
+    newest.mkdir(parents=True)
+    tracker.saved(Outcome(1, newest, 0.0, 0.0, 1, None))
+    tracker.step(record(2))
+    assert not asked
+    newest.rmdir()
+    tracker.step(record(3))
+    tracker.step(record(4))
+    assert asked == ["save"] and caplog.text.count(f"{newest} was deleted or moved") == 1
+    assert not tracker.finish({"complete": True})
+
+
+def test_metrics_are_cut_where_a_disk_is_full(tmp_path):
+    metrics = tmp_path / METRICS
+    metrics.write_text("".join(json.dumps(record(step)) + "\n" for step in range(1, 9)) + '{"step": 9')
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert [found["step"] for found in _cut(metrics, 4)] == [1, 2, 3, 4]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
     run, logged = Online(0), []
     run.log = lambda values, step, commit: logged.append(values)
@@ -190,6 +218,20 @@ def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
     tracker.step(record(1) | {"loss": math.nan}, skipped=True)
     assert math.isnan(logged[0]["loss"]) and logged[0]["skipped_steps"] == 1
+
+
+def test_the_first_figure_that_is_not_finite_is_alerted_and_no_other(monkeypatch, tmp_path):
+    run, alerts = Online(0), []
+    run.log = lambda values, step, commit: None
+    run.alert = lambda title, text, level: alerts.append((title, text))
+    monkeypatch.setattr(wandb, "init", lambda **given: run)
+    tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
+    tracker.step(record(1))
+    tracker.step(record(2) | {"loss": math.inf})
+    tracker.step(record(3) | {"loss": math.nan, "grad_norm": math.nan}, skipped=True)
+    ((title, text),) = alerts
+    assert title == "not finite" and text.startswith("step 2 is not finite (loss inf, norm 1.0); ")
+    assert "a lower optimizer.lr" in text
 
 
 def test_a_log_has_a_line_a_minute_or_by_steps(tmp_path, caplog):

@@ -1,7 +1,8 @@
 """The folder of a run's checkpoints: how they are named, which are kept, which are deleted.
 
 ``step-00000400`` is whole: it was renamed to that when all of it was on disk. ``….tmp`` is being written or deleted, or
-was when its process died. ``….damaged`` was whole once. ``latest`` points at the newest.
+was when its process died. ``….damaged`` was whole once, and the weights of ``….diverged`` are worth nothing: neither is
+resumed from. ``latest`` points at the newest.
 """
 
 import logging
@@ -81,12 +82,12 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def mark_damaged(path: Path) -> Path:
-    """Rename a checkpoint so that it is not resumed from, and return its new path."""
-    number, target = 1, path.with_name(path.name + ".damaged")
+def mark_damaged(path: Path, why: str = "damaged") -> Path:
+    """Rename a checkpoint, to ``….damaged`` or so, so that it is not resumed from, and return its new path."""
+    number, target = 1, path.with_name(f"{path.name}.{why}")
     while target.exists():
         number += 1
-        target = path.with_name(f"{path.name}.damaged{number}")
+        target = path.with_name(f"{path.name}.{why}{number}")
     os.rename(path, target)
     with suppress(OSError):
         if rest := newest_first(path.parent):

@@ -17,6 +17,8 @@ from train.checkpoint import manifest
 from train.checkpoint.folder import CHECKPOINTS, LATEST, below, mark_damaged, newest_first, step_of
 from train.checkpoint.manifest import Damaged, Manifest
 from train.checkpoint.storage import LoadPieces, Reader
+from train.health import all_finite
+from train.learning_rate import length_of
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,8 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
             continue
         if not any("/" in name for name in found.tensors):
             return [f"resume={config.resume}: {path} holds weights alone; init_from={path} would begin with them"]
-        return _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
+        problems = _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
+        return problems or _past_the_end(config, path, found, start)
     return [_none_is_sound(config, start, reasons)] if reasons else []
 
 
@@ -103,8 +106,8 @@ def warnings(config: Config, found: Manifest, data: str) -> list[str]:
 def load_newest_sound(config: Config, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:
     """Load the optimizer's state and the stages' weights from the first candidate that is sound; return its manifest.
 
-    Every rank checks its share of the files. A damaged checkpoint of the run's own folder is renamed, with a warning,
-    so that it is not tried again. All ranks call it together.
+    Every rank checks its share of the files, and whether what it loads is finite. A checkpoint of the run's own folder
+    that is not sound is renamed, with a warning, so that it is not tried again. All ranks call it together.
 
     Args:
         config: of the run.
@@ -130,8 +133,15 @@ def load_newest_sound(config: Config, start: Start, state: OptimizerState, group
         if damage is None and found is not None:
             if problems := _differences(config, path, found):
                 raise BadInput(problems)
-            _load(state, path, found.tensors, found.adam_step, group)
-            return found
+            finite: list[Any] = [None] * size
+            dist.all_gather_object(finite, _load(state, path, found.tensors, found.adam_step, group), group)
+            if all(finite):
+                return found
+            reasons.append(f"{path.name}: its state is not finite")
+            if rank == 0 and start.own:
+                aside = mark_damaged(path, "diverged").name
+                log.warning("%s holds numbers that are not finite: set aside as %s", path, aside)
+            continue
         reasons.append(f"{path.name}: {damage}")
         if rank == 0 and start.own:
             log.warning("%s is damaged (%s): set aside as %s", path, damage, mark_damaged(path).name)
@@ -153,7 +163,8 @@ def load_weights(state: OptimizerState, weights: StoredWeights, group: dist.Proc
 
 def _load(
     state: OptimizerState, folder: Path, tensors: Mapping[str, Any], adam_step: int, group: dist.ProcessGroup
-) -> None:
+) -> bool:
+    """Read this rank's part of a state; tell whether it is finite."""
     state.start_at(adam_step)
     on_device = state.flats()
     on_host = [{key: flat.cpu() for key, flat in flats.items()} for flats in on_device]  # on the CPU, no copy
@@ -165,6 +176,7 @@ def _load(
         for key, flat in flats.items():
             flat.copy_(read[key])
     state.start_gather()
+    return all_finite(flat for flats in on_host for flat in flats.values())
 
 
 def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
@@ -185,6 +197,17 @@ def _other_tokenizer(config: Config, path: Path, found: Manifest, tokenizer: Pat
         return []
     works = f"data.tokenizer={path / tokenizer.name}"
     return [f"data.tokenizer={config.data.tokenizer or 'null'}: not the checkpoint's; {works} would work{_OR_ELSE}"]
+
+
+def _past_the_end(config: Config, path: Path, found: Manifest, start: Start) -> list[str]:
+    """Whether nothing is left to train after a checkpoint that the run is told to begin from."""
+    length = length_of(config)
+    if (start.own and not start.rewind) or found.step < length.steps:
+        return []
+    longer = "train.max_steps" if length.steps < length.schedule_steps else "train.total_tokens"
+    return [f"resume={config.resume}: {path} is of step {found.step:,} and the run ends with step {length.steps:,}, so "
+            f"that nothing is left to train; a higher {longer} would work, or init_from={path} to begin with its "
+            "weights"]  # fmt: skip
 
 
 _OR_ELSE = ", or resume=never to start again"

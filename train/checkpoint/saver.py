@@ -18,7 +18,7 @@ from parallel.state import Flats, OptimizerState
 from train.checkpoint import folder, manifest
 from train.checkpoint.host_memory import host_buffer
 from train.checkpoint.manifest import Manifest
-from train.checkpoint.storage import SavePieces, Writer
+from train.checkpoint.storage import NotFinite, SavePieces, Writer
 from train.data.tokenizer import config_file
 from train.files import sync
 
@@ -36,6 +36,7 @@ class Outcome:
         seconds: from the start until it was on disk.
         num_bytes: on disk, over all ranks; known on rank 0.
         error: why it failed, in a line; None where it is on disk.
+        finite: whether the state was; one that is not is never on disk. The same on every rank.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Outcome:
     seconds: float
     num_bytes: int
     error: str | None
+    finite: bool = True
 
 
 class Saver:
@@ -80,6 +82,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._last_begin = time.monotonic()
+        self._wanted = False
+
+    def want(self) -> None:
+        """Make a save due after the next step, whatever the settings say of steps and time."""
+        self._wanted = True
 
     def due(self, step: int) -> bool:
         """Tell whether the settings ask for a save after this step; by time, once the one before is done."""
@@ -87,7 +94,7 @@ class Saver:
         if not self._settings.enabled:
             return False
         late = minutes is not None and time.monotonic() - self._last_begin >= 60 * minutes
-        return bool(by_steps and step % by_steps == 0) or (late and not self.busy)
+        return self._wanted or bool(by_steps and step % by_steps == 0) or (late and not self.busy)
 
     @property
     def busy(self) -> bool:
@@ -102,6 +109,7 @@ class Saver:
             tokens: trained on so far.
         """
         assert self._thread is None
+        self._wanted = False
         begin = self._last_begin = time.monotonic()
         self._copy(self._state.flats())
         path = self._folder / folder.name_of(step)
@@ -135,7 +143,7 @@ class Saver:
             torch.cuda.synchronize()
 
     def _write(self, path: Path, facts: dict[str, Any], begin: float, blocked: float) -> None:
-        unfinished, size, error = folder.temporary(path), 0, None
+        unfinished, size, error, finite = folder.temporary(path), 0, None, True
 
         def commit(tensors: dict[str, Any], files: dict[str, Any]) -> None:
             nonlocal size
@@ -146,10 +154,10 @@ class Saver:
             pieces: dict[str, Any] = dict(self._state.pieces(self._copies))
             dcp.save(pieces, storage_writer=writer, planner=SavePieces(), process_group=self._group)
         except BaseException as failure:  # training goes on, whatever it is; what DCP raises is no Exception
-            error = _in_a_line(failure)
+            error, finite = _in_a_line(failure), not _is_of_the_state(failure)
             if self._rank == 0:
                 folder.remove(unfinished)
-        self._outcome = Outcome(facts["step"], path, blocked, time.monotonic() - begin, size, error)
+        self._outcome = Outcome(facts["step"], path, blocked, time.monotonic() - begin, size, error, finite)
 
     def _commit(self, path: Path, described: Manifest) -> int:
         """Rename a checkpoint that all ranks have written from its temporary name, on one rank; its size in bytes."""
@@ -171,6 +179,12 @@ class Saver:
         except OSError as error:  # the checkpoint is there all the same
             log.warning("%s is saved, but tidying up beside it failed: %s", path, error)
         return described.num_bytes
+
+
+def _is_of_the_state(failure: BaseException) -> bool:
+    """Tell whether a save failed on any rank for what was to be saved, and not for the disk."""
+    failures = failure.failures.values() if isinstance(failure, dcp.CheckpointException) else []
+    return any(isinstance(cause, NotFinite) for cause, _ in failures)
 
 
 def _in_a_line(failure: BaseException) -> str:

@@ -38,8 +38,13 @@ from torch.futures import Future
 
 from model.weights import Entry, write_safetensors
 from parallel.state import Box, Piece
+from train.health import all_finite
 
 DTYPE = torch.float32
+
+
+class NotFinite(Exception):
+    """The state of a run holds numbers that are not finite: it is no checkpoint to go on from."""
 
 
 class SavePieces(DefaultSavePlanner):
@@ -94,7 +99,7 @@ class LoadPieces(DefaultLoadPlanner):
 
 
 class Writer(StorageWriter):
-    """Writes a checkpoint's files, durable when DCP's save returns.
+    """Writes a checkpoint's files, durable when DCP's save returns; what one rank cannot write, none has saved.
 
     Args:
         folder: is made.
@@ -128,6 +133,9 @@ class Writer(StorageWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         tensors = [cast(torch.Tensor, planner.resolve_data(item)) for item in plan.items]
+        for item, tensor in zip(plan.items, tensors, strict=True):
+            if not all_finite([tensor]):
+                raise NotFinite(f"{item.index.fqn} is not finite, and such a state is no checkpoint")
         entry = write_safetensors(
             self._folder / self._name,
             [
