@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,6 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if known.verb == "train":
         given = list(sys.argv[1:] if arguments is None else arguments)
         known.overrides = given[given.index("train") + 1 :]
+    if known.verb != "generate":  # the one verb that a launcher may start; the others start their processes themselves
+        from parallel.processes import forget_launcher
+
+        forget_launcher(os.environ)
     try:
         return known.run(known)
     except BadInput as error:
@@ -108,7 +113,7 @@ def prepare(options: argparse.Namespace) -> int:
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(options.overrides, machine=Machine(gpus=0, elsewhere=True), writes=False).data
+    data = preflight(options.overrides, machine=Machine(gpus=0, elsewhere=True), writes=False, verify=True).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"
@@ -286,7 +291,9 @@ VERBS = {
         "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
         "                                   waited for by turns; bytes per parameter on disk\n"
         "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate\n"
-        "  deepnarrow bench schedules       every pipeline schedule by turns, and its bubble against theory",
+        "  deepnarrow bench schedules       every pipeline schedule by turns, and its bubble against theory\n"
+        "  deepnarrow bench start           seconds before the first step: of one process, measured, and an estimate\n"
+        "                                   for 512 and 4,096 with what it assumes",
     ),
     "timeline": (
         timeline,

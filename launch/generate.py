@@ -16,10 +16,18 @@ from model.problems import BadInput
 from model.weights import Weights
 from parallel import layout as layouts
 from parallel.decode import StageDecoder, load_stage
+from parallel.environment import timeout
 from parallel.layout import Layout, ParallelConfig
-from parallel.processes import free_port, local_processes, use_cpus_fairly
-from train.data.tokenizer import eos_id, load_tokenizer
-from train.pretrained import open_source
+from parallel.processes import (
+    OF_A_LAUNCHER,
+    forget_launcher,
+    free_port,
+    local_processes,
+    read_launcher,
+    use_cpus_fairly,
+)
+from train.data.tokenizer import Encoder, eos_id, load_tokenizer
+from train.pretrained import Source, ends_of, open_source
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Request:
 
     Attributes:
         weights: of the model.
-        tokenizer: its tokenizer; `eos` is the token that ends a document.
+        tokenizer: its tokenizer; `ends` are the tokens that end a text.
         texts: the prompts; `prompts` are their token ids.
         num_tokens: to make at most; they fit the context.
         sampling: how they are drawn.
@@ -37,7 +45,7 @@ class Request:
 
     weights: Weights
     tokenizer: Tokenizer
-    eos: int
+    ends: set[int]
     texts: list[str]
     prompts: list[list[int]]
     num_tokens: int
@@ -47,7 +55,8 @@ class Request:
 
 def run(options: argparse.Namespace) -> int:
     """Complete prompts: one streams to the terminal, several are printed when all have ended."""
-    launched, rank = "RANK" in os.environ, int(os.environ.get("RANK", "0"))
+    launched = _launched()
+    rank = int(os.environ.get("RANK", "0"))
     try:
         request = _request(options, checked=rank == 0)
     except BadInput:
@@ -59,6 +68,20 @@ def run(options: argparse.Namespace) -> int:
     else:
         torch.multiprocessing.spawn(_rank, (options, free_port()), request.layout.world_size)
     return 0
+
+
+def _launched() -> bool:
+    """Tell whether a launcher has started this process; what is left over of another's is removed from the environment.
+
+    Raises:
+        BadInput: one has, and does not say enough.
+    """
+    if "RANK" in os.environ and not {*OF_A_LAUNCHER[:3], "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        forget_launcher(os.environ)
+    launched = read_launcher(os.environ)
+    if not launched:
+        forget_launcher(os.environ)
+    return launched
 
 
 def _request(options: argparse.Namespace, checked: bool) -> Request:
@@ -80,8 +103,9 @@ def _request(options: argparse.Namespace, checked: bool) -> Request:
     if source.tokenizer is None:
         raise BadInput([*problems, f"{source.path}: tokenizer.json is missing; beside the weights it would work"])
     tokenizer = load_tokenizer(source.tokenizer)
-    eos = eos_id(tokenizer, source.tokenizer)
-    prompts = [_encode(tokenizer, eos, text) for text in options.prompt]
+    ends, prompts = _encode(source, tokenizer, options.prompt)
+    if [] in prompts:
+        problems.append("--prompt='': is empty, and the tokenizer puts nothing before it; a longer one would work")
     problems += [
         f"--prompt={text[:20]!r}…: {len(ids)} tokens, and the model's context of {config.max_seq_len} leaves no room "
         "for another; a shorter one would work"
@@ -92,7 +116,7 @@ def _request(options: argparse.Namespace, checked: bool) -> Request:
         raise BadInput(problems)
     num_tokens = min(options.max_tokens, config.max_seq_len - max(map(len, prompts)))
     layout = Layout(dp=1, pp=options.pp, tp=options.tp)
-    return Request(source.weights, tokenizer, eos, options.prompt, prompts, num_tokens, sampling, layout)
+    return Request(source.weights, tokenizer, ends, options.prompt, prompts, num_tokens, sampling, layout)
 
 
 def _processes(options: argparse.Namespace) -> list[str]:
@@ -125,12 +149,12 @@ def _complete(request: Request) -> None:
         use_cpus_fairly(device)
         if on_gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout(), device_id=device if on_gpu else None)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     stages, ranks = load_stage(request.weights, request.layout, device, dtype)
     room = max(map(len, request.prompts)) + request.num_tokens
     decoder = StageDecoder(stages, request.weights.config, request.prompts, room, ranks)
-    steps = generate(decoder, request.num_tokens, request.eos, request.sampling)
+    steps = _until(request.ends, generate(decoder, request.num_tokens, None, request.sampling))
     if rank == 0:
         _print(request, steps)
     else:
@@ -151,18 +175,43 @@ def _print(request: Request, steps: Iterator[list[int | None]]) -> None:
             if token is not None:
                 row.append(token)
         if alone:
-            shown += _say(tokenizer.decode(made[0]), shown)
+            shown += _say(_continuation(tokenizer, request.prompts[0], made[0]), shown)
     if alone:
-        print(tokenizer.decode(made[0])[len(shown) :], flush=True)
+        print(_continuation(tokenizer, request.prompts[0], made[0])[len(shown) :], flush=True)
         return
-    for text, row in zip(request.texts, made, strict=True):
-        print(f"--- {text}\n{text}{tokenizer.decode(row)}", flush=True)
+    for text, prompt, row in zip(request.texts, request.prompts, made, strict=True):
+        print(f"--- {text}\n{text}{_continuation(tokenizer, prompt, row)}", flush=True)
 
 
-def _encode(tokenizer: Tokenizer, eos: int, text: str) -> list[int]:
-    """A prompt at the start of a document, which the end of another comes before, unless the tokenizer marks it."""
-    ids: Sequence[int] = tokenizer.encode(text).ids
-    return [*ids] if tokenizer.encode("").ids else [eos, *ids]
+def _encode(source: Source, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[set[int], list[list[int]]]:
+    """The tokens that end a text, and the prompts: what stood before a text in training stands before each.
+
+    A run of ours has trained on documents one after another, so that the end of another comes before a prompt, unless
+    the tokenizer marks the beginning. What comes from elsewhere is spoken to as `transformers` does: before a text is
+    what tokenizer.json puts there, be it nothing, whatever the files beside it say.
+    """
+    encoder = Encoder(tokenizer, str(source.tokenizer))
+    prompts = [encoder.encode(text, add_special_tokens=True) for text in texts]
+    if source.described is not None:
+        return ends_of(source), prompts
+    eos = eos_id(tokenizer, source.tokenizer)
+    return {eos}, prompts if tokenizer.encode("").ids else [[eos, *ids] for ids in prompts]
+
+
+def _until(ends: set[int], steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+    """The tokens of each step, None for a text that has ended, until all have."""
+    ended: set[int] = set()
+    for step in steps:
+        ended |= {row for row, token in enumerate(step) if token in ends}
+        if len(ended) == len(step):
+            return
+        yield [None if row in ended else token for row, token in enumerate(step)]
+
+
+def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
+    """The text of new tokens where they stand: some decoders take a space from whatever begins a text."""
+    before, whole = tokenizer.decode([*prompt]), tokenizer.decode([*prompt, *made])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode([*made])
 
 
 def _say(text: str, shown: str) -> str:

@@ -4,6 +4,8 @@ Alone, the launcher leaves its ranks running when it is stopped by SIGTERM, SIGI
 a rank was killed.
 """
 
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -17,9 +19,13 @@ from types import FrameType
 import psutil
 
 from parallel.environment import name_accelerator
-from parallel.processes import SUPERVISOR, free_port
+from parallel.processes import SUPERVISOR, forget_launcher, free_port
 from train.tracking import SUMMARY
 
+_LAUNCHER = "import sys; sys.path[:] = filter(None, sys.path); from deepspeed.launcher.launch import main; main()"
+"""Not with ``-m``, which puts the working directory on the path before all else: a folder ``deepspeed`` or a file
+``queue.py`` there would be imported in place of what has that name. (PYTHONSAFEPATH, of Python 3.11, keeps it off the
+path of what the ranks start in turn.)"""
 PRETRAIN = Path(__file__).resolve().parent.parent / "train" / "pretrain.py"
 GRACE = 10.0
 """Seconds that what the launcher left running has to end by itself before it is killed."""
@@ -38,29 +44,38 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
         An exit code for the shell: 0 for a run that is complete, or was told to stop and is saved; 128 + N where signal
         N ended it at once; else that of the rank that failed.
     """
+    # This machine only: the part of the launcher that runs on each host, without the one that reads a hostfile.
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(num_processes)}).encode()).decode()
     command = [
-        *[sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"],
-        *["--num_gpus", str(num_processes), "--master_port", str(free_port())],
-        # This machine only: a hostfile that lies around is for those who call the launcher themselves.
-        *["--hostfile", os.devnull],
+        *[sys.executable, "-c", _LAUNCHER, "-q", "--no_local_rank", f"--world_info={hosts}"],
+        *["--master_addr", "127.0.0.1", "--master_port", str(free_port())],
         *[str(PRETRAIN), *arguments],
     ]
     completed_before = _completion(run_dir)
-    environment = {**os.environ, SUPERVISOR: str(os.getpid())}
+    environment = {**os.environ, SUPERVISOR: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    forget_launcher(environment)
     name_accelerator(environment)
     group = subprocess.Popen(command, env=environment, start_new_session=True)
-    ended_by = _wait_passing_signals_on(group)
+    ended_by, told = _wait_passing_signals_on(group)
     completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
     _end_group(group.pid)
 
     code = group.returncode
     if ended_by is not None:
         return 128 + ended_by
+    if told is not None and code == 128 + signal.SIGTERM:  # SIGINT goes to the ranks by that name
+        return 128 + told
     if code == 0 and completed in (None, completed_before):
         print("the launcher ended without an error, but the run did not end as it should", file=sys.stderr)
         return 1
     # The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
     return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
+
+
+def _devices(num_processes: int) -> list[int | str]:
+    """Name the devices of the ranks, which the launcher shows them: those that this process may see."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return [*visible[:num_processes]] if len(visible) >= num_processes else [*range(num_processes)]
 
 
 def _completion(run_dir: Path) -> int | None:
@@ -70,8 +85,8 @@ def _completion(run_dir: Path) -> int | None:
         return None
 
 
-def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> int | None:
-    """Wait for the launcher; the signal that ended the run at once, if one did.
+def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> tuple[int | None, int | None]:
+    """Wait for the launcher; the signal that ended the run at once, if one did, and the first that there was.
 
     The first signal reaches the ranks alone, and they save and end: told as well, the launcher would kill them after
     30 s each. Where there are none yet, and for a second signal, everything is ended.
@@ -88,7 +103,7 @@ def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> int | None:
                 rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
         if ranks:
             with suppress(OSError):  # the terminal may be what is gone
-                print("stopping after this step; a second signal stops at once", file=sys.stderr)
+                print("stopping after the step under way; a second signal stops at once", file=sys.stderr)
         else:
             fatal.append(number)
             _signal_group(group.pid, signal.SIGKILL)
@@ -100,7 +115,7 @@ def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> int | None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return fatal[0] if fatal else None
+    return fatal[0] if fatal else None, received[0] if received else None
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:

@@ -1,7 +1,7 @@
-"""All that is DeepSpeed's: how processes find each other, and its pipeline engine, by subclassing.
+"""The use of DeepSpeed: its process group, and its pipeline engine by subclassing.
 
-Its launcher starts the processes. Its engine checks the batch, holds the module and frames a step; what it does within
-(passes, messages, reduction, optimizer, the loss of all ranks) is ours. `tests/parallel/test_deepspeed.py` names every
+Its launcher starts the processes. Its engine checks the batch, holds the module and frames a step; the step itself
+(passes, messages, reduction, optimizer, loss over all ranks) is ours. `tests/parallel/test_deepspeed.py` names every
 internal that this file relies on, so that an upgrade fails there. Importing it imports DeepSpeed, which takes seconds.
 """
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from model.batch import Batch
-from parallel.environment import name_accelerator, prepare_gpu_environment, quiet, raise_file_limit
+from parallel import rendezvous
+from parallel.environment import name_accelerator, prepare_gpu_environment, quiet, raise_file_limit, timeout
 from parallel.groups import Ranks
 
 name_accelerator(os.environ)
@@ -31,13 +32,15 @@ with quiet():
 def start_process_group() -> torch.device:
     """Join the processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR ... in the environment).
 
+    Where this process has joined a rendezvous, that is where they find each other, once all of them are there.
+
     Returns:
         This rank's device: its GPU by LOCAL_RANK, or the CPU.
 
     Raises:
-        RuntimeError: this system lets a process open too few files for so many processes.
+        RuntimeError: this system lets a process open too few files for so many processes, or some did not come.
     """
-    # Said once per collective and process; the names that replace them are not in every torch that is supported.
+    # PyTorch warns once per collective and process; the new names are not in every version that is supported.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
     with quiet():
@@ -47,17 +50,25 @@ def start_process_group() -> torch.device:
         if on_gpu:
             prepare_gpu_environment(os.environ)
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+        backend, met = "nccl" if on_gpu else "gloo", rendezvous.joined()
+        if met:  # who finds something wrong on its way here says so there
+            met.wait_for_all()
+        deepspeed.init_distributed(
+            backend,
+            auto_mpi_discovery=False,
+            timeout=timeout(),
+            init_method=rendezvous.init_method(met) if met else None,
+        )
         return current_device()
 
 
 def current_device() -> torch.device:
-    """The device that DeepSpeed's accelerator stands on."""
+    """Return the current device of DeepSpeed's accelerator."""
     return torch.device(get_accelerator().current_device_name())
 
 
 class RankGrid(PipelineParallelGrid):
-    """The rank grid by DeepSpeed's names, over groups that are there already: its own would open every one anew.
+    """The rank grid by DeepSpeed's names, over existing groups: its own grid would create each of them again.
 
     Args:
         ranks: this process and its groups.
@@ -70,8 +81,7 @@ class RankGrid(PipelineParallelGrid):
         self.data_parallel_size, self.pipe_parallel_size = layout.dp, layout.pp
         self.model_parallel_size = self.slice_parallel_size = layout.tp
         self.stage_id, self.data_parallel_id = ranks.pp_rank, ranks.dp_rank
-        # What DeepSpeed calls a model group is a replica; nothing but a count of parameters is summed over it, for a
-        # line of its log.
+        # DeepSpeed's model group is one replica; only a count of parameters is summed over it, for a line of its log.
         self.ds_model_proc_group, self.ds_model_world_size = None, layout.pp * layout.tp
         self.ds_model_rank = ranks.pp_rank * layout.tp + ranks.tp_rank
         self.dp_proc_group, self.pp_proc_group, self.slice_proc_group = ranks.dp, ranks.pp, ranks.tp
@@ -80,10 +90,10 @@ class RankGrid(PipelineParallelGrid):
 
 
 class StageModule(PipelineModule):
-    """Layers that are built already, in DeepSpeed's terms: it partitions nothing, builds nothing, ties nothing.
+    """A `PipelineModule` of layers that are already built; it partitions nothing, builds nothing and ties nothing.
 
     Args:
-        layers: of this rank.
+        layers: the layers of this rank.
         ranks: this process and its groups.
     """
 
@@ -99,15 +109,15 @@ class StageModule(PipelineModule):
 
 
 class StageEngine(PipelineEngine):
-    """A step and an evaluation of ours in the frame of DeepSpeed's, made as `deepspeed.initialize` makes an engine.
+    """A `PipelineEngine` that runs our own step and evaluation, constructed as `deepspeed.initialize` constructs one.
 
     Args:
-        layers: of this rank, in fp32 on their device.
+        layers: the layers of this rank, in fp32 on their device.
         ranks: this process and its groups.
-        micro_batch: sequences.
-        accumulation: micro-batches of a step.
-        train: what `train_batch` does with the micro-batches of a step, and returns.
-        evaluate: what `eval_batch` does with so many micro-batches, and returns.
+        micro_batch: the number of sequences of a micro-batch.
+        accumulation: the number of micro-batches of a step.
+        train: the function that `train_batch` calls with the micro-batches of a step, and whose result it returns.
+        evaluate: the function that `eval_batch` calls with micro-batches and their number, and whose result it returns.
     """
 
     def __init__(
@@ -132,11 +142,11 @@ class StageEngine(PipelineEngine):
         super().__init__(
             args=None, model=module, mpu=grid, config=settings, config_class=DeepSpeedConfig(settings, grid)
         )
-        self.timers = NoopTimer()  # its own keeps two events of every step for ever
-        self.fwd_outputs: list[Any] = []  # which it makes with the schedule that it does not run
+        self.timers = NoopTimer()  # DeepSpeed's timers would keep two events of every step for ever
+        self.fwd_outputs: list[Any] = []  # PipelineEngine creates it in the schedule that is replaced here
 
     def _broadcast_model(self) -> None:
-        """Weights are drawn from their names, or read, the same on all replicas: nothing is sent."""
+        """Send nothing: weights are initialised by name, or read, alike on all replicas."""
 
     def _train_schedule(self) -> Callable[[Iterator[Batch]], Any]:
         return self._train
@@ -147,13 +157,13 @@ class StageEngine(PipelineEngine):
     def _exec_schedule(self, pipe_schedule: Callable[[Iterator[Batch]], Any]) -> None:
         self._outcome = pipe_schedule(self.data_iterator)
 
-    # Every rank reads the data and ends with the loss of all: none sends it to others, and no link is warmed for that.
+    # Every rank reads the data and has the loss of all ranks: none broadcasts it, and no link is opened for that.
     def is_first_stage(self) -> bool:
-        """Whether this rank reads micro-batches."""
+        """Return whether this rank reads micro-batches."""
         return True
 
     def is_last_stage(self) -> bool:
-        """Whether this rank has the loss."""
+        """Return whether this rank has the loss."""
         return True
 
     def _aggregate_total_loss(self) -> Any:

@@ -3,11 +3,20 @@
 import contextlib
 import io
 import logging
+import math
+import os
 import resource
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
+from datetime import timedelta
 
 import torch
+
+from model.problems import BadInput
+
+TIMEOUT_MINUTES = "DEEPNARROW_TIMEOUT_MINUTES"
+"""Environment variable: how long ranks wait for one that does not come or does not answer, 10 minutes without it. All
+of them must have the same. Only what reads or writes a whole checkpoint may take longer."""
 
 _GPU_DEFAULTS = {
     # Streams that share a hardware queue wait for each other: a rank has one for computing and one for each group.
@@ -54,6 +63,22 @@ def problems(environment: Mapping[str, str], pp: int) -> list[str]:
     return found
 
 
+def timeout() -> timedelta:
+    """Read how long ranks wait for each other.
+
+    Raises:
+        BadInput: the variable holds no time.
+    """
+    said = os.environ.get(TIMEOUT_MINUTES, "10")
+    try:
+        minutes = float(said)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= 24 * 60:
+        raise BadInput([f"{TIMEOUT_MINUTES}={said}: not a number of minutes up to a day; 10 would work"])
+    return timedelta(minutes=minutes)
+
+
 def raise_file_limit(processes: int) -> None:
     """Let this process open as many files as its system allows: each group over Gloo has a socket to every process.
 
@@ -64,7 +89,7 @@ def raise_file_limit(processes: int) -> None:
         RuntimeError: that is too few; says how many would do.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 3 * processes + 256  # two groups over Gloo, the store, and what a process has open anyway
+    needed = 4 * processes + 256  # two groups over Gloo, the store twice, and what a process has open anyway
     if soft < needed:
         most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))

@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from parallel.environment import timeout
+
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=6)
@@ -14,7 +16,15 @@ PATIENCE = timedelta(hours=6)
 
 
 def control_group() -> dist.ProcessGroup:
-    """Make a Gloo group of all ranks. All ranks call it together; a thread that communicates needs its own."""
+    """Make a Gloo group of all ranks, for what takes seconds. All ranks call it together."""
+    return dist.new_group(backend="gloo", timeout=timeout())
+
+
+def checkpoint_group() -> dist.ProcessGroup:
+    """Make a Gloo group of all ranks in which one waits for hours while others read or write a checkpoint.
+
+    All ranks call it together. A thread that saves needs one that no other uses meanwhile.
+    """
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 

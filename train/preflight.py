@@ -1,10 +1,15 @@
-"""Preflight: all checks that need no process or device, and the preparation of what a run needs."""
+"""Preflight: all checks that need no process or device, and the preparation of what a run needs.
+
+Rank 0 does it for all. What can be otherwise on another host, its devices, its environment and its copy of the data,
+one rank judges there.
+"""
 
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +26,10 @@ from train import uptrain
 from train.checkpoint import resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
-from train.data import corpus
+from train.data import cache, corpus
 from train.data.prepare import PreparedData, prepare
 from train.learning_rate import length_of
+from train.learning_rate import warnings as length_warnings
 from train.pretrained import Source, open_source
 from train.tracking import SUMMARY
 from train.uptrain import implied
@@ -37,12 +43,12 @@ class PreparedRun:
         config: all settings, sound.
         composition: what they were taken from, with Hydra's own.
         layout: the rank grid.
-        data: tokenised, memory-mapped.
+        data: tokenised, on disk.
         run_dir: where the run writes.
         overrides: the command's, after those that its `init_from` implies.
         source: the weights it begins with, None for new ones.
-        start: the checkpoint it goes on from; only counts on the rank that writes.
-        complete: what to say if nothing is left to do, else None; counts there too.
+        start: the checkpoint it goes on from.
+        complete: what to say if nothing is left to do, else None.
         warnings: what may not be what was meant, one sentence each.
     """
 
@@ -65,6 +71,7 @@ def preflight(
     config_dir: str | None = None,
     machine: Machine | None = None,
     writes: bool = True,
+    verify: bool = False,
 ) -> PreparedRun:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
 
@@ -76,6 +83,7 @@ def preflight(
         config_dir: Hydra's ``--config-dir``.
         machine: to judge the layout by; None is the machine this runs on, as the launcher's environment describes it.
         writes: whether the run folder is this process's to write, and so to judge.
+        verify: compare all of the prepared tokens with their checksums, not only what was touched.
 
     Raises:
         BadInput: with every problem found.
@@ -91,8 +99,7 @@ def preflight(
     layout, problems = validate(config, machine)
     problems = [*composition.problems, *problems]
     problems += uptrain.problems(config, source)
-    if machine.gpus:  # the ranks inherit what is set here
-        problems += environment.problems(os.environ, config.parallel.pp)
+    problems += _environment_problems(machine, config)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
         unusable = _check_run_dir(run_dir)
@@ -108,7 +115,7 @@ def preflight(
     if problems or layout is None:
         raise BadInput([*problems, *corpus.check(config.data)])
     # It checks the corpus itself: of 100,000 files on a shared disk, one look is enough.
-    data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
+    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, verify=verify)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
         raise BadInput(problems)
     complete = _complete(config, composition.run_dir, start)
@@ -122,21 +129,67 @@ def preflight(
         source=source,
         start=start,
         complete=complete,
-        warnings=warnings(config, layout, machine),
+        warnings=warnings(config, layout, machine) + length_warnings(config, len(data.train(config.train.seq_len))),
     )
+
+
+def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
+    """Take over on another host what rank 0 has prepared; return it with the data as this host has them.
+
+    The corpus, the checkpoint and the weights to begin with are not read again. Only where the prepared data lie on a
+    disk that rank 0 does not share are they prepared here as well.
+
+    Args:
+        prepared: by rank 0.
+        judges: whether this process is the one of its host that judges; others rely on it, and wait for it.
+
+    Raises:
+        BadInput: with every problem of this host.
+    """
+    config, host = prepared.config, socket.gethostname()
+    folder = Path(config.data.cache_dir).expanduser() / prepared.data.fingerprint
+    data = replace(prepared.data, folder=folder, tokenizer_path=folder / prepared.data.tokenizer_path.name)
+    if not judges:
+        return replace(prepared, data=data)
+    machine = this_machine()
+    problems = validate(config, machine)[1] + _environment_problems(machine, config)
+    if prepared.source and not prepared.source.path.is_dir():
+        problems.append(f"init_from={prepared.source.path}: not there; a path that all hosts share would work")
+    try:
+        if not cache.sound(folder):
+            data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
+        if data.fingerprint != prepared.data.fingerprint:
+            problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
+    except BadInput as error:
+        problems += error.problems
+    if problems:
+        raise BadInput([f"{problem} (on {host})" for problem in problems])
+    return replace(prepared, data=data)
+
+
+def _environment_problems(machine: Machine, config: Config) -> list[str]:
+    """Judge the environment that the ranks have, or will inherit."""
+    problems = environment.problems(os.environ, config.parallel.pp) if machine.gpus else []
+    try:
+        environment.timeout()
+    except BadInput as error:
+        problems += error.problems
+    return problems
 
 
 def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
     """Say that a run has taken all its steps already; None where it has not."""
     if not start.own or start.rewind:
         return None
+    length, newest = length_of(config), step_of(start.candidates[0]) or 0
     try:
         summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
         done = summary["steps"] if summary["complete"] else 0
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    length = length_of(config)
-    if min(done, step_of(start.candidates[0]) or 0) < length.steps:
+        done = 0
+    if newest > length.steps:  # complete or not, there is no step between here and the end
+        done = newest
+    if min(done, newest) < length.steps:
         return None
     further = "a higher train.max_steps goes on from there, " if length.steps < length.schedule_steps else ""
     return f"{run_dir}: complete, {done:,} of {length.steps:,} steps; {further}resume=never trains it again"

@@ -5,9 +5,12 @@ A launcher starts this file once per process. `deepnarrow train` is the friendli
 
 import argparse
 import os
+import re
+import shlex
+import socket
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,25 +18,30 @@ from typing import TYPE_CHECKING
 # project's packages lie one above. Neither depends on whether the project is installed.
 _ROOT = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    sys.path[0] = _ROOT
+    if sys.path[0] == str(Path(__file__).resolve().parent):  # with PYTHONSAFEPATH it is not there
+        del sys.path[0]
+    sys.path.insert(0, _ROOT)
+
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
 
 from conf.compose import quoted  # noqa: E402
 from conf.job import run_as_job  # noqa: E402
 from conf.schema import register  # noqa: E402
 from model.problems import BadInput  # noqa: E402
-from parallel.processes import SUPERVISOR, die_with, free_port  # noqa: E402
+from parallel.processes import SUPERVISOR, die_with, free_port, read_launcher  # noqa: E402
 from train.stopping import StopSignals  # noqa: E402
 
 if TYPE_CHECKING:
+    from parallel.rendezvous import Rendezvous
     from train.preflight import PreparedRun
-
-SPEAK_AFTER = 30.0
-"""Seconds after which a rank other than 0 says what is wrong: by then rank 0 has said it and the launcher has ended
-all, unless it is wrong on this host alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run as one rank; exits with 2 and one line per problem on impossible settings or data."""
+    """Run as one rank; exits with 2 and one line per problem on impossible settings or data.
+
+    What one rank finds wrong, or fails with, ends all of them, on all hosts; each log says it once.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # DeepSpeed's launcher adds --local_rank=N, which Hydra does not know; LOCAL_RANK says the same.
     arguments = [argument for argument in arguments if not argument.startswith(("--local_rank", "--local-rank"))]
@@ -42,34 +50,65 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":  # one answer, however many were started
             _answer(arguments)
         return
+    from parallel.rendezvous import RankLost, join
 
-    stand_alone_unless_launched()
-    die_with(os.environ.get(SUPERVISOR))
-    rank = int(os.environ["RANK"])
-    from train.preflight import locked, preflight
-
-    options, overrides = hydra_options(arguments)
     try:
-        prepared = preflight(
-            overrides, config_name=options.config_name, config_dir=options.config_dir, writes=rank == 0
-        )
-        with StopSignals() as signals:
-            from train.loop import train
+        stand_alone_unless_launched()
+        die_with(os.environ.get(SUPERVISOR))
+        met = join()
+    except (BadInput, RankLost) as error:
+        print("\n".join(error.problems if isinstance(error, BadInput) else [str(error)]), file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
+    with StopSignals(lambda code, why: met.fail(code, [why])) as signals:
+        try:
+            _run(arguments, met, signals)
+        except BadInput as error:
+            met.fail(2, error.problems)
+            raise SystemExit(2) from None
+        except RankLost as error:
+            met.fail(1, [str(error)])
+            raise SystemExit(1) from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            met.fail(1, [f"rank {met.rank} failed: {reason}"], said=True)
+            raise
+        finally:
+            met.leave()
 
-            if rank != 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
-                train(prepared, signals)
-            elif prepared.complete:
+
+def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
+    """Run: rank 0 checks and prepares for all; then all train."""
+    from train.preflight import PreparedRun, locked, preflight, preflight_here
+
+    held = ExitStack()
+
+    def prepare() -> tuple[PreparedRun, list[str]]:
+        options, overrides = hydra_options(arguments)
+        try:
+            prepared = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir)
+        except BadInput as error:
+            raise BadInput([*error.problems, *lost_quotes(overrides, os.environ)]) from None
+        if not prepared.complete:
+            held.enter_context(locked(prepared.run_dir))
+            clear_run_dir(prepared)
+        return prepared, arguments
+
+    with held:
+        prepared, of_rank_0 = met.share(prepare)
+        if prepared.complete:
+            if met.rank == 0:
                 print(prepared.complete, file=sys.stderr)
-                train(prepared, signals)
-            else:
-                with locked(prepared.run_dir):
-                    clear_run_dir(prepared)
-                    run_as_job(prepared.composition, prepared.run_dir, lambda: train(prepared, signals))
-    except BadInput as error:
-        if rank != 0:
-            time.sleep(SPEAK_AFTER)
-        print("\n".join(error.problems), file=sys.stderr)
-        raise SystemExit(2) from None
+            return
+        from train.loop import train
+
+        if met.rank == 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
+            run_as_job(prepared.composition, prepared.run_dir, lambda: train(prepared, signals))
+            return
+        if arguments != of_rank_0:
+            raise BadInput([_other_arguments(arguments, of_rank_0)])
+        with met.busy():
+            prepared = preflight_here(prepared, judges=os.environ.get("LOCAL_RANK", "0") == "0")
+        train(prepared, signals)
 
 
 def clear_run_dir(prepared: "PreparedRun") -> None:
@@ -88,7 +127,7 @@ def clear_run_dir(prepared: "PreparedRun") -> None:
 def for_ranks(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:
     """Write the arguments of the ranks of a run that is to be kept in `run_dir`.
 
-    Each composes its configuration, would look up ${now:...} in hydra.run.dir again, and find another folder a second
+    Rank 0 composes the configuration, would look up ${now:...} in hydra.run.dir again, and find another folder a second
     later. Nor may Hydra change the working directory: paths in the configuration are relative to where the run was
     started.
     """
@@ -96,6 +135,50 @@ def for_ranks(options: argparse.Namespace, overrides: Sequence[str], run_dir: Pa
     extra = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     # Options last: Hydra's parser takes the overrides on one side of them only.
     return [*overrides, *fixed, f"--config-name={options.config_name}", *extra]
+
+
+def lost_quotes(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Say how to type what Hydra cannot read, where a shell on each host has taken quotes away on its way here.
+
+    DeepSpeed's launcher hands the arguments to several hosts by pdsh, and the shell there reads them once more.
+
+    Args:
+        arguments: overrides, as they have arrived.
+        environment: of this rank.
+    """
+    if int(environment.get("CROSS_SIZE", "1")) < 2:
+        return []
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        try:
+            OverridesParser.create().parse_override(argument)
+        except HydraException:
+            typed = shlex.quote(for_remote_shell(f"{key}={quoted(value)}" if equals else argument))
+            found.append(
+                f"{argument}: this is what has arrived; over pdsh a shell on each host reads an argument once more "
+                f"and takes quotes, $ and \\ as its own; typed as {typed} it would arrive"
+            )
+    return found
+
+
+def for_remote_shell(text: str) -> str:
+    """Quote an argument of DeepSpeed's launcher so that it arrives on several hosts, whose shells read it once more.
+
+    The launcher itself puts double quotes around what has a space, and a backslash before each in it.
+    """
+    inside = " " in text
+    return re.sub(r"([\\$`])" if inside else r"([^\w@%+=:,./~-])", r"\\\1", text)
+
+
+def _other_arguments(own: Sequence[str], of_rank_0: Sequence[str]) -> str:
+    """Say how this rank was started otherwise than rank 0."""
+    here = [argument for argument in own if argument not in of_rank_0] or ["fewer"]
+    there = [argument for argument in of_rank_0 if argument not in own] or ["fewer"]
+    return (
+        f"{' '.join(here)}: on {socket.gethostname()}, and rank 0 was given {' '.join(there)}; the same arguments "
+        "on all hosts would work (a shell on each may have read $ or `…` in them)"
+    )
 
 
 def asks_hydra(arguments: Sequence[str]) -> bool:
@@ -114,9 +197,7 @@ def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     options, rest = parser.parse_known_args(list(arguments))
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
-        named = ", ".join(unknown)
-        print(f"{named}: not an option of a training run; for several runs, start several", file=sys.stderr)
-        raise SystemExit(2)
+        raise BadInput([f"{', '.join(unknown)}: not an option of a training run; for several runs, start several"])
     return options, rest
 
 
@@ -129,8 +210,12 @@ def _answer(arguments: Sequence[str]) -> None:
 
 
 def stand_alone_unless_launched() -> None:
-    """Set the environment of a run of one process, where no launcher has."""
-    if "RANK" not in os.environ:
+    """Set the environment of a run of one process, where no launcher has started this one.
+
+    Raises:
+        BadInput: one has, and leaves out what has to be known.
+    """
+    if not read_launcher(os.environ):
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -19,13 +20,18 @@ told as well, tells each rank again."""
 class StopSignals:
     """A context in which the first signal asks to stop, and a later one ends the process at once.
 
-    What notices the second is a thread of its own, since the main one may be waiting for another rank.
+    What notices the second is a thread of its own, since the main one may be waiting for another rank. Until there is
+    something to save, the first ends the process at once as well.
+
+    Args:
+        farewell: called before the process is ended without anything to save, with its exit code and a sentence.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: Callable[[int, str], None] | None = None) -> None:
         self.asked: int | None = None
         """The first signal received."""
         self._since = 0.0
+        self._farewell, self._something_to_save = farewell, farewell is None
 
     def __enter__(self) -> "StopSignals":
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
@@ -45,6 +51,10 @@ class StopSignals:
             signal.signal(number, handler)
         self._telling.close()
 
+    def save_first(self) -> None:
+        """Have the first signal ask from here on: there is something to save."""
+        self._something_to_save = True
+
     def ignore(self) -> None:
         """Ignore signals from here on: all is saved, and only the process is left to end."""
         for number in SIGNALS:
@@ -58,6 +68,15 @@ class StopSignals:
             if number == signal.SIGHUP:  # with the terminal gone, the next line written to it would end the run
                 for fd in self._terminals:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            if not self._something_to_save:
+                assert self._farewell is not None
+                name = signal.Signals(number).name
+                # The others are told where that works, and the end does not wait for it.
+                end = threading.Timer(SAME, os._exit, [128 + number])
+                end.daemon = True
+                end.start()
+                self._farewell(128 + number, f"told to stop ({name}) before the first step: nothing is to be saved")
+                os._exit(128 + number)
             if self.asked is None:
                 self.asked, self._since = number, time.monotonic()
             elif time.monotonic() - self._since > SAME:

@@ -1,9 +1,10 @@
 """Benchmarks that anyone can run: each prints ratios against a peer or a bound of the same run.
 
-A subject is a module here with ``measure(overrides) -> dict``, of what JSON can hold, and ``as_text(found) -> str``.
+A subject is a module here with ``measure(overrides) -> dict``, whose result JSON can hold, and
+``as_text(found) -> str``.
 """
 
 ALL = ("stage", "kernels", "peers", "pipeline", "data")
-"""What `deepnarrow bench` runs without a subject, in this order: minutes in all on two cores."""
-SUBJECTS = (*ALL, "checkpoint", "decode", "schedules")
-"""What it runs by name."""
+"""The subjects that `deepnarrow bench` runs without an argument, in this order: minutes in all on two cores."""
+SUBJECTS = (*ALL, "checkpoint", "decode", "schedules", "start")
+"""The subjects that it runs by name."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from datetime import timedelta
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -11,6 +12,8 @@ from conf.compose import compose_overrides
 from conf.job import run_as_job
 from model.problems import BadInput
 from model.weights import StoredWeights
+from parallel.processes import free_port
+from parallel.rendezvous import Rendezvous
 from tests.shapes import preset
 from train import loop, preflight, pretrain
 from train.pretrained import Source
@@ -68,20 +71,36 @@ def test_a_process_composes_its_configuration_once(overrides, compositions, trai
     assert of_hydra.run.dir == of_hydra.runtime.output_dir == str(folder)
 
 
-def test_other_ranks_compose_once_and_write_nothing(overrides, compositions, trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    pretrain.main([*overrides, f"hydra.run.dir={tmp_path / 'run'}"])
-    assert len(compositions) == len(trained) == 1 and not (tmp_path / "run").exists()
+def test_other_ranks_take_over_what_rank_0_has_prepared_and_write_nothing(
+    overrides, compositions, trained, tmp_path, monkeypatch
+):
+    given = [*overrides, f"hydra.run.dir={tmp_path / 'run'}"]
+    prepared = preflight.preflight(given)
+    compositions.clear()
+    monkeypatch.setattr(preflight, "prepare", None)  # nor do they look at the corpus
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    rank_0 = Rendezvous(0, 2, timedelta(seconds=10))
+    rank_0.share(lambda: (prepared, given))
+    pretrain.main(given)
+    rank_0.leave()
+    (found,) = trained
+    assert compositions == [] and not (tmp_path / "run").exists()
+    assert found.config == prepared.config and found.run_dir == prepared.run_dir and found.data == prepared.data
 
 
 def test_weights_to_begin_with_imply_overrides_and_so_a_second_composition(
     overrides, compositions, trained, tmp_path, monkeypatch
 ):
     config = preset(*overrides).model
+    tokenizer = preflight.preflight(overrides).data.tokenizer_path
     compositions.clear()
     weights = Source(tmp_path, StoredWeights(config, tmp_path, {}), None, None)
     monkeypatch.setattr(preflight, "open_source", lambda path, checked: weights)
     rest = [override for override in overrides if not override.startswith("model.")]
+    rest.append(f"data.tokenizer={tokenizer}")
     pretrain.main([*rest, f"init_from={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"])
     assert len(compositions) == 2
     (prepared,) = trained
