@@ -107,5 +107,5 @@ def run_ranks(module: str, num_processes: int, folder: Path, timeout: float = 30
 
 def report(run: Callable[[], Any]) -> None:
     """The main of a rank's module: run, and hand the result to `run_ranks`."""
-    result = run()
-    torch.save(result, Path(sys.argv[1]) / f"rank{os.environ['RANK']}.pt")
+    rank = os.environ["RANK"]  # a command that starts processes itself forgets what a launcher has set
+    torch.save(run(), Path(sys.argv[1]) / f"rank{rank}.pt")
