@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from model.batch import Batch
-from parallel import rendezvous
 from parallel.environment import name_accelerator, prepare_gpu_environment, quiet, raise_file_limit, timeout
 from parallel.groups import Ranks
+from parallel.rendezvous import Rendezvous
 
 name_accelerator(os.environ)
 with quiet():
@@ -29,10 +29,11 @@ with quiet():
     from deepspeed.utils.timer import NoopTimer
 
 
-def start_process_group() -> torch.device:
+def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
     """Join the processes that the launcher started (RANK, WORLD_SIZE, MASTER_ADDR ... in the environment).
 
-    Where this process has joined a rendezvous, that is where they find each other, once all of them are there.
+    Args:
+        rendezvous: where they find each other, once all of them are there; None for PyTorch's own, by the environment.
 
     Returns:
         This rank's device: its GPU by LOCAL_RANK, or the CPU.
@@ -50,14 +51,13 @@ def start_process_group() -> torch.device:
         if on_gpu:
             prepare_gpu_environment(os.environ)
             get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend, met = "nccl" if on_gpu else "gloo", rendezvous.joined()
-        if met:  # who finds something wrong on its way here says so there
-            met.wait_for_all()
+        if rendezvous:  # who finds something wrong on its way here says so there
+            rendezvous.wait_for_all()
         deepspeed.init_distributed(
-            backend,
+            "nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
             timeout=timeout(),
-            init_method=rendezvous.init_method(met) if met else None,
+            init_method=rendezvous.init_method() if rendezvous else None,
         )
         return current_device()
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import secrets
 import socket
 import sys
 import threading
@@ -26,8 +27,10 @@ from parallel.environment import TIMEOUT_MINUTES, timeout
 
 T = TypeVar("T")
 
-LINGER = 5.0
-"""Seconds that a rank which fails waits at most for the others to hear of it."""
+LINGER = 10.0
+"""Seconds that a rank which fails waits at most for those that have arrived to hear of it."""
+GRACE = 3.0
+"""Seconds that it waits for those that are still on their way."""
 _SCHEME = "deepnarrow"
 _FAILED, _HEARD, _ARRIVED, _READY, _BUSY, _SHARED = "failed", "heard", "arrived", "ready", "busy", "shared"
 
@@ -148,11 +151,25 @@ class Rendezvous:
                     stream.flush()
             os._exit(failure["code"])
 
+    def init_method(self) -> str | None:
+        """Return what to tell `init_process_group` so that it meets here; None for a process alone."""
+        if self.size == 1:
+            return None
+        scheme = f"{_SCHEME}-{secrets.token_hex(8)}"  # one that PyTorch knows already is never another
+
+        def handler(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+            yield self.store, self.rank, self.size
+
+        dist.register_rendezvous_handler(scheme, handler)
+        return f"{scheme}://"
+
     def _linger(self) -> None:
         """Wait until all have heard; rank 0 a little longer, since the store goes with it."""
         self._ear.add(_HEARD, 1)
-        end = time.monotonic() + LINGER
-        while self._ear.add(_HEARD, 0) < self._ear.add(_ARRIVED, 0) and time.monotonic() < end:
+        begin = time.monotonic()
+        while (heard := self._ear.add(_HEARD, 0)) < self.size and (waited := time.monotonic() - begin) < LINGER:
+            if waited > GRACE and heard >= self._ear.add(_ARRIVED, 0):
+                break
             time.sleep(0.05)
         time.sleep(0.3 if self.rank == 0 else 0)
 
@@ -192,9 +209,6 @@ class Rendezvous:
             raise RankLost(f"rank 0 is gone ({str(error).splitlines()[0]})") from None
 
 
-_joined: Rendezvous | None = None
-
-
 def join() -> Rendezvous:
     """Meet the other ranks, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; the process group is then made here.
 
@@ -202,27 +216,7 @@ def join() -> Rendezvous:
         BadInput: something else listens at MASTER_PORT.
         RankLost: nothing does.
     """
-    global _joined
-    _joined = Rendezvous(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout())
-    return _joined
-
-
-def joined() -> Rendezvous | None:
-    """Return this process's rendezvous, if it has joined one."""
-    return _joined
-
-
-def init_method(rendezvous: Rendezvous) -> str | None:
-    """Return what to tell `init_process_group` so that it meets at this rendezvous; None for a process alone."""
-    if rendezvous.size == 1:
-        return None
-
-    def handler(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
-        yield rendezvous.store, rendezvous.rank, rendezvous.size
-
-    with suppress(RuntimeError):  # it is there from an earlier one of this process
-        dist.register_rendezvous_handler(_SCHEME, handler)
-    return f"{_SCHEME}://"
+    return Rendezvous(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout())
 
 
 def _connect(rank: int, size: int, patience: timedelta) -> Any:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from parallel.engine import StepResult
+from parallel.rendezvous import Rendezvous
 from train import timeline
 from train.checkpoint.saver import Outcome
 from train.farewell import farewell
@@ -42,18 +43,19 @@ class Progress:
     timed_seconds: float = 0.0
 
 
-def train(prepared: PreparedRun, signals: StopSignals) -> None:
+def train(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -> None:
     """Train, save, validate, sample; every rank calls it. Rank 0 writes the run folder and speaks.
 
     Args:
         prepared: from `train.preflight`.
         signals: whether this rank has been told to stop; one that has stops all after the step under way.
+        rendezvous: where the ranks have met.
 
     Raises:
         BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
         SystemExit: 1: its last step could not be saved, or records of it are lost; 3: it has diverged.
     """
-    run = open_run(prepared, signals)
+    run = open_run(prepared, signals, rendezvous)
     if run is None:
         return
     signals.save_first()

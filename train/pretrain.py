@@ -102,13 +102,13 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
         from train.loop import train
 
         if met.rank == 0:  # the run folder, Hydra's files in it and the log are rank 0's to write
-            run_as_job(prepared.composition, prepared.run_dir, lambda: train(prepared, signals))
+            run_as_job(prepared.composition, prepared.run_dir, lambda: train(prepared, signals, met))
             return
         if arguments != of_rank_0:
             raise BadInput([_other_arguments(arguments, of_rank_0)])
         with met.busy():
             prepared = preflight_here(prepared, judges=os.environ.get("LOCAL_RANK", "0") == "0")
-        train(prepared, signals)
+        train(prepared, signals, met)
 
 
 def clear_run_dir(prepared: "PreparedRun") -> None:

@@ -20,6 +20,7 @@ from parallel.engine import Engine, EngineSettings, build_engine
 from parallel.environment import quiet
 from parallel.layout import Layout
 from parallel.processes import use_cpus_fairly
+from parallel.rendezvous import Rendezvous
 from parallel.stages import Stage, split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train import timeline
@@ -129,7 +130,7 @@ class Run:
             log.log(level, "%s", text)
 
 
-def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
+def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -> Run | None:
     """Open a run; every rank calls it. None where nothing is left to train.
 
     Raises:
@@ -140,7 +141,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals) -> Run | None:
     config, layout = prepared.config, prepared.layout
     if config.train.deterministic:
         be_deterministic()
-    device = start_process_group()
+    device = start_process_group(rendezvous)
     rank = dist.get_rank()
     logs = patient_logs()
     use_cpus_fairly(device)

@@ -48,7 +48,7 @@ def logs_as_before():
 def trained(monkeypatch):
     """What would be trained; no process is started."""
     runs = []
-    monkeypatch.setattr(loop, "train", lambda prepared, signals: runs.append(prepared))
+    monkeypatch.setattr(loop, "train", lambda prepared, signals, rendezvous: runs.append(prepared))
     monkeypatch.setattr(pretrain, "die_with", lambda supervisor: None)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_SIZE", "1")):
         monkeypatch.setenv(name, value)

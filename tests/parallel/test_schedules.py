@@ -1,9 +1,11 @@
 """The order of passes: sound for every size, and as long as the papers' closed forms say."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
+from parallel import schedules
 from parallel.schedules import (
     Action,
     Pass,
@@ -16,7 +18,8 @@ from parallel.schedules import (
     problems,
     splits_backward,
 )
-from parallel.simulation import Costs, simulate
+from parallel.simulation import Costs, programs, simulate
+from tests.ranks import ROOT
 
 KINDS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zero_bubble", 1)]
 KINDS += [("zero_bubble", 2), ("zero_bubble", 3), ("zbv", 2), ("dualpipev", 2)]
@@ -202,3 +205,20 @@ def test_a_batch_that_a_schedule_cannot_run_is_said_with_one_that_it_can():
 @pytest.mark.parametrize(("name", "p", "v"), [("1f1b", 1, None), ("zbv", 4, None), ("zero_bubble", 4, 3)])
 def test_what_can_be_is_not(name, p, v):
     assert problems(Schedule[name], p, v) == []
+
+
+def test_the_schedule_that_the_readme_adds_is_one(monkeypatch):
+    """Its row and its function, as they stand there, are all that a schedule takes."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = next(part for part in text.split("```python\n")[1:] if "_gpipe" in part).partition("```")[0]
+    given = {name: value for name, value in vars(schedules).items() if not name.startswith("__")}
+    exec(block.replace("TABLE = {...,", "ROWS = {"), given)
+    monkeypatch.setitem(schedules.TABLE, "gpipe", given["ROWS"]["gpipe"])
+    gpipe = SimpleNamespace(name="gpipe")
+    for p, m in product((2, 4), (1, 3, 8)):
+        place = placement_of(gpipe, p, None)
+        order = orders(gpipe, place, m)
+        check(order, place, m)
+        assert waiting(simulate(order, place, even(place))) == pytest.approx((p - 1) * 3)
+        assert all(len(one.actions) == 2 * m for one in programs(order, place))
+    assert problems(gpipe, 2, 3) == ["parallel.virtual_stages=3: parallel.schedule=gpipe has one stage on each rank"]

@@ -157,7 +157,7 @@ def test_a_run_asks_for_them_first(asked, called, monkeypatch):
     class Started(Exception):
         pass
 
-    def start():
+    def start(rendezvous):
         order.append("started")
         raise Started
 
@@ -168,7 +168,7 @@ def test_a_run_asks_for_them_first(asked, called, monkeypatch):
     monkeypatch.setattr(parallel.deepspeed_engine, "start_process_group", start)
     prepared = SimpleNamespace(config=preset("tiny", f"train.deterministic={asked}"), layout=None)
     with pytest.raises(Started):
-        run.open_run(prepared, None)
+        run.open_run(prepared, None, None)
     assert order == called
 
 
