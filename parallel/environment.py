@@ -43,7 +43,7 @@ def prepare_gpu_environment(environment: MutableMapping[str, str]) -> None:
 
 
 def problems(environment: Mapping[str, str], pp: int) -> list[str]:
-    """Variables under which a run on GPUs would hang, a sentence each with what would work.
+    """Name variables under which a run on GPUs would hang, or wait where it need not, each with what would work.
 
     Args:
         environment: of the ranks.

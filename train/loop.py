@@ -56,8 +56,6 @@ def train(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -
         SystemExit: 1: its last step could not be saved, or records of it are lost; 3: it has diverged.
     """
     run = open_run(prepared, signals, rendezvous)
-    if run is None:
-        return
     signals.save_first()
     if prepared.source and not run.resumed:  # what trained weights are worth before the first step
         val_loss = run.validation_loss()

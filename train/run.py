@@ -130,8 +130,8 @@ class Run:
             log.log(level, "%s", text)
 
 
-def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -> Run | None:
-    """Open a run; every rank calls it. None where nothing is left to train.
+def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -> Run:
+    """Open a run that has steps left; every rank calls it.
 
     Raises:
         BadInput: on every rank: the checkpoint to go on from is damaged or does not fit.
@@ -146,10 +146,8 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
     logs = patient_logs()
     use_cpus_fairly(device)
     group = control_group()
-    run_dir, start, complete = from_rank_0((prepared.run_dir.absolute(), prepared.start, prepared.complete), group)
-    if complete:
-        leave()
-        return None
+    start = prepared.start
+    run_dir = from_rank_0(prepared.run_dir.absolute(), group)  # a relative path goes on from where rank 0 was started
 
     dtype = compute_dtype(config, device)
     stages = _stages(config, device, dtype)

@@ -19,7 +19,7 @@ from parallel.engine import Engine, EngineSettings, build_engine
 from parallel.layout import Layout
 from parallel.stages import split
 from parallel.state import OptimizerState
-from train.agreement import control_group
+from train.agreement import checkpoint_group
 from train.checkpoint.saver import Saver
 from train.optimizer import adamw
 from train.pretrain import stand_alone_unless_launched
@@ -111,7 +111,7 @@ def _saver(folder: Path, config: Config, layout: Layout, state: OptimizerState) 
     tokenizer.write_text("{}")
     settings = CheckpointConfig(keep_last=1)
     facts = {"data": "", "config": to_jsonable(asdict(config)), "layout": asdict(layout), "code": "", "origin": None}
-    return Saver(state, folder / "checkpoints", settings, facts, tokenizer, control_group())
+    return Saver(state, folder / "checkpoints", settings, facts, tokenizer, checkpoint_group())
 
 
 def _step(engine: Engine, batches: Iterator[Batch], rate: float) -> float:
