@@ -128,9 +128,7 @@ def _losses(run_dir: Path, uptraining: Uptraining) -> dict[float, float]:
 
 
 def _log(study: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
-    """Log the results as a run of their own in W&B."""
-    import wandb
-
+    """Log the results as a run of their own in W&B, where that is not disabled."""
     settings = study.config.wandb
     run, _, _ = start_wandb(
         wandb_mode(settings),
@@ -146,6 +144,10 @@ def _log(study: Plan, found: dict[str, Any], pictures: list[Path]) -> None:
             "code": code_version(),
         },
     )
+    if run is None:
+        return
+    import wandb
+
     columns: list[str | int] = ["attention", "kv_heads", "method", "alpha", "val_loss"]
     rows = [
         [model["attention"], model["kv_heads"], method, float(alpha), loss]

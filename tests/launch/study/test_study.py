@@ -1,17 +1,20 @@
 """A whole study of small models in real processes, and its plan."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch.study import run as study
 from launch.study.decode import decode_seconds
-from launch.study.plan import plan
+from launch.study.plan import StudySettings, plan
 from model.problems import BadInput
 from model.regroup import Method
 from tests.ranks import nursery
+from tests.shapes import preset
 from tests.train.checkpoint import runs
 from train.pretrained import open_source
 from train.wandb_file import records
@@ -194,3 +197,9 @@ def test_a_token_is_timed_at_the_context_it_stands_for(done, monkeypatch):
     monkeypatch.setattr(KVCache, "held", lambda cache: seen.add(tuple(held(cache)[0].shape)) or held(cache))
     decode_seconds({1: open_source(folder / "weights" / "1-mean").weights}, [3], [20], lambda text: None, rounds=1)
     assert seen == {(3, 1, 20 + step, 8) for step in range(1, 10)}
+
+
+def test_a_study_that_does_not_log_to_wandb_does_not_need_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = preset("tiny", "wandb.mode=disabled")
+    study._log(SimpleNamespace(config=config, settings=StudySettings(), folder=tmp_path), {"models": []}, [])
