@@ -1,5 +1,6 @@
 """Imports what ranks need, then forks them on demand: orders come in as lines of JSON, what became of them goes out."""
 
+import gc
 import json
 import os
 import runpy
@@ -13,7 +14,15 @@ def main():
     import functorch.compile  # noqa: F401 - this and the next are DeepSpeed's, when an engine is made
     import torch._dynamo.testing  # noqa: F401
 
-    import parallel.deepspeed_engine  # noqa: F401
+    import parallel.deepspeed_engine
+    import train.data.build
+    import train.loop
+    import train.pretrain  # noqa: F401 - a rank runs it anew, and finds what it imports
+
+    # A rank asks for it, and each would ask the compiler anew what this machine can build.
+    parallel.deepspeed_engine.deepspeed.ops.__compatible_ops__  # noqa: B018
+    gc.collect()
+    gc.freeze()  # a rank that collects garbage would go through all of this, and copy the pages it lies on
 
     talk = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what imports or forks print must not look like an answer
