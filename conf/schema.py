@@ -58,6 +58,8 @@ _NOT_RECIPE = {
     "train": {"max_steps", "max_skipped", "micro_batch", "precision", "deterministic", "profile", "profile_ranks"}
     | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
 }
+# What came later, and says nothing where it is empty: runs of before keep their names.
+_NO_RECIPE_EMPTY = {("data", "sources"), ("data", "stages")}
 
 
 def to_jsonable(value: Any) -> Any:
@@ -82,23 +84,26 @@ def recipe_fields(sections: Mapping[str, Any]) -> dict[str, Any]:
         f"{section}.{key}": value
         for section in _RECIPE_SECTIONS
         for key, value in sections[section].items()
-        if key not in _NOT_RECIPE.get(section, set())
+        if key not in _NOT_RECIPE.get(section, set()) and (value or (section, key) not in _NO_RECIPE_EMPTY)
     }
     begins = sections.get("init_from")
     return found if begins is None else {**found, "init_from": begins}
 
 
 def run_name(root: DictConfig) -> str:
-    """Name a run, as ``67b-files-f6aa340``: preset, corpus, and a fingerprint of the recipe fields."""
+    """Name a run, as ``67b-files-f6aa340``: preset, kind of corpus, and a fingerprint of the recipe fields."""
     sections: dict[str, Any] = {
         section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _RECIPE_SECTIONS
     }
     sections["init_from"] = root.init_from
     fingerprint = hashlib.sha256(json.dumps(recipe_fields(sections), sort_keys=True).encode()).hexdigest()[:7]
-    return f"{root.preset}-{sections['data']['source']}-{fingerprint}"
+    corpus = "mixture" if sections["data"]["sources"] else sections["data"]["source"]
+    return f"{root.preset}-{corpus}-{fingerprint}"
 
 
 def register() -> None:
     """Make the schema and the `run_name` resolver known to Hydra; may be called again."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_struct(schema.data.sources, False)  # its keys are names that the user gives
+    ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)

@@ -3,7 +3,7 @@
 `model/config.py` and `parallel/layout.py` hold those of their floors; `conf/schema.py` composes them all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 
 
@@ -19,11 +19,9 @@ class Source(Enum):
 
 
 @dataclass
-class DataConfig:
-    """Corpus, tokenizer and the split into training and held-out documents."""
+class CorpusConfig:
+    """What tells one corpus from another: where its documents lie, and how they are found there."""
 
-    source: Source = Source.stdlib
-    """stdlib, files or hub."""
     path: str | None = None
     """files: a file, a folder (searched recursively) or a glob. .jsonl/.ndjson/.jsonlines/.json(.gz/.zst) hold a
     document per line, .parquet and .arrow one per row (a folder of datasets' save_to_disk is read as such); every
@@ -40,6 +38,49 @@ class DataConfig:
     """The field of a JSONL line, or the column of a Parquet file or hub dataset, that holds the text."""
     document_separator: str | None = None
     """Cut plain-text files into documents at this string, such as "\\n\\n"; null makes each file one document."""
+
+
+@dataclass
+class SourceConfig(CorpusConfig):
+    """A corpus of a mixture: one of `data.sources`."""
+
+    source: Source | None = None
+    """stdlib, files or hub; null is files where `path` is given, and hub where `name` is."""
+    weight: float = 1.0
+    """The source's share of the tokens, in proportion to the weights of the others; 0 leaves it out."""
+    max_epochs: float | None = None
+    """A run that would repeat the source more often than this is refused before it starts; null sets no limit."""
+
+
+@dataclass
+class DataStage:
+    """A stretch of a run with weights or a sequence length of its own: mid-training, annealing, a longer context."""
+
+    until: float = 0.0
+    """Tokens trained on, from the beginning of the run, at which the stage ends; may be written 1.6e12. The last
+    stage's must reach train.total_tokens."""
+    weights: dict[str, float] | None = None
+    """Weights by source; a source that is not named has none in this stage. Null: the sources' own."""
+    seq_len: int | None = None
+    """Tokens per sequence in this stage; null is train.seq_len. A stage of another length than the one before cuts
+    every source into sequences of that length and shuffles them anew, from a first epoch on: what was trained on in
+    sequences of another length may come again, and a length that comes back goes on where it was."""
+
+
+@dataclass
+class DataConfig(CorpusConfig):
+    """Corpus or mixture of corpora, tokenizer, and the split into training and held-out documents."""
+
+    source: Source = Source.stdlib
+    """stdlib, files or hub: the kind of the one corpus, where there are no `sources`."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """A mixture of several corpora by name, such as {web: {path: /web, weight: 0.7}, code: {path: /code, weight: 0.3}}.
+    They share the tokenizer and all keys below; path, name and the like are then each source's. Which source and which
+    of its sequences is the n-th sample is a function of n and train.seed alone, and no source is ever a sequence
+    away from its share."""
+    stages: list[DataStage] = field(default_factory=list)
+    """Stages one after another, such as [{until: 1.6e12}, {until: 2e12, weights: {books: 1, code: 1}}]; none means
+    that the whole run is one, with the sources' own weights and train.seq_len."""
     tokenizer: str | None = None
     """An existing tokenizer.json (or a folder with one); null trains a byte-level BPE on the corpus."""
     tokenizer_vocab_size: int | None = None
@@ -56,6 +97,27 @@ class DataConfig:
     cache_dir: str = "~/.cache/deepnarrow"
     """Where prepared corpora are kept, each under a fingerprint of all that shaped it. The environment variable
     DEEPNARROW_CACHE moves it for every run."""
+
+
+def corpora(data: DataConfig) -> dict[str, DataConfig]:
+    """Return the settings of each corpus by its name, each with all that preparation asks of one corpus alone.
+
+    Args:
+        data: one corpus, which is then named by its kind (stdlib, files or hub), or a mixture.
+    """
+    if not data.sources:
+        return {data.source.value: replace(data, stages=[])}
+    keys = [each.name for each in fields(CorpusConfig)]
+    return {
+        name: replace(
+            data,
+            source=of.source or (Source.hub if of.name is not None and of.path is None else Source.files),
+            sources={},
+            stages=[],
+            **{key: getattr(of, key) for key in keys},
+        )
+        for name, of in data.sources.items()
+    }
 
 
 class Decay(Enum):
@@ -119,8 +181,10 @@ class TrainConfig:
     """Decides initial weights and sample order."""
     seq_len: int = 4096
     """Tokens per sequence, at most model.max_seq_len."""
-    global_batch: int = 2304
-    """Sequences per optimizer step, over all ranks."""
+    global_batch: int | str = 2304
+    """Sequences per optimizer step, over all ranks. "0:768 250e9:1536" is a batch size ramp-up: 768 from the first
+    token on, 1536 from the first step on that begins with 250e9 tokens trained on. Sequences are those of the stage:
+    a stage of another length has batches of as many, which are more or fewer tokens."""
     micro_batch: int = 1
     """Sequences per forward pass of one rank. Accumulation follows: global_batch / (micro_batch x dp)."""
     total_tokens: float = 2e12
