@@ -1,0 +1,217 @@
+"""The length of a run: which step has how many sequences of how many tokens, as a function of its number."""
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.ramp import rungs
+from conf.schema import Config
+from conf.train_settings import DataStage
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a step trains on.
+
+    Attributes:
+        samples_before, tokens_before: trained on before it.
+        global_batch: its sequences, over all ranks.
+        seq_len: tokens of a sequence.
+        stage: of the data, counted from 0.
+    """
+
+    samples_before: int
+    tokens_before: int
+    global_batch: int
+    seq_len: int
+    stage: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step trains on."""
+        return self.global_batch * self.seq_len
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive steps of one size.
+
+    Attributes:
+        count: of the steps.
+        global_batch, seq_len: sequences of a step, and their tokens.
+    """
+
+    count: int
+    global_batch: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What a run has trained on up to a step: with the settings that hold from there on, it decides all that comes.
+
+    Attributes:
+        steps: that were taken, runs of equal ones together.
+        positions: where each source's order stands, by sequence length and the name of the source.
+        skip: samples to pass over before the next one.
+    """
+
+    steps: tuple[Steps, ...] = ()
+    positions: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    skip: int = 0
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return sum(steps.count for steps in self.steps)
+
+    @property
+    def samples(self) -> int:
+        """Sequences trained on."""
+        return sum(steps.count * steps.global_batch for steps in self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return sum(steps.count * steps.global_batch * steps.seq_len for steps in self.steps)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        steps = [[one.count, one.global_batch, one.seq_len] for one in self.steps]
+        positions = {str(seq_len): dict(of) for seq_len, of in self.positions.items()}
+        return {"steps": steps, "positions": positions, "skip": self.skip}
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> "Consumed":
+        """Read what `as_json` has made."""
+        positions = {int(seq_len): dict(of) for seq_len, of in found["positions"].items()}
+        return Consumed(tuple(Steps(*one) for one in found["steps"]), positions, found["skip"])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive steps of one size and data stage, and where they stand in a run."""
+
+    first: StepSize
+    step: int
+    """Number of the first of them, counted from 1."""
+    count: int
+
+    def at(self, step: int) -> StepSize:
+        """Return the size of one of the steps, or of one that would follow them."""
+        before, size = step - self.step, self.first
+        samples = size.samples_before + before * size.global_batch
+        tokens = size.tokens_before + before * size.tokens
+        return StepSize(samples, tokens, size.global_batch, size.seq_len, size.stage)
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of a run, step by step.
+
+    A batch or a data stage that begins at some number of tokens begins with the first step before which at least so
+    many have been trained on: a step is of one size and one stage.
+
+    Attributes:
+        spans: all steps that the schedule is spread over, in order.
+        steps: to run: `schedule_steps`, or train.max_steps where that is less.
+        first_planned: number of the first step that the settings decide; those before are as they were taken.
+    """
+
+    spans: tuple[Span, ...]
+    steps: int
+    first_planned: int = 1
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps that train.total_tokens make, rounded up to whole ones."""
+        return self.spans[-1].step + self.spans[-1].count - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all those steps."""
+        return self.tokens_after(self.schedule_steps)
+
+    @property
+    def varies(self) -> bool:
+        """Whether not all steps have as many tokens, in as many sequences."""
+        return len({(span.first.global_batch, span.first.seq_len) for span in self.spans}) > 1
+
+    def at(self, step: int) -> StepSize:
+        """Return the size of a step, from 1 to schedule_steps; one beyond is as the last."""
+        return self._span(step).at(step)
+
+    def tokens_after(self, step: int) -> int:
+        """Count the tokens trained on in the first so many steps."""
+        return self._span(step).at(step + 1).tokens_before if step else 0
+
+    def samples_after(self, step: int) -> int:
+        """Count the sequences trained on in the first so many steps."""
+        return self._span(step).at(step + 1).samples_before if step else 0
+
+    def progress(self, step: int) -> float:
+        """Compute the share of all tokens that is trained on before a step."""
+        return self.at(step).tokens_before / self.tokens
+
+    def taken(self, step: int) -> tuple[Steps, ...]:
+        """Return the first so many steps, runs of equal ones together."""
+        found: list[Steps] = []
+        for span in self.spans:
+            count, size = min(span.count, step - span.step + 1), span.first
+            if count < 1:
+                break
+            if found and (found[-1].global_batch, found[-1].seq_len) == (size.global_batch, size.seq_len):
+                count += found.pop().count
+            found.append(Steps(count, size.global_batch, size.seq_len))
+        return tuple(found)
+
+    def planned(self) -> Iterator[Span]:
+        """Yield the spans whose data the settings decide."""
+        return (span for span in self.spans if span.step >= self.first_planned)
+
+    def _span(self, step: int) -> Span:
+        return self.spans[max(0, bisect.bisect_right(self.spans, step, key=lambda span: span.step) - 1)]
+
+
+def length_of(config: Config, begun: Consumed | None = None) -> Length:
+    """Compute the length that a sound configuration asks for.
+
+    Args:
+        config: of the run.
+        begun: what was trained on before these settings held; None for nothing.
+    """
+    train, stages = config.train, config.data.stages
+    ramp, total = rungs(train.global_batch), math.ceil(train.total_tokens)
+    spans: list[Span] = []
+    step, samples, tokens = 1, 0, 0
+
+    def add(count: int, global_batch: int, seq_len: int, stage: int) -> None:
+        nonlocal step, samples, tokens
+        spans.append(Span(StepSize(samples, tokens, global_batch, seq_len, stage), step, count))
+        step, samples, tokens = step + count, samples + count * global_batch, tokens + count * global_batch * seq_len
+
+    for steps in begun.steps if begun else ():
+        add(steps.count, steps.global_batch, steps.seq_len, 0)
+    planned = step
+    borders = [rung.tokens for rung in ramp[1:]] + [math.ceil(stage.until) for stage in stages[:-1]]
+    while tokens < total:
+        stage = stage_at(stages, tokens)
+        batch = next(rung.global_batch for rung in reversed(ramp) if rung.tokens <= tokens)
+        seq_len = stage_seq_len(config, stage)
+        until = min([border for border in borders if border > tokens] + [total])
+        add(-(-(until - tokens) // (batch * seq_len)), batch, seq_len, stage)
+    whole = step - 1
+    return Length(tuple(spans), min(whole, train.max_steps or whole), planned)
+
+
+def stage_at(stages: Sequence[DataStage], tokens: int) -> int:
+    """Return the index of the data stage of a step before which so many tokens are trained on; 0 without stages."""
+    return sum(tokens >= stage.until for stage in stages[:-1])
+
+
+def stage_seq_len(config: Config, stage: int) -> int:
+    """Return the tokens of a sequence in a data stage, by its index."""
+    stages = config.data.stages
+    return (stages[stage].seq_len if stages else None) or config.train.seq_len
