@@ -35,11 +35,11 @@ class EngineSettings:
 
     Attributes:
         micro_batch: the number of sequences per forward pass of one rank.
-        accumulation: the number of micro-batches per optimizer step and rank.
+        accumulation: the number of micro-batches per optimizer step and rank, for steps that do not say it themselves.
         clip: the largest norm of the gradient over all stages, None for no clipping.
         bf16: whether to compute in bf16, else in fp32; master weights, moments and accumulated gradients are fp32.
         seed: the seed of the initial weights.
-        seq_len: the number of tokens of a sequence.
+        seq_len: the number of tokens of a sequence, of which a micro-batch may have more or fewer.
         recompute: the activations that blocks recompute in the backward pass.
         head_pieces: the number of pieces of the logits, of which one is in memory at a time; with 1 none is recomputed.
         schedule: the order of passes.
@@ -106,7 +106,8 @@ class Engine:
     ):
         from parallel.deepspeed_engine import StageEngine
 
-        self._model, self._stages, self._accumulation = model, stages, settings.accumulation
+        self._model, self._stages = model, stages
+        self._micro_batch, self._accumulation = settings.micro_batch, settings.accumulation
         self.layers: Mapping[str, nn.Module] = {layer.name: layer.module for layer in stages.in_order()}
         self.zero, self.pipeline, self.ranks = zero, pipeline, ranks
         self.device = pipeline.spec.device
@@ -115,16 +116,22 @@ class Engine:
             list(self.layers.values()), ranks, settings.micro_batch, settings.accumulation, self._train, self._evaluate
         )
 
-    def step(self, batches: Iterator[Batch], rate: float) -> StepResult:
-        """Run a training step on the next micro-batches.
+    def step(self, batches: Iterator[Batch], rate: float, micro_batches: int | None = None) -> StepResult:
+        """Run a training step on the next micro-batches, which have sequences of one length.
 
         The host waits for the device once, for the loss and the norm.
 
         Args:
             batches: the micro-batches of this rank's replica, of which those of one step are read.
             rate: the learning rate.
+            micro_batches: the number of micro-batches to read, the same on every rank; None for as many as in the step
+                before, at first `EngineSettings.accumulation`.
         """
         self._rate = rate
+        if micro_batches is not None and micro_batches != self._accumulation:
+            self._accumulation = micro_batches
+            self._frame.set_train_batch_size(self._micro_batch * micro_batches * self.ranks.layout.dp)
+            self.zero.expect(micro_batches)
         return self._frame.train_batch(batches)
 
     def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
@@ -204,7 +211,8 @@ def build_engine(
         built = build_stages(model, own, ranks.tensor_parallel, device, initial_values(model, settings.seed))
         functions, loss = forward_functions(built, settings.recompute, settings.head_pieces)
         length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
-        spec = ActivationSpec((settings.micro_batch, length, model.d_model), settings.dtype, device)
+        shape = (settings.micro_batch, length, model.d_model)
+        spec = ActivationSpec(shape, settings.dtype, device, settings.seq_len)
         pipeline = Pipeline(
             functions,
             loss,

@@ -35,15 +35,25 @@ from parallel.simulation import Program, Span, programs
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """The shape, dtype and device of a micro-batch's activations between stages, and of their gradients."""
+    """The shape, dtype and device of a micro-batch's activations between stages, and of their gradients.
+
+    Attributes:
+        shape: (micro-batch, tokens of this rank's part of a sequence, d_model), for sequences of `seq_len` tokens.
+        dtype, device: of the activations.
+        seq_len: tokens of a whole sequence; None where every message has this shape.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    seq_len: int | None = None
 
-    def empty(self) -> torch.Tensor:
-        """Allocate a tensor to receive activations or their gradient in."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+    def empty(self, seq_len: int | None = None) -> torch.Tensor:
+        """Allocate a tensor to receive activations or their gradient in, of sequences of so many tokens."""
+        shape = self.shape
+        if seq_len is not None and self.seq_len is not None:
+            shape = (shape[0], shape[1] * seq_len // self.seq_len, *shape[2:])
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
 class Pipeline:
@@ -153,8 +163,8 @@ class _Evaluation:
         compute: dict[Pass, Callable[[Action, Any], torch.Tensor | None]]
         compute = {Pass.F: self.forward, Pass.B: self.backward, Pass.W: self.weights}
         for action, awaited in zip(self._program.actions, self._program.receives, strict=True):
-            for source in awaited:
-                self._messages.receive(source)
+            for source in awaited:  # a micro-batch has sequences of its own length
+                self._messages.receive(source, self._batch(source.micro_batch).tokens.shape[-1])
             with _span(action):
                 inputs = self._inputs(action)
                 begin = self._pipeline._now()
@@ -282,10 +292,10 @@ class _Messages:
         self._receiving: dict[Action, tuple[torch.Tensor, Any]] = {}
         self._sent: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
 
-    def receive(self, source: Action) -> None:
-        """Post the receive of the result of another rank's action."""
+    def receive(self, source: Action, seq_len: int) -> None:
+        """Post the receive of the result of another rank's action, on sequences of so many tokens."""
         pipeline, sender = self._pipeline, self._pipeline.placement.rank_of(source.stage)
-        tensor = pipeline.spec.empty()
+        tensor = pipeline.spec.empty(seq_len)
         link = pipeline.links[sender, pipeline.rank]
         self._receiving[source] = tensor, dist.irecv(tensor, src=pipeline.ranks[sender], group=link)
 

@@ -199,7 +199,7 @@ class Zero:
         make_optimizer: makes the optimizer of the master weights, which has to support `grad_scale` and `found_inf`, as
             PyTorch's fused optimizers do.
         dtype: the dtype in which the stages compute.
-        micro_batches: the number of micro-batches of a step.
+        micro_batches: the number of micro-batches of the first step.
         clip: the largest norm of the gradient over all ranks; None does not clip.
         replicas: the ranks that hold the same layers.
         sharing: the process group of the ranks that share a parameter, by `ParameterInfo.shared_by` above 1.
@@ -223,8 +223,8 @@ class Zero:
         self.buckets = [_bucket(*group, dtype, replicas) for group in _grouped(layers, bucket)]
         self._by_first_use = sorted(self.buckets, key=lambda one: one.first_use)
         of_parameter = {}
+        self.expect(micro_batches)
         for one in self.buckets:
-            one.expect(micro_batches)
             for index, slot in enumerate(one.slots):
                 of_parameter[slot.parameter] = one
                 # A strong reference from an autograd hook to its bucket would be a cycle that Python's GC cannot see.
@@ -237,6 +237,12 @@ class Zero:
         for one in self.buckets:
             masters[one.kind.decays].append(one.master)
         self.adam = make_optimizer(masters[True], masters[False])
+
+    def expect(self, micro_batches: int) -> None:
+        """Begin a step of so many micro-batches; without this call, it is of as many as the step before."""
+        self._micro_batches = micro_batches
+        for bucket in self.buckets:
+            bucket.expect(micro_batches)
 
     @torch.no_grad()
     def reduce(self) -> torch.Tensor:
@@ -275,8 +281,7 @@ class Zero:
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        for bucket in self.buckets:
-            bucket.expect(self._micro_batches)
+        self.expect(self._micro_batches)
         self.start_gather()
 
     @torch.no_grad()
