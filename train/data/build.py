@@ -70,8 +70,8 @@ def _boundary(text: str, low: int, high: int) -> int:
     return high
 
 
-def sample_texts(data: DataConfig, progress: bool) -> Iterator[str]:
-    """Sample at most `data.tokenizer_sample_mb` of text to train a tokenizer on.
+def sample_texts(data: DataConfig, budget: int, progress: bool) -> Iterator[str]:
+    """Sample at most `budget` bytes of text to train a tokenizer on.
 
     Of local files, the pieces of documents with the smallest hashes: spread evenly over the corpus, and the same
     whatever the order of documents. Of a hub dataset, which may be of any length, its beginning.
@@ -79,7 +79,7 @@ def sample_texts(data: DataConfig, progress: bool) -> Iterator[str]:
     Raises:
         BadInput: more of it is unusable than `data.max_bad` allows.
     """
-    budget, tally = data.tokenizer_sample_mb * 10**6, Tally()
+    tally = Tally()
     texts = _with_bar(data, tally, "sampling", progress)
     if data.source is Source.hub:
         total = 0

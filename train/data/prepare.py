@@ -1,26 +1,26 @@
 """Preparation of a corpus: its tokens are on disk, once, before training begins."""
 
 import errno
-import hashlib
-import shutil
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.train_settings import DataConfig, Source
+from conf.train_settings import CorpusConfig, DataConfig, Source
 from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
 from train.data.packing import PackedSequences
+from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer, rounded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the files of a prepared corpus change in meaning."""
 
 
@@ -70,41 +70,95 @@ class PreparedData:
 def prepare(
     data: DataConfig, vocab_size: int, seq_len: int, *, progress: bool = True, verify: bool = False
 ) -> PreparedData:
-    """Tokenise a corpus, or find it tokenised under `data.cache_dir`.
+    """Prepare one corpus: `prepare_sources` of it alone."""
+    sources = {data.source.value: data}
+    return prepare_sources(sources, vocab_size, seq_len, progress=progress, verify=verify)[data.source.value]
+
+
+def prepare_sources(
+    sources: Mapping[str, DataConfig], vocab_size: int, seq_len: int, *, progress: bool = True, verify: bool = False
+) -> dict[str, PreparedData]:
+    """Tokenise corpora with one tokenizer, or find them tokenised under `data.cache_dir`.
 
     Every rank may call it at once: one works and the others wait. As any of them may be the one, `progress` should be
-    the same on all; those that wait show nothing.
+    the same on all; those that wait show nothing. Each corpus is kept under a fingerprint of its own, so that a
+    mixture with another corpus besides, or with other weights, prepares nothing again where the tokenizer is given.
 
     Args:
-        data: the corpus, the tokenizer and the split.
+        sources: the corpora by name, of which `corpora` makes one or several; they agree in all that is not a corpus's
+            own, the tokenizer, the split and the folder of the cache.
         vocab_size: rows of the model's embedding, padding included.
-        seq_len: predictions per sequence; only checked against, the cache suits every length.
+        seq_len: predictions per sequence, the largest that is asked for; only checked against, the cache suits every
+            length.
         progress: show progress bars on stderr.
         verify: read all of what is prepared already and compare it with its checksums; else that is done where files
             are small or have been touched since.
+
+    Returns:
+        What is prepared of each, under its name.
 
     Raises:
         BadInput: with all problems found: wrong settings, a corpus or tokenizer that cannot be used or has more that
             cannot be used than `data.max_bad`, a tokenizer larger than `vocab_size`, too few tokens for one sequence of
             a split.
     """
-    problems = corpus.check(data) + _check_sizes(data, vocab_size, seq_len)
+    given = next(iter(sources.values()))
+    with _all_problems() as problems:
+        for name, data in sources.items():
+            problems += _of_source(sources, name, corpus.check(data), own=False)
+        problems += _check_sizes(given, vocab_size, seq_len)
+    with _writable(given, "be made"):
+        Path(given.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    with _writable(given, "be written", _FULL_OR_FORBIDDEN):
+        tokenizer = prepare_tokenizer(sources, vocab_size, progress=progress, verify=verify)
+    prepared = {}
+    with _all_problems() as problems:
+        for name, data in sources.items():
+            try:
+                with _writable(data, "be written", _FULL_OR_FORBIDDEN):
+                    prepared[name] = _prepare_corpus(data, tokenizer, progress, verify)
+            except BadInput as error:
+                problems += _of_source(sources, name, error.problems)
+                continue
+            unusable = corpus.Tally(**prepared[name].tally).problems(data.max_bad)
+            problems += _of_source(sources, name, unusable + _check_lengths(data, prepared[name], seq_len))
+    return prepared
+
+
+@contextmanager
+def _all_problems() -> Iterator[list[str]]:
+    """Collect problems, each once, and raise them together."""
+    problems: list[str] = []
+    yield problems
     if problems:
-        raise BadInput(problems)
+        raise BadInput(list(dict.fromkeys(problems)))
+
+
+def _of_source(sources: Mapping[str, DataConfig], name: str, problems: Sequence[str], own: bool = True) -> list[str]:
+    """Say which source of a mixture problems are of: by its own keys, or after a key that all share if it is `own`."""
+    if list(sources) == [sources[name].source.value]:
+        return list(problems)
+    said = []
+    for problem in problems:
+        for key in (*(each.name for each in fields(CorpusConfig)), "source"):
+            problem = re.sub(rf"\bdata\.{key}=", f"data.sources.{name}.{key}=", problem)
+        if own and not problem.startswith(("data.tokenizer", f"data.sources.{name}.")):
+            problem = re.sub("^([^:]*: )", rf"\1source {name}: ", problem, count=1)
+        said.append(problem)
+    return said
+
+
+def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bool, verify: bool) -> PreparedData:
     description = {
         "format": _FORMAT,
         "corpus": corpus.fingerprint_inputs(data),
         "val_fraction": float(data.val_fraction),
-        "tokenizer": _describe_tokenizer(data, vocab_size),
+        "tokenizer": tokenizer.fingerprint,
     }
     fingerprint = cache.fingerprint(description)
     folder = Path(data.cache_dir).expanduser() / fingerprint
-    with _writable(data, "be made"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with _writable(data, "be written", _FULL_OR_FORBIDDEN):
-        build = partial(_build, data, vocab_size, description, progress)
-        meta = cache.cached(folder, build, verify=verify)
-    prepared = PreparedData(
+    meta = cache.cached(folder, partial(_build, data, tokenizer, description, progress), verify=verify)
+    return PreparedData(
         folder=folder,
         fingerprint=fingerprint,
         dtype=meta["dtype"],
@@ -115,41 +169,15 @@ def prepare(
         num_val_tokens=meta["tokens"]["val"],
         tally=meta["tally"],
     )
-    problems = corpus.Tally(**prepared.tally).problems(data.max_bad)
-    problems += _check_vocab(data, prepared.tokenizer_size, vocab_size) + _check_lengths(data, prepared, seq_len)
-    if problems:
-        raise BadInput(problems)
-    return prepared
 
 
 def _build(
-    data: DataConfig, vocab_size: int, description: dict[str, Any], progress: bool, folder: Path
+    data: DataConfig, tokenizer: PreparedTokenizer, description: dict[str, Any], progress: bool, folder: Path
 ) -> dict[str, Any]:
     from train.data import build
 
-    if data.tokenizer is None:
-        texts = build.sample_texts(data, progress)
-        tokenizer = tokenizers_.train_tokenizer(texts, _trained_size(data, vocab_size), progress=progress)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        eos, encoder = tokenizers_.eos_id(tokenizer), tokenizers_.Encoder(tokenizer)
-    else:
-        file = tokenizers_.tokenizer_file(data.tokenizer)
-        tokenizer = tokenizers_.load_tokenizer(data.tokenizer)
-        problems = _check_vocab(data, tokenizers_.size(tokenizer), vocab_size)
-        try:
-            eos = tokenizers_.eos_id(tokenizer, data.tokenizer)
-            encoder = tokenizers_.Encoder(tokenizer, f"data.tokenizer={data.tokenizer}")
-            problems += encoder.problems(eos)
-        except BadInput as error:
-            problems += error.problems
-        if problems:  # known here, before hours of tokenising
-            raise BadInput(problems)
-        shutil.copyfile(file, folder / "tokenizer.json")
-        if (config := tokenizers_.config_file(file)).is_file():
-            shutil.copyfile(config, folder / config.name)
-    size = tokenizers_.size(tokenizer)
-    dtype = "uint16" if size <= 1 << 16 else "uint32"
-    tokens, tally = build.tokenise(data, encoder, eos, dtype, folder, progress)
+    tokenizer.copy_to(folder)
+    tokens, tally = build.tokenise(data, tokenizer.encoder(), tokenizer.eos_id, tokenizer.dtype, folder, progress)
     print(f"corpus: {tally.summary()}; {sum(tokens.values()):,} tokens", file=sys.stderr)
     if not tally.documents:
         raise BadInput([_no_documents(data, tally)])
@@ -157,31 +185,13 @@ def _build(
         raise BadInput([f"data.path={data.path}: files of the corpus have changed while it was prepared; the same "
                         "command would work once nobody writes to them"])  # fmt: skip
     return {
-        "dtype": dtype,
-        "eos_id": eos,
-        "tokenizer_size": size,
+        "dtype": tokenizer.dtype,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_size": tokenizer.size,
         "tokens": tokens,
         "tally": tally.as_dict(),
         "description": description,
     }
-
-
-def _trained_size(data: DataConfig, vocab_size: int) -> int:
-    return data.tokenizer_vocab_size or min(vocab_size, tokenizers_.DEEPSEEK_VOCAB)
-
-
-def _describe_tokenizer(data: DataConfig, vocab_size: int) -> dict[str, Any]:
-    """What decides the tokenizer: the content of a given one, the recipe of one to be trained."""
-    if data.tokenizer is None:
-        size = _trained_size(data, vocab_size)
-        return {"recipe": tokenizers_.RECIPE, "size": size, "sample_mb": data.tokenizer_sample_mb}
-    file = tokenizers_.tokenizer_file(data.tokenizer)
-    files = [file, tokenizers_.config_file(file)]
-    try:
-        return {f.name: hashlib.blake2b(f.read_bytes()).hexdigest() for f in files if f.is_file()}
-    except OSError as error:
-        raise BadInput([f"data.tokenizer={data.tokenizer}: cannot be read ({error}); a readable tokenizer.json "
-                        "would work"]) from error  # fmt: skip
 
 
 def _check_sizes(data: DataConfig, vocab_size: int, seq_len: int) -> list[str]:
@@ -196,19 +206,9 @@ def _check_sizes(data: DataConfig, vocab_size: int, seq_len: int) -> list[str]:
         if size is not None and size > vocab_size:
             problems.append(
                 f"data.tokenizer_vocab_size={size}: the model has only model.vocab_size={vocab_size} tokens; "
-                f"data.tokenizer_vocab_size={vocab_size}, or model.vocab_size={_rounded(size)}, would work"
+                f"data.tokenizer_vocab_size={vocab_size}, or model.vocab_size={rounded(size)}, would work"
             )
     return problems
-
-
-def _check_vocab(data: DataConfig, size: int, vocab_size: int) -> list[str]:
-    if size <= vocab_size:
-        return []
-    padded = _rounded(size)
-    also = "" if padded == size else f" (or {padded}, the next multiple of 128, which is faster)"
-    which = data.tokenizer or "trained on the corpus"
-    return [f"model.vocab_size={vocab_size}: the tokenizer {which} has {size} tokens; "
-            f"model.vocab_size={size}{also} would work"]  # fmt: skip
 
 
 def _check_lengths(data: DataConfig, prepared: PreparedData, seq_len: int) -> list[str]:
@@ -239,10 +239,6 @@ def _check_lengths(data: DataConfig, prepared: PreparedData, seq_len: int) -> li
 def _shorter(tokens: int) -> str:
     """The largest power of two that a split of so many tokens has a sequence of, as the start of a suggestion."""
     return f"train.seq_len={1 << ((tokens - 1).bit_length() - 1)}, or " if tokens >= 2 else ""
-
-
-def _rounded(size: int) -> int:
-    return -(-size // 128) * 128
 
 
 def _no_documents(data: DataConfig, tally: corpus.Tally) -> str:

@@ -41,6 +41,13 @@ def test_a_corpus_in_the_cache_is_not_built_again(jsonl, files_config, monkeypat
     assert ready(files_config(jsonl), seq_len=16) == first
 
 
+def folders(data: DataConfig) -> list[Path]:
+    """What is under the cache folder, tokenizers first."""
+    cache_dir = Path(data.cache_dir)
+    return [path for path in (*cache_dir.glob("tokenizers/*"), *cache_dir.iterdir())
+            if path.is_dir() and path.name != "tokenizers"]  # fmt: skip
+
+
 def run(code: str, data: DataConfig) -> subprocess.Popen:
     """A process that has `data`, `prepare`, `build` and `cache`, and runs `code`."""
     settings = {"path": data.path, "cache_dir": data.cache_dir, "val_fraction": 0.2, "tokenizer_sample_mb": 1}
@@ -106,10 +113,10 @@ def test_killed_at_any_moment(jsonl, files_config, moment):
     process = run(code, data)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    left = [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
-    assert len(left) == 1 and ".tmp-" in left[0].name
+    assert ".tmp-" in folders(data)[-1].name
     prepared = ready(data)
-    assert [path for path in Path(data.cache_dir).iterdir() if path.is_dir()] == [prepared.folder]
+    assert [path for path in folders(data) if path.parent.name != "tokenizers"] == [prepared.folder]
+    assert len(folders(data)) == 2
     assert len(texts_of(prepared, "train") + texts_of(prepared, "val")) == 50
 
 
@@ -122,7 +129,7 @@ def test_an_error_leaves_nothing(jsonl, files_config, monkeypatch):
     monkeypatch.setattr(build, "tokenise", fail)
     with pytest.raises(KeyboardInterrupt):
         ready(data)
-    assert not [path for path in Path(data.cache_dir).iterdir() if path.is_dir()]
+    assert [path.parent.name for path in folders(data)] == ["tokenizers"]
 
 
 def test_leftovers_of_other_corpora_go_unless_someone_builds_them(jsonl, files_config):
@@ -159,5 +166,5 @@ def test_files_are_on_disk_before_the_rename(jsonl, files_config, monkeypatch):
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (renamed.append(list(synced)), rename(a, b)))
     prepared = ready(files_config(jsonl))
-    assert {"train.bin", "val.bin", "tokenizer.json", "meta.json"} < set(renamed[0]) and synced[-1] == "cache"
+    assert {"train.bin", "val.bin", "tokenizer.json", "meta.json"} < set(renamed[-1]) and synced[-1] == "cache"
     assert prepared.folder.is_dir()

@@ -103,11 +103,11 @@ def test_the_tokenizer_sample_is_bounded_and_even(tmp_path, files_config):
     root.mkdir()
     for i in range(20):
         (root / f"{i:02}.txt").write_text(f"{i:02} " * 50_000)  # 20 x 150 kB
-    sample = list(build.sample_texts(files_config(root), progress=False))
+    sample = list(build.sample_texts(files_config(root), 10**6, progress=False))
     sizes = np.bincount([int(piece.split()[0]) for piece in sample], [len(piece) for piece in sample], 20)
     assert 950_000 < sizes.sum() <= 1_000_000
     assert len(sizes) == 20 and (sizes > 0).sum() >= 15
-    everything = list(build.sample_texts(files_config(root, tokenizer_sample_mb=4), progress=False))
+    everything = list(build.sample_texts(files_config(root), 4 * 10**6, progress=False))
     assert sum(map(len, everything)) == 20 * 150_000
 
 
@@ -180,7 +180,7 @@ def test_no_usable_document(tmp_path, files_config):
         f"data.path={path}: no usable document (0 documents; skipped: 1 empty (a.jsonl:2); 1 without text "
         "(a.jsonl:1)); UTF-8 text, with the text in data.text_field=text, would work"
     ]
-    assert not list(Path(data.cache_dir).glob("*/"))
+    assert not list(Path(data.cache_dir).glob("*/meta.json"))
 
 
 def test_too_few_tokens_also_from_the_cache(jsonl, files_config):
