@@ -40,18 +40,17 @@ class GroupedQueryAttention(nn.Module):
         """
         # The number of heads is read off the projections: a tensor-parallel cut leaves each rank some of them.
         q_BLHK, k_BLGK, v_BLGK = (x.unflatten(-1, (-1, self.d_head)) for x in self.qkv(x_BLD))
-        cache, positions_BL = context.cache, context.positions_BL
+        cache, documents = context.cache, context.documents
         past = cache if cache is not None and not cache.empty else None
-        if past and positions_BL is None:
-            positions_BL = past.lengths_B.unsqueeze(1)
+        assert cache is None or documents is None, "a cached sequence is one document"
+        positions_BL = documents.positions_BL if documents else past.lengths_B.unsqueeze(1) if past else None
         num_positions = max(self.max_seq_len, past.size if past else q_BLHK.shape[1])
         tables = rotary_tables(num_positions, self.d_head, self.rope_theta, q_BLHK.device)
         q_BLHK, k_BLGK = rotary(q_BLHK, k_BLGK, *tables, self.kernels, positions_BL)
         if cache is not None:
             cache.add(k_BLGK, v_BLGK)
         if past:
-            assert context.documents_BL is None, "a cached sequence is one document"
             out_BLHK = cached_attention(q_BLHK, *past.held())
         else:
-            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend, context.documents_BL)
+            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend, documents)
         return self.o_proj(out_BLHK.flatten(2))

@@ -1,4 +1,4 @@
-"""The micro-batch: what a data loader hands over and a pipeline's first and last stages read.
+"""The micro-batch: what a data loader hands over and a pipeline's stages read.
 
 B sequences, L tokens.
 """
@@ -6,6 +6,8 @@ B sequences, L tokens.
 from dataclasses import dataclass
 
 import torch
+
+from model.documents import Documents
 
 
 @dataclass(frozen=True)
@@ -15,26 +17,26 @@ class Batch:
     Attributes:
         tokens: int64 (B, L).
         labels: int64 (B, L), the token after each position; `model.loss.IGNORED` where nothing is predicted.
-        documents: int32 (B, L), which document of its sequence a position belongs to; None where attention does not
-            stop at the borders of documents.
+        documents: the documents at whose borders attention and positions stop; None where each sequence is one.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
-    documents: torch.Tensor | None = None
+    documents: Documents | None = None
+
+    @property
+    def squares(self) -> int:
+        """The sum of the squares of the documents' lengths, to which the FLOPs of attention are proportional."""
+        return self.documents.squares if self.documents else self.tokens.shape[0] * self.tokens.shape[1] ** 2
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The batch on a device; from pinned memory the copy overlaps with the host's work."""
-        documents = self.documents
         return Batch(
             self.tokens.to(device, non_blocking=non_blocking),
             self.labels.to(device, non_blocking=non_blocking),
-            None if documents is None else documents.to(device, non_blocking=non_blocking),
+            self.documents and self.documents.to(device, non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory; a `torch.utils.data.DataLoader` with ``pin_memory=True`` calls it."""
-        documents = self.documents
-        return Batch(
-            self.tokens.pin_memory(), self.labels.pin_memory(), None if documents is None else documents.pin_memory()
-        )
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), self.documents and self.documents.pin_memory())

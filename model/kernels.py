@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from model import fused
 from model.config import AttentionBackend, ModelConfig
+from model.documents import Documents, documents_of
+from model.varlen import by_document, varlen, visible
 
-AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""From queries (B, L, H, K), keys and values (B, L, G, K) and documents (B, L) or None to (B, L, H, K)."""
+_16_BITS = (torch.bfloat16, torch.float16)
+
+AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
+"""From queries (B, L, H, K), keys and values (B, L, G, K) and documents or None to (B, L, H, K)."""
 
 
 def causal_attention(
@@ -30,7 +35,7 @@ def causal_attention(
     k_BLGK: torch.Tensor,
     v_BLGK: torch.Tensor,
     backend: AttentionBackend,
-    documents_BL: torch.Tensor | None = None,
+    documents: Documents | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention, scaled by 1/sqrt(K), with each key/value head shared by H/G query heads.
 
@@ -38,18 +43,18 @@ def causal_attention(
         q_BLHK: queries; k_BLGK, v_BLGK: keys and values, all of one dtype. Query head h reads key/value head
             h // (H/G).
         backend: `chosen` says what `auto` means.
-        documents_BL: int, the document of each position, which attends to earlier positions of the same document only;
-            None where each sequence is one document. `sdpa` and `reference` hold a mask of B L L bytes for it.
+        documents: each position attends to earlier positions of the same document only; None where each sequence is one
+            document. Their kernels compute what is seen and nothing else; where a GPU has none, and in `reference`,
+            there is a mask of B L L bytes.
 
     Returns:
         (B, L, H, K) in the dtype of the inputs; softmax statistics are fp32 inside.
 
     Raises:
-        ValueError: a flash backend was asked for by name, and documents are given.
         RuntimeError: a backend that was asked for by name cannot run here.
     """
-    kernel = _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents_BL is not None)
-    return kernel(q_BLHK, k_BLGK, v_BLGK, documents_BL)
+    kernel = _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents is not None)
+    return kernel(q_BLHK, k_BLGK, v_BLGK, documents)
 
 
 @cache
@@ -68,29 +73,21 @@ def chosen(
         documents: whether attention stops at the borders of documents.
 
     Raises:
-        ValueError: a flash backend was asked for by name, and documents are given.
         RuntimeError: the backend that was asked for by name cannot run here; the message says why.
     """
-    if documents and backend in FLASH:
-        raise ValueError(
-            f"model.attention={backend.name}: does not stop at the borders of documents; "
-            "model.attention=sdpa would work"
-        )
     if backend is not AttentionBackend.auto:
-        if reason := obstacle(backend, device, dtype):
+        if reason := obstacle(backend, device, dtype, documents):
             raise RuntimeError(f"model.attention={backend.name}: {reason}; model.attention=auto takes what there is")
         return backend, f"model.attention={backend.name}"
-    if documents:
-        return AttentionBackend.sdpa, "flash-attn does not stop at the borders of documents"
     if device.type != "cuda":
         return AttentionBackend.sdpa, f"the tensors are on the {device.type}"
     # Published forward passes on an H100, head width 128, causal, 4096: flash-attn 3 579 TFLOP/s, cuDNN's, which
-    # PyTorch takes there, 518, flash-attn 2 319.
+    # PyTorch takes there, 518, flash-attn 2 319. With documents PyTorch takes its own build of flash-attn 2.
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     order = [AttentionBackend.flash3, AttentionBackend.flash4] if hopper else [AttentionBackend.flash2]
     reasons: list[str] = []
     for one in order:
-        reason = obstacle(one, device, dtype)
+        reason = obstacle(one, device, dtype, documents)
         if not reason:
             return one, "the fastest that is installed" if not reasons else "; ".join(reasons)
         reasons.append(reason)
@@ -101,61 +98,105 @@ def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype, 
     """The kernels that a model runs on a device, those of `model/fused.py` among them, and why these.
 
     Raises:
-        ValueError: a flash backend was asked for by name, and documents are given.
         RuntimeError: a kernel that was asked for by name cannot run here.
     """
     attention, why = chosen(model.attention, device, dtype, documents)
     between, reason = fused.chosen(model.kernels, device.type)
-    return f"attention: {attention.name} ({why}); between matrices and in the loss: {between.name} ({reason})"
+    borders = f", documents {_how_documents(attention, device, dtype)}" if documents else ""
+    return f"attention: {attention.name}{borders} ({why}); between matrices and in the loss: {between.name} ({reason})"
+
+
+def _how_documents(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
+    """How a backend stops at the borders of documents, in a few words."""
+    if backend in FLASH:
+        return "by its varlen kernel"
+    if backend is AttentionBackend.reference:
+        return "by a mask of all pairs"
+    if device.type != "cuda":
+        return "one after another"
+    reason = _no_varlen(device, dtype)
+    return f"by a mask of all pairs, since PyTorch's varlen kernel {reason}" if reason else "by PyTorch's varlen kernel"
 
 
 @cache
-def obstacle(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False
+) -> str | None:
     """Why a backend cannot run on this device and dtype; None if it has just run there, forward and backward."""
     if backend not in FLASH:
         return None
     title, module, least = FLASH[backend]
     if device.type != "cuda":
         return f"{title} runs on GPUs, and the tensors are on the {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in _16_BITS:
         return f"{title} computes in 16 bits, and the tensors are {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < least:
         return f"{title} needs compute capability {least[0]}.{least[1]} or newer"
     try:
         if find_spec(module) is None:
             return f"{title} is not installed"
-        q = torch.randn(1, 128, 2, 64, device=device, dtype=dtype, requires_grad=True)
-        KERNELS[backend](q, q[:, :, :1], q[:, :, :1], None).sum().backward()
+        _run_once(KERNELS[backend], device, dtype, documents)
     except Exception as error:  # whatever a build for another PyTorch or GPU does
-        return f"{title} is installed and fails ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return f"{title} is installed and fails ({_said(error)})"
     finally:
         _activate(None)  # a probe leaves nothing registered: `sdpa` would run it in the place of PyTorch's own
     return None
 
 
+@cache
+def _no_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's own varlen kernel cannot run on a GPU; None if it has just run there, forward and backward."""
+    if dtype not in _16_BITS:
+        return f"computes in 16 bits, and the tensors are {str(dtype).removeprefix('torch.')}"
+    try:
+        _run_once(lambda q, k, v, documents: varlen(q, k, v, cast(Documents, documents)), device, dtype, True)
+    except Exception as error:  # of a PyTorch without it, or of a GPU that it was not built for
+        return f"fails ({_said(error)})"
+    return None
+
+
+def _run_once(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, documents: bool) -> None:
+    q = torch.randn(1, 128, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    two = documents_of(torch.arange(128).unsqueeze(0) == 100).to(device) if documents else None
+    kernel(q, q[:, :, :1], q[:, :, :1], two).sum().backward()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def flash2(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
 ) -> torch.Tensor:
     """flash-attn 2 (arXiv 2307.08691); its backward pass is deterministic where PyTorch's algorithms must be."""
-    from flash_attn import flash_attn_func
-
-    assert documents_BL is None, "refused by `chosen`"
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=True, deterministic=deterministic)
+    if documents is None:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=True, deterministic=deterministic)
+    from flash_attn import flash_attn_varlen_func
+
+    q_THK, k_TGK, v_TGK = (x.flatten(0, 1) for x in (q_BLHK, k_BLGK, v_BLGK))
+    borders, longest = documents.borders, documents.longest
+    out_THK = flash_attn_varlen_func(
+        *(q_THK, k_TGK, v_TGK, borders, borders, longest, longest), causal=True, deterministic=deterministic
+    )
+    return out_THK.view_as(q_BLHK)
 
 
 def _flash_in_pytorch(name: str) -> AttentionKernel:
     """A newer flash-attn, which PyTorch calls in the place of its own once it has been told to."""
 
     def attention(
-        q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+        q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
     ) -> torch.Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        assert documents_BL is None, "refused by `chosen`"
         _activate(name)
+        if documents:
+            return varlen(q_BLHK, k_BLGK, v_BLGK, documents)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on Hopper PyTorch would take cuDNN's
-            return _pytorchs(q_BLHK, k_BLGK, v_BLGK, None)
+            return _pytorchs(q_BLHK, k_BLGK, v_BLGK)
 
     return attention
 
@@ -176,23 +217,26 @@ def _activate(name: str | None) -> None:
         activate_flash_attention_impl(name)
 
 
-def sdpa(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
-) -> torch.Tensor:
-    """PyTorch's scaled dot-product attention; without documents it runs a flash kernel of its own, or cuDNN's."""
+def sdpa(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+    """PyTorch's scaled dot-product attention; on a GPU it runs a flash kernel of its own, or cuDNN's."""
     if q_BLHK.is_cuda:
         _activate(None)  # a newer flash-attn may have run before
-    return _pytorchs(q_BLHK, k_BLGK, v_BLGK, documents_BL)
+    if documents is None:
+        return _pytorchs(q_BLHK, k_BLGK, v_BLGK)
+    if not q_BLHK.is_cuda:
+        return by_document(q_BLHK, k_BLGK, v_BLGK, documents)
+    if _no_varlen(q_BLHK.device, q_BLHK.dtype):
+        return _pytorchs(q_BLHK, k_BLGK, v_BLGK, visible(documents.positions_BL).unsqueeze(1))
+    return varlen(q_BLHK, k_BLGK, v_BLGK, documents)
 
 
 def _pytorchs(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, mask_B1LL: torch.Tensor | None = None
 ) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLGK, v_BLGK))
-    mask = None if documents_BL is None else _visible(documents_BL).unsqueeze(1)
-    grouped = q.shape[1] != k.shape[1]
+    causal, grouped = mask_B1LL is None, q.shape[1] != k.shape[1]
     with _without_cudnn() if q.is_cuda and torch.are_deterministic_algorithms_enabled() else nullcontext():
-        out_BHLK = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+        out_BHLK = F.scaled_dot_product_attention(q, k, v, mask_B1LL, is_causal=causal, enable_gqa=grouped)
     return out_BHLK.transpose(1, 2)
 
 
@@ -205,12 +249,6 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
-def _visible(documents_BL: torch.Tensor) -> torch.Tensor:
-    """Which positions (last dimension) each position attends to, bool (B, L, L)."""
-    same_BLM = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
-    return same_BLM.tril()
 
 
 def cached_attention(
@@ -236,16 +274,16 @@ def cached_attention(
 
 
 def reference(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents_BL: torch.Tensor | None
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
 ) -> torch.Tensor:
     """The definition, written out slowly; the other backends are tested against it."""
     B, L, H, K = q_BLHK.shape
     G = k_BLGK.shape[2]
     q_BLGRK = q_BLHK.unflatten(2, (G, H // G))  # R query heads read each of the G key/value heads
     scores_BGRLM = torch.einsum("blgrk,bmgk->bgrlm", q_BLGRK, k_BLGK).float() / math.sqrt(K)
-    if documents_BL is None:
-        documents_BL = torch.zeros(B, L, dtype=torch.int32, device=q_BLHK.device)
-    hidden_B11LM = ~_visible(documents_BL).unsqueeze(1).unsqueeze(1)
+    whole_BL = torch.arange(L, device=q_BLHK.device).expand(B, L)
+    seen_BLM = visible(documents.positions_BL if documents else whole_BL)
+    hidden_B11LM = ~seen_BLM.unsqueeze(1).unsqueeze(1)
     weights_BGRLM = scores_BGRLM.masked_fill(hidden_B11LM, float("-inf")).softmax(-1).to(v_BLGK.dtype)
     return torch.einsum("bgrlm,bmgk->blgrk", weights_BGRLM, v_BLGK).reshape(B, L, H, K)
 

@@ -203,7 +203,7 @@ class _Evaluation:
 
     def _run_layers(self, action: Action, x: torch.Tensor) -> torch.Tensor | SummedLoss:
         pipeline, batch = self._pipeline, self._batch(action.micro_batch)
-        context = Context(documents_BL=batch.documents)
+        context = Context(documents=batch.documents)
         for layer in pipeline.stages[action.stage]:
             x = layer(x, context)
         if action.stage < self._placement.num_stages - 1:

@@ -111,7 +111,7 @@ def pretended_flash3(monkeypatch):
 def test_a_probe_leaves_nothing_registered_in_the_place_of_pytorchs_own(pretended_flash3, monkeypatch, fails):
     registered = []
 
-    def attention(q, k, v, documents):
+    def attention(q, k, v):
         registered.append(current_flash_attention_impl())
         if fails:
             raise RuntimeError("built for another GPU")

@@ -1,104 +1,150 @@
-"""Documents and positions: a document that is packed with others is computed as if it were alone."""
+"""A document that is packed with others is computed as if it were alone."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from model.batch import Batch
 from model.cache import KVCache
-from model.config import AttentionBackend
+from model.config import AttentionBackend, Kernels
 from model.context import Context
+from model.documents import documents_of
 from model.init import initialise
-from model.kernels import FLASH, causal_attention, chosen, which_and_why
+from model.kernels import FLASH, causal_attention, chosen, obstacle, which_and_why
 from model.loss import cross_entropy
 from model.transformer import Transformer
 from tests.shapes import small
 
-LENGTHS = [13, 19]
-MASKING = [AttentionBackend.reference, AttentionBackend.sdpa]
+BACKENDS = [AttentionBackend.reference, AttentionBackend.sdpa, AttentionBackend.auto]
+PACKINGS = {
+    "two rows": [[13, 19], [32]],
+    "of one token": [[1, 1, 30], [31, 1]],
+    "a border at every position": [[1] * 32, [16, 16]],
+}
 
 
-def built(kv_heads, backend):
-    config = small(kv_heads, attention=backend)
-    model = Transformer(config)
+def built(kv_heads, backend=AttentionBackend.auto, kernels=Kernels.auto):
+    model = Transformer(small(kv_heads, attention=backend, kernels=kernels))
     initialise(model, "", 3, 0.2)
     return model
 
 
-def packed(config):
-    """Two documents one after the other, and two that take turns, where a position is not one more than the last."""
+def packed(lengths, vocab_size=300):
+    """Rows of documents of these lengths: tokens, labels, and where documents begin."""
     generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(config.vocab_size, (length,), generator=generator) for length in LENGTHS]
-    short, long = LENGTHS
-    numbers = torch.tensor([[0] * short + [1] * long, [0, 1] * short + [1] * (long - short)], dtype=torch.int32)
-    tokens, positions = torch.empty(2, 2, sum(LENGTHS), dtype=torch.int64)
-    for i, document in enumerate(documents):
-        for row in range(2):
-            tokens[row, numbers[row] == i] = document
-            positions[row, numbers[row] == i] = torch.arange(len(document))
-    return documents, tokens, Context(documents_BL=numbers, positions_BL=positions)
+    tokens, labels = torch.randint(vocab_size, (2, len(lengths), sum(lengths[0])), generator=generator)
+    begins = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, of_row in enumerate(lengths):
+        begins[row, torch.tensor([0, *of_row]).cumsum(0)[:-1]] = True
+    return tokens, labels, documents_of(begins)
+
+
+def each_alone(model, tokens, labels, lengths):
+    """The logits of each document, (B, L, V), and the gradients of all labels, one document at a time."""
+    logits, total = [], 0.0
+    for row, expected, of_row in zip(tokens, labels, lengths, strict=True):
+        parts = [model(document.unsqueeze(0))[0] for document in row.split(of_row)]
+        logits.append(torch.cat(parts))
+        total += F.cross_entropy(logits[-1], expected, reduction="sum")
+    return torch.stack(logits), total, torch.autograd.grad(total, list(model.parameters()))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-@pytest.mark.parametrize("backend", MASKING)
-def test_packed_documents_have_the_logits_and_gradients_that_they_have_alone(backend, kv_heads):
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_documents_have_the_losses_and_gradients_that_they_have_alone(backend, lengths, kv_heads):
     model = built(kv_heads, backend)
-    documents, tokens, context = packed(model.config)
-    logits = model(tokens, context)
-    alone = [model(document.unsqueeze(0))[0] for document in documents]
-    for row, numbers in zip(logits, context.documents_BL, strict=True):
-        for i, expected in enumerate(alone):
-            torch.testing.assert_close(row[numbers == i], expected, rtol=1e-5, atol=1e-5)
-
-    parameters = list(model.parameters())
-    labels = tokens.roll(-1, 1)
-    got = torch.autograd.grad(cross_entropy(logits, labels).total, parameters)
-    numbers = context.documents_BL.flatten()
-    total = sum(
-        cross_entropy(torch.cat([alone[i]] * 2).unsqueeze(0), labels.flatten()[numbers == i].unsqueeze(0)).total
-        for i in range(len(documents))
-    )
-    for one, other, parameter in zip(
-        got, torch.autograd.grad(total, parameters), model.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item(), msg=parameter[0])
+    tokens, labels, documents = packed(lengths)
+    expected, expected_total, expected_gradients = each_alone(model, tokens, labels, lengths)
+    logits = model(tokens, Context(documents))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    total = cross_entropy(logits, labels).total
+    torch.testing.assert_close(total, expected_total.double(), rtol=1e-5, atol=0)
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    for (name, _), got, want in zip(model.named_parameters(), gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("backend", MASKING)
-def test_documents_without_positions_are_masked_and_keep_the_positions_of_the_sequence(backend):
-    model = built(2, backend)
-    _, tokens, context = packed(model.config)
-    counted = torch.arange(tokens.shape[1]).expand_as(tokens)
-    masked = model(tokens, Context(documents_BL=context.documents_BL))
-    torch.testing.assert_close(masked, model(tokens, Context(context.documents_BL, counted)), rtol=0, atol=0)
-    whole = model(tokens)
-    border = LENGTHS[0]
-    torch.testing.assert_close(masked[0, :border], whole[0, :border], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(masked[0, border:], whole[0, border:], atol=1e-2)
+def test_what_comes_before_a_document_does_not_reach_it_and_its_own_tokens_do():
+    model = built(2)
+    tokens, _, documents = packed([[13, 19], [32]])
+    before = model(tokens, Context(documents))
+    tokens[0, 12] += 1
+    after = model(tokens, Context(documents))
+    assert torch.equal(after[0, 13:], before[0, 13:]) and torch.equal(after[1], before[1])
+    assert not torch.allclose(after[0, 12], before[0, 12])
+    assert not torch.allclose(model(tokens)[0, 13:], before[0, 13:], atol=1e-2)  # without borders it does
 
 
-def test_documents_that_are_not_neighbours_are_told_apart_by_their_number_alone():
-    # The same number after another document's is the same document, which an interval could not say.
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 6, heads, 8, generator=generator) for heads in (4, 2, 2))
-    numbers = torch.tensor([[0, 0, 1, 0, 1, 1]])
-    for backend in MASKING:
-        out = causal_attention(q, k, v, backend, numbers)
-        for number in (0, 1):
-            own = numbers[0] == number
-            alone = causal_attention(q[:, own], k[:, own], v[:, own], backend)
-            torch.testing.assert_close(out[:, own], alone, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("kernels", [Kernels.plain, Kernels.compiled])
+def test_rotary_positions_begin_anew_with_each_document(kernels):
+    # Rotary angles act on attention by their differences alone, so that the loss could not tell: the rotated keys can.
+    model = built(2, kernels=kernels)
+    tokens, _, documents = packed([[13, 19], [32]])
+    rotated = []
+    attend = causal_attention
+
+    def keeping(q, k, *rest):
+        rotated.append(k.detach())
+        return attend(q, k, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.attention.causal_attention", keeping)
+        model(tokens, Context(documents))
+        model(tokens[:1, 13:])
+    first, alone = rotated[0], rotated[len(model.blocks)]
+    torch.testing.assert_close(first[:1, 13:], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_documents_by_where_they_begin():
+    begins = torch.tensor([[False, False, True, False], [True, True, False, True]])
+    documents = documents_of(begins)
+    assert documents.positions_BL.tolist() == [[0, 1, 0, 1], [0, 0, 1, 0]]
+    assert documents.borders.tolist() == [0, 2, 4, 5, 7, 8] and documents.borders.dtype is torch.int32
+    assert documents.lengths == (2, 2, 1, 2, 1)
+    assert (documents.longest, documents.squares) == (2, 4 + 4 + 1 + 4 + 1)
+    assert not begins[0, 0]  # the argument is the caller's
 
 
 @pytest.mark.parametrize("backend", list(FLASH))
-def test_flash_backends_refuse_documents_in_a_sentence_and_auto_takes_sdpa(backend):
-    said = f"model.attention={backend.name}: .*; model.attention=sdpa would work"
-    q = torch.randn(1, 4, 2, 8)
-    with pytest.raises(ValueError, match=said):
-        causal_attention(q, q, q, backend, torch.zeros(1, 4, dtype=torch.int32))
-    with pytest.raises(ValueError, match=said):
-        which_and_why(small(attention=backend), torch.device("cuda"), torch.bfloat16, documents=True)
-    taken, why = chosen(AttentionBackend.auto, torch.device("cuda"), torch.bfloat16, documents=True)
-    assert taken is AttentionBackend.sdpa and "documents" in why
+def test_a_flash_backend_takes_documents_where_its_varlen_kernel_runs(monkeypatch, backend):
+    """And where that one fails, though it runs without documents, its name is refused and auto goes on to the next."""
+    monkeypatch.setattr(
+        "torch.cuda.get_device_capability", lambda device: (9, 0) if backend.name != "flash2" else (8, 0)
+    )
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    fails = True
+
+    def pretended(one, device, dtype, documents=False):
+        return None if one is backend and not (documents and fails) else f"{one.name} fails"
+
+    monkeypatch.setattr("model.kernels.obstacle", pretended)
+    assert chosen(AttentionBackend.auto, device, dtype)[0] is backend
+    assert chosen(AttentionBackend.auto, device, dtype, documents=True)[0] is AttentionBackend.sdpa
+    with pytest.raises(
+        RuntimeError, match=f"model.attention={backend.name}: {backend.name} fails; model.attention=auto"
+    ):
+        which_and_why(small(attention=backend), device, dtype, documents=True)
+    fails = False
+    assert chosen(AttentionBackend.auto, device, dtype, documents=True)[0] is backend
+    said = which_and_why(small(attention=backend, kernels=Kernels.plain), device, dtype, documents=True)
+    assert said.startswith(f"attention: {backend.name}, documents by its varlen kernel (")
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        (None, "by PyTorch's varlen kernel ("),
+        ("is missing", "by a mask of all pairs, since PyTorch's varlen kernel is"),
+    ],
+)
+def test_sdpa_on_a_gpu_says_how_it_stops_at_borders(monkeypatch, fails, said):
+    monkeypatch.setattr("model.kernels._no_varlen", lambda *_: fails)
+    config = small(attention=AttentionBackend.sdpa, kernels=Kernels.plain)
+    assert f"attention: sdpa, documents {said}" in which_and_why(config, torch.device("cuda"), torch.bfloat16, True)
+    on_cpu = which_and_why(config, torch.device("cpu"), torch.float32, True)
+    assert "documents one after another" in on_cpu
+    assert "documents" not in which_and_why(config, torch.device("cpu"), torch.float32)
 
 
 def test_a_whole_model_takes_no_cache():
@@ -107,19 +153,39 @@ def test_a_whole_model_takes_no_cache():
         built(2, AttentionBackend.sdpa)(torch.zeros(1, 4, dtype=torch.int64), Context(cache=cache))
 
 
-@pytest.mark.parametrize("documents", [None, torch.zeros(2, 3, dtype=torch.int32)])
+@pytest.mark.parametrize("documents", [None, documents_of(torch.zeros(2, 3, dtype=torch.bool))])
 def test_a_batch_moves_as_one(documents):
     tokens = torch.arange(6).reshape(2, 3)
     batch = Batch(tokens, tokens + 1, documents).to(torch.device("meta"))
-    assert batch.tokens.is_meta and batch.labels.is_meta
-    assert batch.documents is None if documents is None else batch.documents.is_meta
+    assert batch.tokens.is_meta and batch.labels.is_meta and batch.squares == 2 * 3**2
+    if documents is None:
+        assert batch.documents is None
+    else:
+        assert batch.documents.positions_BL.is_meta and batch.documents.borders.is_meta
+        assert batch.documents.lengths == (3, 3)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_sdpa_masks_documents_as_the_definition_does():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", [*FLASH, AttentionBackend.sdpa])
+def test_gpu_backends_stop_at_borders_as_the_definition_does(backend, dtype):
+    device = torch.device("cuda", 0)
+    if reason := obstacle(backend, device, dtype, True):
+        pytest.skip(reason)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 300, heads, 64, generator=generator).to("cuda", torch.bfloat16) for heads in (8, 2, 2))
-    numbers = torch.arange(300, device="cuda").div(70, rounding_mode="floor").expand(2, 300)
-    got = causal_attention(q, k, v, AttentionBackend.sdpa, numbers)
-    exact = causal_attention(q.double(), k.double(), v.double(), AttentionBackend.reference, numbers)
-    torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=2e-2)
+    heads = (8, 2, 2, 8)
+    *qkv, weights = (torch.randn(2, 300, n, 64, generator=generator).to(device, dtype) for n in heads)
+    begins = torch.zeros(2, 300, dtype=torch.bool)
+    begins[0, [1, 2, 70, 290]] = begins[1, 150] = True
+    documents = documents_of(begins).to(device)
+
+    def attend(backend, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in qkv]
+        out = causal_attention(*inputs, backend, documents)
+        (out * weights.to(dtype)).sum().backward()
+        return [x.double() for x in (out, *(x.grad for x in inputs))]
+
+    exact = attend(AttentionBackend.reference, torch.float64)
+    near = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    for got, want in zip(attend(backend, dtype), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=near, atol=near * want.abs().max().item())

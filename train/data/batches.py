@@ -9,6 +9,7 @@ import torch
 
 from model.batch import Batch
 from model.loss import IGNORED
+from train.data.documents import batch_of
 from train.data.order import SampleOrder
 from train.data.packing import PackedSequences
 
@@ -22,6 +23,7 @@ def train_micro_batches(
     dp_rank: int,
     dp_size: int,
     start_sample: int = 0,
+    eos_id: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank without end, each (micro_batch, seq_len) on the CPU.
 
@@ -37,6 +39,7 @@ def train_micro_batches(
         dp_rank: this rank among the data-parallel ones.
         dp_size: how many those are.
         start_sample: samples trained on before.
+        eos_id: the token after each document, at whose borders attention stops; None where it does not.
 
     Raises:
         ValueError: at the first item; sizes that do not divide, or an order over another number of sequences.
@@ -51,7 +54,7 @@ def train_micro_batches(
     step_start = start_sample
     while True:
         for start in range(dp_rank * micro_batch, global_batch, dp_size * micro_batch):
-            yield _batch(sequences, order.take(np.arange(micro_batch) + (step_start + start)))
+            yield _batch(sequences, order.take(np.arange(micro_batch) + (step_start + start)), eos_id)
         step_start += global_batch
 
 
@@ -78,8 +81,9 @@ def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator
 class EvalMicroBatches:
     """The held-out micro-batches of one rank; iterate as often as wanted, the same each time."""
 
-    def __init__(self, sequences: PackedSequences, count: int, micro_batch: int, starts: range):
+    def __init__(self, sequences: PackedSequences, count: int, micro_batch: int, starts: range, eos_id: int | None):
         self._sequences, self._count, self._micro_batch, self._starts = sequences, count, micro_batch, starts
+        self._eos_id = eos_id
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -89,13 +93,19 @@ class EvalMicroBatches:
             wanted = np.arange(start, start + self._micro_batch)
             # Beyond the last sequence stands sequence 0 with all labels ignored: every rank must run every
             # micro-batch, or the pipeline would hang.
-            batch = _batch(self._sequences, np.where(wanted < self._count, wanted, 0))
+            batch = _batch(self._sequences, np.where(wanted < self._count, wanted, 0), self._eos_id)
             batch.labels[torch.from_numpy(wanted >= self._count)] = IGNORED
             yield batch
 
 
 def eval_micro_batches(
-    sequences: PackedSequences, limit: int, *, micro_batch: int, dp_rank: int, dp_size: int
+    sequences: PackedSequences,
+    limit: int,
+    *,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    eos_id: int | None = None,
 ) -> tuple[EvalMicroBatches, int]:
     """Cut exactly the first `limit` held-out sequences (or all, if fewer) into micro-batches, whatever `dp_size` is.
 
@@ -105,6 +115,7 @@ def eval_micro_batches(
         micro_batch: sequences per forward pass of one rank.
         dp_rank: this rank among the data-parallel ones.
         dp_size: how many those are.
+        eos_id: the token after each document, at whose borders attention stops; None where it does not.
 
     Returns:
         The micro-batches of this rank, and how many those are, the same on every rank. Labels beyond the last sequence
@@ -118,9 +129,9 @@ def eval_micro_batches(
     count = min(limit, len(sequences))
     slots = -(-count // (micro_batch * dp_size)) * micro_batch * dp_size
     starts = range(dp_rank * micro_batch, slots, dp_size * micro_batch)
-    return EvalMicroBatches(sequences, count, micro_batch, starts), len(starts)
+    return EvalMicroBatches(sequences, count, micro_batch, starts, eos_id), len(starts)
 
 
-def _batch(sequences: PackedSequences, wanted: np.ndarray) -> Batch:
-    rows = torch.from_numpy(np.stack([sequences[int(i)] for i in wanted]))
-    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+def _batch(sequences: PackedSequences, wanted: np.ndarray, eos_id: int | None) -> Batch:
+    rows = np.stack([sequences[int(i)] for i in wanted])
+    return batch_of(rows, eos_id=eos_id, document_mask=eos_id is not None)
