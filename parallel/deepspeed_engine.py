@@ -45,8 +45,9 @@ def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
     with quiet():
-        # On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good. Asked
+        # which of its operators could be compiled here, it would call the compiler, whose commands end in the log.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         on_gpu = get_accelerator().device_name() == "cuda"
         if on_gpu:
             prepare_gpu_environment(os.environ)

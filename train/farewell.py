@@ -146,10 +146,8 @@ def _how_to_go_on(last_save: Outcome | None) -> str:
 
 def _where_in_wandb(logged: dict[str, Any]) -> list[str]:
     if logged["mode"] == "offline":
-        folder = shlex.quote(logged["dir"])
-        parts = str(Path(logged["dir"]).parent / f"offline-run-*-{logged['id']}")  # one for each time it was started
-        return [
-            f"W&B (no account) wandb leet {folder}",
-            f"W&B (upload)     wandb sync {folder if logged['parts'] == 1 else parts}",
-        ]
+        folder = shlex.quote(str(Path(logged["dir"]).parent))
+        # wandb knows W&B's folder, not the run's; older versions upload the folders in it, one for each start, by name.
+        parts = f"offline-run-*-{logged['id']}"
+        return [f"W&B (no account) wandb leet {folder}", f"W&B (upload)     wandb sync {folder}/{parts}"]
     return [f"W&B              {logged['url']}"] if "url" in logged else []

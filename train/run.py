@@ -41,7 +41,8 @@ from train.patient_file import patient_logs
 from train.preflight import PreparedRun
 from train.report import RunConstants
 from train.stopping import StopSignals
-from train.tracking import Tracker, code_version, diverged_before
+from train.tracking import Tracker, diverged_before
+from train.version import code_version
 
 log = logging.getLogger(__name__)
 

@@ -4,14 +4,11 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from train.patient_file import PatientFile
 from train.profiling import PROFILES
 from train.strict_json import dumps_flagged, with_nan
 from train.timeline import TIMELINES
+from train.version import code_version
 from train.wandb_run import start_wandb, wandb_id, wandb_mode
 
 log = logging.getLogger(__name__)
@@ -267,6 +265,14 @@ class Tracker:
         """Send an alert through W&B."""
         self._tell_wandb(lambda run: run.alert(title, text, level=level))
 
+    def _where_in_wandb(self) -> dict[str, Any]:
+        """Say where W&B has the run; a run that is not logged there has no folder and no id."""
+        if self.mode == "disabled":
+            return {"mode": self.mode}
+        parts = len(list(self._wandb_folder.parent.glob(f"*run-*-{self._wandb_id}")))
+        where = {"mode": self.mode, "dir": str(self._wandb_folder), "id": self._wandb_id, "parts": parts}
+        return {**where, "url": self._wandb_url} if self._wandb_url else where
+
     def finish(self, summary: dict[str, Any], ended: bool = True) -> bool:
         """Close everything; summary.json is written last and says that the run ended as it should.
 
@@ -280,9 +286,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
         self._tell_wandb(lambda run: (run.summary.update(summary), run.finish()))
-        parts = len(list(self._wandb_folder.parent.glob(f"*run-*-{self._wandb_id}")))
-        where = {"mode": self.mode, "dir": str(self._wandb_folder), "id": self._wandb_id, "parts": parts}
-        summary["wandb"] = {**where, "url": self._wandb_url} if self._wandb_url else where
+        summary["wandb"] = self._where_in_wandb()
         self._newest = None  # of a run that has diverged it may be set aside
         self._look_after_files()
         summary["missing_records"] = self._metrics.close()
@@ -344,20 +348,6 @@ def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(metrics)
-
-
-@cache
-def code_version() -> str:
-    """Find the commit of this code, with ``+changes`` where the working tree differs; else the installed version."""
-    root = Path(__file__).parent.parent
-    with suppress(OSError, subprocess.SubprocessError):
-        git = ["git", "-C", str(root)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-        return commit + ("+changes" if changes.strip() else "")
-    with suppress(PackageNotFoundError):
-        return version("deepnarrow")
-    return "unknown"
 
 
 def set_aside(run_dir: Path, after: int | None = None) -> Path | None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -107,6 +108,8 @@ def test_the_run_folder_is_complete_and_written_by_one_rank(pipelined):
     for said in ("wandb leet", "wandb sync", str(folder), "sample 3", "head  ", "rank"):
         assert result.stderr.count(said) >= 1, said
     assert result.stderr.count("speed   ") == 1
+    logged = re.findall(r"^\[[-\d]{10} [\d:,]+\]\[([\w.]+)\]", (folder / "pretrain.log").read_text(), re.MULTILINE)
+    assert {name.partition(".")[0] for name in logged} == {"train"}  # no compiler's command, no library's news
 
 
 @pytest.mark.launch

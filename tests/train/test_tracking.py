@@ -314,4 +314,4 @@ def test_a_run_that_does_not_log_there_does_not_need_wandb(monkeypatch, tmp_path
     tracker.samples(["a"], ["ab"])
     tracker.picture("timeline", tmp_path / "none.png")
     tracker.finish({"complete": True})
-    assert json.loads((tmp_path / "summary.json").read_text())["wandb"]["mode"] == "disabled"
+    assert json.loads((tmp_path / "summary.json").read_text())["wandb"] == {"mode": "disabled"}
