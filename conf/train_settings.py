@@ -11,7 +11,8 @@ class Source(Enum):
     """The kind of corpus that documents are read from."""
 
     stdlib = "stdlib"
-    """The source files of the running interpreter's standard library: text that every machine has."""
+    """The source files of the running interpreter's standard library: text that every machine has. Its codec tables and
+    generated help (`encodings`, `pydoc_data`) are left out."""
     files = "files"
     """Local text, JSONL (also .gz or .zst), Parquet or Arrow."""
     hub = "hub"

@@ -20,6 +20,9 @@ __all__ = ["Tally", "check", "documents", "fingerprint_inputs", "list_files"]
 
 _MAX_NAMED = 3
 _INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_TABLES = frozenset({"encodings", "pydoc_data"})
+"""Folders of the standard library whose files programs have made of tables: codecs, and the help of `pydoc`. They are a
+fifteenth of its text, and teach a small model box-drawing characters."""
 
 
 def check(data: DataConfig) -> list[str]:
@@ -157,7 +160,8 @@ def list_files(data: DataConfig) -> list[tuple[str, Path]]:
     """
     if data.source is Source.stdlib:
         root = Path(sysconfig.get_path("stdlib"))
-        return sorted((p.relative_to(root).as_posix(), p) for p in _walk(root, _INSTALLED) if p.suffix == ".py")
+        found = list(_walk(root, _INSTALLED | _TABLES))
+        return sorted((p.relative_to(root).as_posix(), p) for p in found if p.suffix == ".py")
     if data.source is not Source.files or not data.path:
         return []
     path = Path(data.path).expanduser()
