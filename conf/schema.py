@@ -58,8 +58,10 @@ _NOT_RECIPE = {
     "train": {"max_steps", "max_skipped", "micro_batch", "precision", "deterministic", "profile", "profile_ranks"}
     | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
 }
-# What came later, and says nothing where it is empty: runs of before keep their names.
-_NO_RECIPE_EMPTY = {("data", "sources"), ("data", "stages")}
+# What came later, with the value that runs of before were trained with.
+_BEFORE = {"data.sources": {}, "data.stages": [], "data.document_mask": False}
+# Values that do not name a run, so that the commands of those runs find them again.
+_UNNAMED = {**_BEFORE, "data.document_mask": None}
 
 
 def to_jsonable(value: Any) -> Any:
@@ -78,16 +80,16 @@ def recipe_fields(sections: Mapping[str, Any]) -> dict[str, Any]:
         sections: of a configuration, as plain dictionaries with enums by name. The layout is no part of a recipe.
 
     Returns:
-        The values by dotted key.
+        The values by dotted key, with those of keys that a configuration is too old to have.
     """
     found = {
         f"{section}.{key}": value
         for section in _RECIPE_SECTIONS
         for key, value in sections[section].items()
-        if key not in _NOT_RECIPE.get(section, set()) and (value or (section, key) not in _NO_RECIPE_EMPTY)
+        if key not in _NOT_RECIPE.get(section, set())
     }
     begins = sections.get("init_from")
-    return found if begins is None else {**found, "init_from": begins}
+    return {**_BEFORE, **found, **({} if begins is None else {"init_from": begins})}
 
 
 def run_name(root: DictConfig) -> str:
@@ -96,7 +98,8 @@ def run_name(root: DictConfig) -> str:
         section: OmegaConf.to_container(root[section], resolve=True, enum_to_str=True) for section in _RECIPE_SECTIONS
     }
     sections["init_from"] = root.init_from
-    fingerprint = hashlib.sha256(json.dumps(recipe_fields(sections), sort_keys=True).encode()).hexdigest()[:7]
+    named = {key: value for key, value in recipe_fields(sections).items() if _UNNAMED.get(key, ...) != value}
+    fingerprint = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:7]
     corpus = "mixture" if sections["data"]["sources"] else sections["data"]["source"]
     return f"{root.preset}-{corpus}-{fingerprint}"
 

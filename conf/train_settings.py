@@ -92,6 +92,11 @@ class DataConfig(CorpusConfig):
     val_fraction: float = 0.01
     """Share of the documents held out for validation, chosen by a hash of their text, so that exact duplicates
     never stand on both sides."""
+    document_mask: bool | None = None
+    """Whether attention and positions stop at the borders of documents (`train/data/documents.py`). Null is true for a
+    new run; a run whose checkpoint says false, or is older than this key, goes on as it was trained. Llama 3 (arXiv
+    2407.21783, section 3.2) and SmolLM3 train so, and arXiv 2402.13991 finds losses and downstream tasks better for it;
+    DeepSeek-V3 (arXiv 2412.19437, section 4.1) does not, nor does Megatron-LM by default. Less is computed with it."""
     max_bad: float = 0.05
     """The largest share of the records, or of the files' bytes, that may be unusable (not UTF-8, not JSON, without
     text, damaged); a corpus with more is refused, since it is not what its settings say."""
