@@ -112,8 +112,12 @@ def preflight(
             problems += resume.check(config, start)
         except BadInput as error:
             problems += error.problems
-    if problems or layout is None:
-        raise BadInput([*problems, *corpus.check(config.data)])
+    if problems or composition.problems or layout is None:
+        raise BadInput(composition.all_problems([*problems, *corpus.check(config.data)]))
+    notes = []
+    if config.data.document_mask is None:
+        config.data.document_mask, note = resume.trained_with_document_mask(start)
+        notes = [note] if note else []
     # It checks the corpus itself: of 100,000 files on a shared disk, one look is enough.
     data = prepare(config.data, config.model.vocab_size, config.train.seq_len, verify=verify)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
@@ -125,11 +129,13 @@ def preflight(
         layout,
         data,
         run_dir=composition.run_dir,
-        overrides=list(overrides),
+        arguments=arguments,
         source=source,
         start=start,
         complete=complete,
-        warnings=warnings(config, layout, machine) + length_warnings(config, len(data.train(config.train.seq_len))),
+        warnings=notes
+        + warnings(config, layout, machine)
+        + length_warnings(config, len(data.train(config.train.seq_len))),
     )
 
 

@@ -103,6 +103,26 @@ def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     return lines
 
 
+def trained_with_document_mask(start: Start) -> tuple[bool, str | None]:
+    """Tell what `data.document_mask=null` is: true, but where a checkpoint says or implies false; then also a warning.
+
+    Args:
+        start: from `find`.
+    """
+    for path in start.candidates:
+        try:
+            found = manifest.read(path)
+        except (Damaged, BadInput):
+            continue
+        if recipe_fields(found.config)["data.document_mask"]:
+            return True, None
+        return False, (
+            f"data.document_mask=null: false, as the run was trained up to step {found.step:,}, so that documents of a "
+            "sequence see each other; data.document_mask=true would separate them from here on"
+        )
+    return True, None
+
+
 def load_newest_sound(config: Config, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:
     """Load the optimizer's state and the stages' weights from the first candidate that is sound; return its manifest.
 
