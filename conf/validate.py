@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from conf.paths import name_problems
 from conf.schema import Config
 from model.problems import either, nearest_multiples
 from parallel import layout, schedules
@@ -41,7 +42,8 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
             found.append(str(error))
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
-    problems += _text(config) + _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += name_problems("name", config.name) + _text(config)
+    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)

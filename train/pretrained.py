@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from conf.paths import checked as checked_path
 from conf.schema import to_jsonable
 from model.config import EXECUTION_KEYS, ModelConfig
 from model.huggingface import open_huggingface, write_huggingface
@@ -74,17 +75,18 @@ class Source:
         return name in self.run.files if self.run else (self.path / name).is_file()
 
 
-def open_source(path: Path, *, checked: bool = True) -> Source:
+def open_source(path: str | Path, *, checked: bool = True, key: str = "source") -> Source:
     """Open the weights at a path; of a run, those of its newest sound checkpoint.
 
     Args:
         path: of a run, a checkpoint or a Hugging Face directory.
         checked: compare every file of ours with its checksum; another process may have.
+        key: the setting or argument that names it.
 
     Raises:
-        BadInput: nothing is there, or it is damaged, or not Llama-shaped; by file and tensor.
+        BadInput: nothing can be or is there, or it is damaged, or not Llama-shaped; by file and tensor.
     """
-    path = path.expanduser().absolute()
+    path = checked_path(key, path).absolute()
     if (path / DESCRIPTION).exists() and not (path / manifest.MANIFEST).exists():
         return _open_huggingface(path, checked)
     reasons = []

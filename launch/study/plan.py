@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.compose import Composition, compose_overrides, quoted
+from conf.paths import checked
 from conf.schema import Config
 from conf.train_settings import Rate
 from model.problems import BadInput
@@ -158,14 +159,16 @@ def plan(overrides: Sequence[str]) -> Plan:
     if not given & {"init_from", "model"}:
         rest = ["model=tiny_mha", *rest]
     composition = compose_overrides(rest)
-    source = open_source(Path(str(composition.config.init_from))) if "init_from" in given else None
+    begins = str(composition.config.init_from)
+    source = open_source(begins, key="init_from") if "init_from" in given else None
     # Each uptraining takes its recipe from the weights.
     shared = [text for text in rest if text.startswith(_SHARED)]
     if not any(text.startswith("parallel.") for text in rest):
         layout = [f"parallel.dp={replicas}"] if (replicas := _replicas(composition, source)) > 1 else []
         rest, shared = rest + layout, shared + layout
 
-    folder = Path(settings.dir or f"runs/gqa-{_name_of(source) if source else composition.config.name}")
+    default = f"runs/gqa-{_name_of(source) if source else composition.config.name}"
+    folder = checked("study.dir", default if settings.dir is None else settings.dir)
     pretrain = None
     if source is None:
         pretrain = [*rest, f"hydra.run.dir={quoted((folder / 'pretrained').absolute())}"]

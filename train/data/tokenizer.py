@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conf.paths import expanded
 from model.problems import BadInput
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
 
 def tokenizer_file(path: str | Path) -> Path:
     """Name the tokenizer.json that `path`, a file or a folder, stands for; it need not exist."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return path / "tokenizer.json" if path.is_dir() else path
 
 
