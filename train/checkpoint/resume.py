@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from conf.paths import checked
 from conf.schema import Config, recipe_fields, to_jsonable
 from model.problems import BadInput, either
 from model.weights import StoredWeights
@@ -57,7 +58,7 @@ def find(resume: str, run_dir: Path) -> Start:
         return Start()
     if resume == AUTO:
         return Start(tuple(own), own=bool(own), origin=_origin(own))
-    named = Path(resume).expanduser().absolute()
+    named = checked("resume", resume).absolute()
     if named.name == LATEST:
         named = named.resolve()
     if own and _origin(own) == str(named):  # the same command again: it began there, and has come further

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.paths import expanded, path_problems
 from conf.train_settings import DataConfig, Source
 from model.problems import BadInput
 from train.data.columns import check_columns, saved_dataset, saved_splits
@@ -31,7 +32,7 @@ def check(data: DataConfig) -> list[str]:
     Returns:
         One sentence each, `key=value: what is wrong; what would work`; empty when nothing is wrong.
     """
-    problems = _check_source(data)
+    problems = path_problems("data.cache_dir", data.cache_dir) + _check_source(data)
     if data.tokenizer is not None:
         problems += _check_tokenizer(data.tokenizer)
     if not 0 <= data.val_fraction < 1:
@@ -71,8 +72,8 @@ def _check_source(data: DataConfig) -> list[str]:
     if data.source is Source.hub and not data.name:
         problems.append("data.name=null: data.source=hub needs one; a dataset's hub name such as "
                         "HuggingFaceFW/fineweb-edu would work")  # fmt: skip
-    if data.source is Source.hub and data.name:
-        problems += _check_saved(Path(data.name).expanduser(), f"data.name={data.name}")
+    if data.source is Source.hub and data.name and not path_problems("data.name", data.name):
+        problems += _check_saved(expanded(data.name), f"data.name={data.name}")
     if data.source is Source.files:
         problems += _check_path(data)
     return problems
@@ -92,7 +93,9 @@ def _check_path(data: DataConfig) -> list[str]:
     if not data.path:
         return ["data.path=null: data.source=files needs one; a file, a folder or a glob would work"]
     said = f"data.path={data.path}"
-    path = Path(data.path).expanduser()
+    if problems := path_problems("data.path", data.path):
+        return problems
+    path = expanded(data.path)
     if not path.exists() and not glob.has_magic(data.path):
         return [f"{said}: no such file or folder; {_near(path)}"]
     if len(splits := saved_splits(path)) > 1:
@@ -111,7 +114,9 @@ def _check_path(data: DataConfig) -> list[str]:
 
 
 def _check_tokenizer(given: str) -> list[str]:
-    path = Path(given).expanduser()
+    if problems := path_problems("data.tokenizer", given):
+        return [f"{problem}, or null to train one on the corpus" for problem in problems]
+    path = expanded(given)
     if not path.exists():
         return [f"data.tokenizer={given}: no such file or folder; {_near(path)}, or null to train one on the corpus"]
     if path.is_dir() and not (path / "tokenizer.json").is_file():
@@ -164,7 +169,7 @@ def list_files(data: DataConfig) -> list[tuple[str, Path]]:
         return sorted((p.relative_to(root).as_posix(), p) for p in found if p.suffix == ".py")
     if data.source is not Source.files or not data.path:
         return []
-    path = Path(data.path).expanduser()
+    path = expanded(data.path)
     if path.is_file():
         return [(path.name, path)]
     if path.is_dir():
@@ -172,7 +177,7 @@ def list_files(data: DataConfig) -> list[tuple[str, Path]]:
     else:
         root = Path(*_plain_parts(path))
         found = [Path(p) for p in glob.iglob(str(path), recursive=True) if os.path.isfile(p)]
-    cache = Path(data.cache_dir).expanduser().resolve()
+    cache = expanded(data.cache_dir).resolve()
     if cache.is_relative_to(root.resolve()) and cache != root.resolve():
         found = [p for p in found if not p.resolve().is_relative_to(cache)]
     return sorted((p.relative_to(root).as_posix(), p) for p in found)

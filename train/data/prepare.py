@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.paths import expanded
 from conf.train_settings import CorpusConfig, DataConfig, Source
 from model.problems import BadInput
 from train.data import cache, corpus
@@ -108,7 +109,7 @@ def prepare_sources(
             problems += _of_source(sources, name, corpus.check(data), own=False)
         problems += _check_sizes(given, vocab_size, seq_len)
     with _writable(given, "be made"):
-        Path(given.cache_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        expanded(given.cache_dir).mkdir(parents=True, exist_ok=True)
     with _writable(given, "be written", _FULL_OR_FORBIDDEN):
         tokenizer = prepare_tokenizer(sources, vocab_size, progress=progress, verify=verify)
     prepared = {}
@@ -156,7 +157,7 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
         "tokenizer": tokenizer.fingerprint,
     }
     fingerprint = cache.fingerprint(description)
-    folder = Path(data.cache_dir).expanduser() / fingerprint
+    folder = expanded(data.cache_dir) / fingerprint
     meta = cache.cached(folder, partial(_build, data, tokenizer, description, progress), verify=verify)
     return PreparedData(
         folder=folder,

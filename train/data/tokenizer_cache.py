@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conf.paths import expanded
 from conf.train_settings import DataConfig
 from model.problems import BadInput
 from train.data import cache, corpus
@@ -70,7 +71,7 @@ def prepare_tokenizer(
     data = next(iter(sources.values()))
     description = _description(sources, vocab_size)
     fingerprint = cache.fingerprint(description)
-    folder = Path(data.cache_dir).expanduser() / "tokenizers" / fingerprint
+    folder = expanded(data.cache_dir) / "tokenizers" / fingerprint
     build = partial(_build, sources, vocab_size, progress)
     meta = cache.cached(folder, build, verify=verify)
     if problems := check_vocab(data, meta["size"], vocab_size):
