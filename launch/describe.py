@@ -143,7 +143,7 @@ def as_text(config: Config) -> str:
         console.print(parts)
         costs = Table("cost", "per token", title=f"at sequences of {found['seq_len']} tokens", title_justify="left")
         costs.add_row("M = 72 L d² + 12 L d s (non-embedding FLOPs)", f"{found['M']:,}")
-        costs.add_row("true FLOPs, forward and backward", f"{found['flops_per_token']:,}")
+        costs.add_row("true FLOPs, forward and backward, up to", f"{found['flops_per_token']:,}")
         costs.add_row("KV cache, bf16 bytes", f"{found['kv_cache_bytes_per_token']:,}")
         console.print(costs)
         title = f"with other key/value heads; a sequence is {found['seq_len']} tokens"

@@ -25,9 +25,9 @@ class Batch:
     documents: Documents | None = None
 
     @property
-    def squares(self) -> int:
-        """The sum of the squares of the documents' lengths, to which the FLOPs of attention are proportional."""
-        return self.documents.squares if self.documents else self.tokens.shape[0] * self.tokens.shape[1] ** 2
+    def squared_lengths(self) -> int:
+        """The sum of the squares of the documents' lengths; each sequence is one where no documents are given."""
+        return self.documents.squared_lengths if self.documents else self.tokens.numel() * self.tokens.shape[-1]
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The batch on a device; from pinned memory the copy overlaps with the host's work."""

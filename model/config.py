@@ -196,6 +196,21 @@ class ModelConfig:
         masked_half = 2 * self.n_heads * self.d_head * seq_len
         return self.flops_per_token(seq_len) + 3 * self.n_layers * masked_half
 
+    def step_flops(self, tokens: int, squared_lengths: float) -> tuple[float, float]:
+        """FLOPs of forward and backward over documents, each of which attends to itself alone.
+
+        Args:
+            tokens: of all documents.
+            squared_lengths: the sum of the squares of their lengths.
+
+        Returns:
+            With causal attention halved, as `flops_per_token` counts it, and whole. For one document of L tokens they
+            are L times those of a token in a sequence of L.
+        """
+        half = 6 * self.n_layers * self.n_heads * self.d_head * squared_lengths
+        without = tokens * self.flops_per_token(0)
+        return without + half, without + 2 * half
+
     # ---- inference ----
 
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:

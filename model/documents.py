@@ -33,8 +33,8 @@ class Documents:
         return max(self.lengths)
 
     @cached_property
-    def squares(self) -> int:
-        """The sum of the squares of the lengths: twice the query-key pairs that causal attention computes, about."""
+    def squared_lengths(self) -> int:
+        """The sum of the squares of the lengths, to which the FLOPs of attention are proportional."""
         return sum(length * length for length in self.lengths)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Documents":

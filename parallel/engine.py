@@ -67,12 +67,14 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The results of a step, the same on every rank but for the last two.
+    """The results of a step, the same on every rank but for spans and the time at which the rank began.
 
     Attributes:
         loss: the mean loss over all labels that count of the global batch, in nats.
         grad_norm: the norm over all ranks of the gradient of that mean, before clipping.
         skipped: whether the gradient was not finite, so that no weight was updated.
+        squared_lengths: the sum over the global batch of the squares of the documents' lengths, by which the FLOPs of
+            attention are counted; sequences count as documents where attention does not stop at their borders.
         spans: the passes of this rank, in seconds since `began`; empty for a single stage.
         began: the wall-clock time at which this rank began the step.
     """
@@ -80,6 +82,7 @@ class StepResult:
     loss: float
     grad_norm: float
     skipped: bool
+    squared_lengths: float
     spans: list[Span]
     began: float
 
@@ -161,23 +164,37 @@ class Engine:
 
     def _train(self, batches: Iterator[Batch]) -> StepResult:
         loss = self.pipeline.train(batches, self._accumulation)
-        total, count, squares = self._over_all_ranks(loss, self.zero.reduce())
+        total, count, squares, lengths = self._over_all_ranks(loss, self.zero.reduce())
         norm = squares.sqrt() / count
         self.zero.update(self._rate, norm, count)
-        mean_loss, grad_norm, finite = torch.stack([total / count, norm, norm.isfinite().double()]).tolist()
+        figures = [total / count, norm, norm.isfinite().double(), lengths]
+        mean_loss, grad_norm, finite, squared_lengths = torch.stack(figures).tolist()
         spans = self.pipeline.spans() if self.ranks.layout.pp > 1 else []
-        return StepResult(mean_loss, grad_norm, not finite, spans, self.pipeline.began)
+        return StepResult(mean_loss, grad_norm, not finite, squared_lengths, spans, self.pipeline.began)
 
     def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        total, count, _ = self._over_all_ranks(self.pipeline.evaluate(batches, micro_batches), None)
+        total, count, *_ = self._over_all_ranks(self.pipeline.evaluate(batches, micro_batches), None)
         return float(total / count)
 
     @torch.no_grad()
     def _over_all_ranks(self, loss: SummedLoss, squares: torch.Tensor | None) -> torch.Tensor:
-        """Sum the loss, its labels and the gradient's squares over all ranks in one collective, fp64 (3,)."""
-        counted = self.ranks.tp_rank == 0  # tensor-parallel ranks all have the same loss
-        parts = [loss.total * counted, loss.count.double() * counted, torch.zeros_like(loss.total)]
-        sums = torch.stack(parts if squares is None else [*parts[:2], squares])
+        """Sum over all ranks in one collective: the loss, its labels, and the squares of gradients and of lengths.
+
+        Tensor-parallel ranks all have the same loss, and all ranks of a pipeline the same documents.
+
+        Returns:
+            fp64 (4,).
+        """
+        counted = self.ranks.tp_rank == 0
+        lengths = self.pipeline.squared_lengths if counted and self.pipeline.loss is not None else 0
+        sums = torch.stack(
+            [
+                loss.total * counted,
+                loss.count.double() * counted,
+                torch.zeros_like(loss.total) if squares is None else squares,
+                torch.full_like(loss.total, lengths),
+            ]
+        )
         if self.ranks.layout.world_size > 1:
             dist.all_reduce(sums)
         return sums

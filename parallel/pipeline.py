@@ -88,6 +88,8 @@ class Pipeline:
         self.rank, self.ranks, self.links = rank, ranks, links
         self.began = 0.0
         """The wall-clock time at which this rank began its last step."""
+        self.squared_lengths = 0
+        """The sum over the micro-batches of its last step of the squares of the documents' lengths."""
         self._programs: dict[tuple[bool, int], Program] = {}
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
@@ -105,6 +107,7 @@ class Pipeline:
         self.began, self._begin = time.time(), self._now()
         done = _Training(self, self._program(True, micro_batches), batches).run()
         self._marks = done.marks
+        self.squared_lengths = sum(batch.squared_lengths for batch in done.batches.values())
         return done.summed_loss()
 
     @torch.no_grad()
@@ -151,7 +154,7 @@ class _Evaluation:
     def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
         self._pipeline, self._placement, self._program = pipeline, pipeline.placement, program
         self._source = batches
-        self._batches: dict[int, Batch] = {}
+        self.batches: dict[int, Batch] = {}
         self._results: dict[Action, torch.Tensor] = {}  # between stages of this same rank
         most_sent = self._most_sent * pipeline.placement.num_ranks if self._most_sent else None
         self._messages = _Messages(pipeline, program, most_sent)
@@ -213,9 +216,9 @@ class _Evaluation:
 
     def _batch(self, micro_batch: int) -> Batch:
         """Return a micro-batch, which every rank reads: the stages in the middle need its documents as well."""
-        while micro_batch not in self._batches:
-            self._batches[len(self._batches)] = next(self._source).to(self._pipeline.spec.device)
-        return self._batches[micro_batch]
+        while micro_batch not in self.batches:
+            self.batches[len(self.batches)] = next(self._source).to(self._pipeline.spec.device)
+        return self.batches[micro_batch]
 
     def _inputs(self, action: Action) -> Any:
         """Return a pass's input: tokens, or activations or their gradient once they have arrived; None where saved."""

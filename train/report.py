@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from model.config import ModelConfig
 from parallel.engine import StepResult
 from parallel.schedules import Pass
 from train import timeline
@@ -91,15 +92,13 @@ class RunConstants:
 
     Attributes:
         tokens_per_step: over all replicas.
-        flops_per_token: with causal attention halved, as Megatron-LM counts.
-        flops_per_token_whole_attention: with causal attention whole, as torchtitan counts.
+        model: the shape, by which the FLOPs of a step are counted.
         peak_flops: FLOP/s of all devices together; None where a device's peak is not known.
         bubble_expected: of the schedule without messages; None where there is no pipeline.
     """
 
     tokens_per_step: int
-    flops_per_token: int
-    flops_per_token_whole_attention: int
+    model: ModelConfig
     peak_flops: float | None
     bubble_expected: float | None
 
@@ -133,8 +132,10 @@ def as_record(
             report.forward_seconds, report.backward_seconds, report.weight_seconds, report.last_pass_end, seconds
         )
         record["bubble_expected"] = constants.bubble_expected
+    # Of what was computed: with causal attention halved, as Megatron-LM counts, and whole, as torchtitan does.
+    halved, whole = constants.model.step_flops(constants.tokens_per_step, result.squared_lengths)
+    record["flops_per_token"] = halved / constants.tokens_per_step
     if constants.peak_flops:
-        record["mfu"] = tokens_per_second * constants.flops_per_token / constants.peak_flops
-        whole = tokens_per_second * constants.flops_per_token_whole_attention
-        record["mfu_whole_attention"] = whole / constants.peak_flops
+        record["mfu"] = halved / seconds / constants.peak_flops
+        record["mfu_whole_attention"] = whole / seconds / constants.peak_flops
     return record

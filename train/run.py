@@ -286,13 +286,12 @@ def _facts(prepared: PreparedRun, stages: list[Stage], device: torch.device, dty
 def _constants(
     config: Config, layout: Layout, stages: list[Stage], device: torch.device, length: Length
 ) -> RunConstants:
-    model, parallel, seq_len, peak = config.model, config.parallel, config.train.seq_len, peak_flops(device)
+    parallel, peak = config.parallel, peak_flops(device)
     shares = [stage.cost_share for stage in stages]
     step = timeline.expected(parallel.schedule, parallel.placement, _accumulation(config, layout), shares)
     return RunConstants(
         tokens_per_step=length.tokens_per_step,
-        flops_per_token=model.flops_per_token(seq_len),
-        flops_per_token_whole_attention=model.flops_per_token_whole_attention(seq_len),
+        model=config.model,
         peak_flops=peak * layout.world_size if peak else None,
         bubble_expected=step.bubble if layout.pp > 1 else None,
     )

@@ -17,7 +17,7 @@ def judged(steps, max_skipped=3, finite=True, val_loss=2.0, last_val=None, lengt
     health = Health(0, max_skipped, lambda: looks.append(1) or finite, lambda: val_loss)
     said = []
     for step, (loss, norm) in enumerate(steps, 1):
-        result = StepResult(loss, norm, not math.isfinite(norm), [], 0.0)
+        result = StepResult(loss, norm, not math.isfinite(norm), 0.0, [], 0.0)
         last = step == length
         said.append(health.diverged(step, result, last_val if last else None, last))
     return said, health, len(looks)

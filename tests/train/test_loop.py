@@ -31,7 +31,7 @@ class Played(SimpleNamespace):
         self.layout, self.rank, self.device, self.run_dir = Layout(dp=1, pp=1), 0, torch.device("cpu"), None
         self.signals = SimpleNamespace(asked=None)
         self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
-        self.constants, self.weights_are_finite = RunConstants(2048, 1, 1, None, None), True
+        self.constants, self.weights_are_finite = RunConstants(2048, config.model, None, None), True
         self.engine = SimpleNamespace(step=self.step)
         self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
         self.saver = SimpleNamespace(
@@ -46,7 +46,7 @@ class Played(SimpleNamespace):
         if number == self.stop_after:
             self.signals.asked = 15
         lost = number in self.nonfinite
-        return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, [], 0.0)
+        return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, 0.0, [], 0.0)
 
     def validation_loss(self):
         self.done.append(("evaluate", None))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model.config import ModelConfig
 from parallel.engine import StepResult
 from parallel.layout import Layout
 from parallel.schedules import Action, Pass
@@ -22,7 +23,7 @@ SPANS = [
 
 
 def result(spans=(), skipped=False):
-    return StepResult(loss=2.0, grad_norm=0.5, skipped=skipped, spans=list(spans), began=0.0)
+    return StepResult(2.0, 0.5, skipped=skipped, squared_lengths=800 * 25, spans=list(spans), began=0.0)
 
 
 def opened(rank, *, asked=None, due=False, busy=False, layout=LAYOUT):
@@ -83,11 +84,11 @@ def test_reports_of_a_real_group_of_one(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64, max_seq_len=100)
 CONSTANTS = RunConstants(
     tokens_per_step=800,
-    flops_per_token=100,
-    flops_per_token_whole_attention=120,
-    peak_flops=40_000.0,
+    model=MODEL,
+    peak_flops=4e7,
     bubble_expected=0.25,
 )
 
@@ -110,12 +111,16 @@ def test_the_record_of_a_pipelined_step(monkeypatch):
         "bubble": pytest.approx(9 / 16),
         "optimizer_seconds": 2.0,
         "bubble_expected": 0.25,
-        "mfu": pytest.approx(0.2),
-        "mfu_whole_attention": pytest.approx(0.24),
+        # Documents of 25 tokens, whatever the length of a sequence is.
+        "flops_per_token": MODEL.flops_per_token(25),
+        "mfu": pytest.approx(80 * MODEL.flops_per_token(25) / 4e7),
+        "mfu_whole_attention": pytest.approx(80 * MODEL.flops_per_token_whole_attention(25) / 4e7),
     }
 
 
 def test_one_process_on_a_device_of_unknown_peak_has_neither_passes_nor_mfu():
     alone = own_report(opened(0, layout=Layout(dp=1, pp=1)), 1, result())
-    record = as_record(1, result(), 1e-3, 10.0, alone, RunConstants(800, 100, 120, None, None))
-    assert set(record) == {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "memory_gib"}
+    record = as_record(1, result(), 1e-3, 10.0, alone, RunConstants(800, MODEL, None, None))
+    assert set(record) == {
+        *["step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "memory_gib", "flops_per_token"]
+    }
