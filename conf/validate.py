@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.paths import name_problems
 from conf.schema import Config
-from model.problems import either, nearest_multiples
+from model.problems import either, nearest_multiples, not_utf8
 from parallel import layout, schedules
 from parallel.layout import Layout
 
@@ -147,15 +147,8 @@ def _lengths(config: Config) -> list[str]:
 
 
 def _text(config: Config) -> list[str]:
-    """Find text that has no UTF-8 form, as what a terminal of another encoding sends has none."""
-    found = []
-    for key, value in _leaves("", asdict(config)):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            shown = value.encode("utf-8", "backslashreplace").decode()
-            found.append(f"{key}={shown}: is not UTF-8; the same text would work from a terminal whose locale is UTF-8")
-    return found
+    """Find text that has no UTF-8 form."""
+    return [problem for key, value in _leaves("", asdict(config)) for problem in not_utf8(key, value)]
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -6,8 +6,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from launch.manners import (
+    ShowCompletion,
+    ShowVersions,
+    a_path,
+    judge_texts_and_paths,
+    takes_overrides,
+    unknown_options,
+    unknown_verb,
+)
 from model.problems import BadInput
 
 OVERRIDES = "Hydra overrides, such as model=7b parallel.pp=4 train.max_steps=100"
@@ -15,13 +23,51 @@ OVERRIDES = "Hydra overrides, such as model=7b parallel.pp=4 train.max_steps=100
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 2 with one line per problem where the input cannot work."""
+    given = _written_out(sys.argv[1:] if arguments is None else arguments)
+    parser, verbs = make_parser()
+    if problem := unknown_verb(given, parser, verbs):
+        print(problem, file=sys.stderr)
+        return 2
+    # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
+    known, unknown = parser.parse_known_args(given)
+    # argparse takes the overrides on one side of an option only: describe 67b --json parallel.pp=12.
+    if "overrides" in known:
+        known.overrides += [word for word in unknown if not word.startswith("-")]
+        unknown = [word for word in unknown if word.startswith("-")]
+        for name in ("like", "config_dir", "config_name", "config_path"):
+            known.overrides += [f"--{name.replace('_', '-')}={value}" for value in getattr(known, name, None) or []]
+    if unknown and known.verb != "train":
+        verbs[known.verb].error(unknown_options(unknown, verbs[known.verb]))
+    if known.verb == "train":
+        known.overrides = given[given.index("train") + 1 :]
+    if known.verb != "generate":  # the one verb that a launcher may start; the others start their processes themselves
+        from parallel.processes import forget_launcher
+
+        forget_launcher(os.environ)
+    try:
+        if problems := judge_texts_and_paths(known, verbs[known.verb]):
+            raise BadInput(problems)
+        return known.run(known)
+    except BadInput as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Make the parser of the command, and those of its verbs by name."""
     parser = argparse.ArgumentParser(
         prog="deepnarrow",
         description="Pretrain deep, narrow, grouped-query transformers.",
         epilog="deepnarrow VERB --help says more about a verb.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=ShowVersions, help="print the versions of this and of what it stands on")
+    parser.add_argument("--completion", action=ShowCompletion, help="print a script that completes it in this shell")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    made = {}
     for name, (run, summary, details) in VERBS.items():
         verb = verbs.add_parser(
             name,
@@ -30,62 +76,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        if name == "bench":
-            # Without `choices`: an override in its place gets a better answer from the benchmarks.
-            verb.add_argument(
-                "subject", nargs="?", metavar="SUBJECT", help="what to measure; without one, what is said above"
-            )
-            verb.add_argument(
-                "--out", type=Path, metavar="FILE", help="findings as JSON (bench.json without a subject)"
-            )
-        if name == "inspect":
-            verb.add_argument("overrides", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
-        elif name == "generate":
-            verb.add_argument("source", help="a run folder, a checkpoint, or a Hugging Face directory")
-            verb.add_argument("--prompt", action="append", required=True, help="text to go on from; may be repeated")
-            verb.add_argument("--max-tokens", type=int, default=128, help="at most so many more (128)")
-            verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
-            verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
-            verb.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (1.0)")
-            verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
-            verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
-            verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
-        elif name == "timeline":
-            verb.add_argument("source", help="a run folder")
-            verb.add_argument("--step", type=int, help="of those that are kept (the last)")
-            verb.add_argument("--out", help="a .png or .svg to draw (timeline-STEP.svg in the run folder)")
-        elif name in ("export", "import", "regroup"):
-            _conversion_arguments(verb, name)
-        else:
-            verb.add_argument("overrides", nargs="*", help=OVERRIDES)
+        _arguments_of(verb, name)
         verb.set_defaults(run=run)
-        if name == "describe":
-            verb.add_argument("--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
-        if name in ("describe", "inspect", "bench"):
-            verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
-    # Whatever is no option of ours is Hydra's (--cfg job, --config-name ...), and only training passes it on.
-    known, unknown = parser.parse_known_args(arguments)
-    # argparse takes the overrides on one side of an option only: describe 67b --json parallel.pp=12.
-    if "overrides" in known:
-        known.overrides += [word for word in unknown if not word.startswith("-")]
-        unknown = [word for word in unknown if word.startswith("-")]
-    if unknown and known.verb != "train":
-        parser.error(f"unknown argument {' '.join(unknown)}")
-    if known.verb == "train":
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        known.overrides = given[given.index("train") + 1 :]
-    if known.verb != "generate":  # the one verb that a launcher may start; the others start their processes themselves
-        from parallel.processes import forget_launcher
+        made[name] = verb
+    return parser, made
 
-        forget_launcher(os.environ)
-    try:
-        return known.run(known)
-    except BadInput as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+
+def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
+    if name == "bench":
+        # Without `choices`: an override in its place gets a better answer from the benchmarks.
+        verb.add_argument(
+            "subject", nargs="?", metavar="SUBJECT", help="what to measure; without one, what is said above"
+        )
+        a_path(verb, "--out", metavar="FILE", help="findings as JSON (bench.json without a subject)")
+    if name == "inspect":
+        a_path(verb, "paths", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
+    elif name == "generate":
+        a_path(verb, "source", help="a run folder, a checkpoint, or a Hugging Face directory")
+        verb.add_argument("--prompt", action="append", required=True, help="text to go on from; may be repeated")
+        verb.add_argument("--max-tokens", type=int, default=128, help="at most so many more (128)")
+        verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (0.8)")
+        verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
+        verb.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (1.0)")
+        verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
+        verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
+        verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
+    elif name == "timeline":
+        a_path(verb, "source", help="a run folder")
+        verb.add_argument("--step", type=int, help="of those that are kept (the last)")
+        a_path(verb, "--out", help="a .png or .svg to draw (timeline-STEP.svg in the run folder)")
+    elif name in ("export", "import", "regroup"):
+        _conversion_arguments(verb, name)
+    else:
+        takes_overrides(verb, help=OVERRIDES)
+        _options_of_overrides(verb)
+    if name == "describe":
+        a_path(verb, "--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
+    if name in ("describe", "inspect", "bench"):
+        verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
 def train(options: argparse.Namespace) -> int:
@@ -134,7 +162,7 @@ def describe(options: argparse.Namespace) -> int:
     if problems := [*composition.problems, *problems]:
         raise BadInput(problems)
     if options.picture:
-        draw_step(config, Path(options.picture))
+        draw_step(config, options.picture)
     print(as_json(config) if options.json else as_text(config))
     return 0
 
@@ -169,8 +197,8 @@ def regroup(options: argparse.Namespace) -> int:
 
 def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
     ours = "a run folder, a checkpoint, or a Hugging Face directory"
-    verb.add_argument("source", help="a Hugging Face directory" if name == "import" else ours)
-    verb.add_argument("out", help="a folder that is not there yet")
+    a_path(verb, "source", help="a Hugging Face directory" if name == "import" else ours)
+    a_path(verb, "out", help="a folder that is not there yet")
     verb.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file to write, in GB (5)")
     if name == "export":
         dtypes = ["float32", "bfloat16", "float16"]
@@ -207,7 +235,7 @@ def inspect(options: argparse.Namespace) -> int:
     """Say what is in checkpoints; 1 if one is damaged."""
     from launch.checkpoints import as_text, found_at, inspect
 
-    findings = [inspect(path) for given in options.overrides for path in found_at(Path(given))]
+    findings = [inspect(path) for given in options.paths for path in found_at(given)]
     print(json.dumps(findings, indent=2) if options.json else "\n".join(as_text(found) for found in findings))
     return 0 if all(found["sound"] for found in findings) else 1
 

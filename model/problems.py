@@ -15,6 +15,21 @@ class BadInput(Exception):
         super().__init__("\n".join(self.problems))
 
 
+def not_utf8(key: str, text: str) -> list[str]:
+    """Say that a text has no UTF-8 form, as what a terminal of another encoding sends has none.
+
+    Args:
+        key: the setting or argument that it is the value of.
+        text: as Python has it, with a surrogate for each byte that could not be read.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        return [f"{key}={shown}: is not UTF-8; the same text would work from a terminal whose locale is UTF-8"]
+    return []
+
+
 def nearest_divisors(number: int, wanted: int) -> list[int]:
     """The divisors of `number` just below and just above `wanted`, whichever exist."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
