@@ -120,28 +120,31 @@ def train(options: argparse.Namespace) -> int:
     """Check everything, prepare the data, then start DeepSpeed's launcher and stay with it."""
     from launch.supervise import launch
     from train import pretrain
+    from train.like import take_over
     from train.preflight import preflight
 
     arguments = options.overrides
     if pretrain.asks_hydra(arguments):
         pretrain.main(arguments)
         return 0
-    hydra_options, overrides = pretrain.hydra_options(arguments)
-    prepared = preflight(overrides, config_name=hydra_options.config_name, config_dir=hydra_options.config_dir)
+    prepared = preflight(take_over(arguments, goes_on=True))
     if prepared.complete:
         print(prepared.complete, file=sys.stderr)
         return 0
-    arguments = pretrain.for_ranks(hydra_options, prepared.overrides, prepared.run_dir)
+    arguments = pretrain.for_ranks(prepared.arguments, prepared.run_dir)
     return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 
 def prepare(options: argparse.Namespace) -> int:
     """Tokenise a corpus ahead of a run."""
     from conf.validate import Machine
+    from train.like import take_over
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(options.overrides, machine=Machine(gpus=0, elsewhere=True), writes=False, verify=True).data
+    data = preflight(
+        take_over(options.overrides), machine=Machine(gpus=0, elsewhere=True), writes=False, verify=True
+    ).data
     print(
         f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
         f"tokenizer: {data.tokenizer_path}"
@@ -158,16 +161,9 @@ def refine(options: argparse.Namespace) -> int:
 
 def describe(options: argparse.Namespace) -> int:
     """Print what a model costs and how it is cut."""
-    from conf.compose import compose_overrides
-    from conf.validate import Machine, validate
-    from launch.describe import as_json, as_text, draw_step
+    from launch.describe import as_json, as_text, draw_step, settings
 
-    overrides = [text if "=" in text else f"model={text}" for text in options.overrides]
-    composition = compose_overrides(overrides)
-    config = composition.config
-    _, problems = validate(config, Machine(gpus=0, elsewhere=True))
-    if problems := [*composition.problems, *problems]:
-        raise BadInput(problems)
+    config = settings(options.overrides)
     if options.picture:
         draw_step(config, options.picture)
     print(as_json(config) if options.json else as_text(config))
@@ -202,6 +198,27 @@ def regroup(options: argparse.Namespace) -> int:
     return convert.regroup(options)
 
 
+def _options_of_overrides(verb: argparse.ArgumentParser) -> None:
+    """Add what says where a configuration is composed from; with a value each, and handed on as they are."""
+    group = verb.add_argument_group("where the configuration comes from")
+    for option, value, text in (
+        ("--like", "RUN", "the overrides of an earlier run, by its folder; those of this command win"),
+        ("--config-dir", "DIR", "your own YAML: DIR/experiment/mine.yaml for +experiment=mine, DIR/model/mine.yaml"),
+        ("--config-name", "NAME", "a configuration of your own, DIR/NAME.yaml, on top of the package's"),
+    ):
+        group.add_argument(option, action="append", metavar=value, help=text)
+    group.add_argument("--config-path", action="append", help=argparse.SUPPRESS)
+
+
+def _written_out(arguments: Sequence[str]) -> list[str]:
+    """Write Hydra's short options out, ``-cd`` and ``-cn``."""
+    if not any(word.startswith(("-cd", "-cn", "-cp")) for word in arguments):
+        return list(arguments)
+    from conf.search import long_options
+
+    return long_options(arguments)
+
+
 def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
     ours = "a run folder, a checkpoint, or a Hugging Face directory"
     a_path(verb, "source", help="a Hugging Face directory" if name == "import" else ours)
@@ -219,15 +236,17 @@ def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
 def gqa_study(options: argparse.Namespace) -> int:
     """Measure what fewer key/value heads cost and buy."""
     from launch.study.run import run
+    from train.like import take_over
 
-    return run(options.overrides)
+    return run(take_over(options.overrides))
 
 
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark."""
     from launch.bench.suite import run
+    from train.like import take_over
 
-    run(options.subject, options.overrides, options.out, options.json)
+    run(options.subject, take_over(options.overrides), options.out, options.json)
     return 0
 
 

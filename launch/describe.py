@@ -1,6 +1,7 @@
 """The costs of a model and its split into stages, computed before anything runs (`deepnarrow describe`)."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import Config
+from conf.validate import Machine, validate
 from launch.timeline import picture
 from model.config import ModelConfig
 from model.problems import BadInput
@@ -17,7 +19,31 @@ from parallel.layout import layout_for
 from parallel.memory import Step, stage_memory
 from parallel.simulation import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
+from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
+from train.uptrain import compose_with_source, other_shape
+
+_PRESET = re.compile(r"[A-Za-z0-9][\w-]*")
+
+
+def settings(arguments: Sequence[str]) -> Config:
+    """Compose what is to be described, as training would, with the shape that `init_from` gives.
+
+    Args:
+        arguments: overrides and options, ``--like`` among them; a bare word is a preset of the model, as in ``67b``.
+
+    Raises:
+        BadInput: with every problem.
+    """
+    words = [f"model={text}" if _PRESET.fullmatch(text) else text for text in arguments]
+    if len(presets := [text for text in words if text.startswith("model=")]) > 1:
+        raise BadInput([f"{' '.join(presets)}: one model is described at a time; {presets[0]} alone would work"])
+    composition, source, _ = compose_with_source(take_over(words), checked=False)
+    _, problems = validate(composition.config, Machine(gpus=0, elsewhere=True))
+    problems += other_shape(composition.config, source) if source else []
+    if problems := composition.all_problems(problems):
+        raise BadInput(problems)
+    return composition.config
 
 
 def facts(config: Config) -> dict[str, Any]:
@@ -130,8 +156,9 @@ def as_text(config: Config) -> str:
     model, found = config.model, facts(config)
     console = Console(width=100, highlight=False)
     with console.capture() as capture:
+        name = config.init_from or found["preset"]
         console.print(
-            f"{found['preset']}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} query and "
+            f"{name}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} query and "
             f"{model.n_kv_heads} key/value heads of {model.d_head} ({found['attention']}), d_ff {model.d_ff}, "
             f"vocabulary {model.vocab_size}, context {model.max_seq_len}"
         )

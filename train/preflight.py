@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from conf.compose import Composition, compose_overrides
+from conf.compose import Composition
 from conf.schema import Config
 from conf.validate import Machine, validate, warnings
 from model.problems import BadInput
@@ -30,9 +30,9 @@ from train.data import cache, corpus
 from train.data.prepare import PreparedData, prepare
 from train.learning_rate import length_of
 from train.learning_rate import warnings as length_warnings
-from train.pretrained import Source, open_source
+from train.pretrained import Source
 from train.tracking import SUMMARY
-from train.uptrain import implied
+from train.uptrain import compose_with_source
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PreparedRun:
         layout: the rank grid.
         data: tokenised, on disk.
         run_dir: where the run writes.
-        overrides: the command's, after those that its `init_from` implies.
+        arguments: the command's, after the overrides that its `init_from` implies.
         source: the weights it begins with, None for new ones.
         start: the checkpoint it goes on from.
         complete: what to say if nothing is left to do, else None.
@@ -57,7 +57,7 @@ class PreparedRun:
     layout: Layout
     data: PreparedData
     run_dir: Path
-    overrides: list[str]
+    arguments: list[str]
     source: Source | None
     start: Start
     complete: str | None
@@ -65,22 +65,16 @@ class PreparedRun:
 
 
 def preflight(
-    overrides: Sequence[str],
+    arguments: Sequence[str],
     *,
-    config_name: str = "config",
-    config_dir: str | None = None,
     machine: Machine | None = None,
     writes: bool = True,
     verify: bool = False,
 ) -> PreparedRun:
     """Compose, validate, and prepare the data, which runs once for all processes and is cached.
 
-    The configuration is composed once; with `init_from` once more, since what it implies is said as overrides.
-
     Args:
-        overrides: as on Hydra's command line.
-        config_name: Hydra's ``--config-name``.
-        config_dir: Hydra's ``--config-dir``.
+        arguments: as on Hydra's command line: overrides, ``--config-dir`` and ``--config-name``.
         machine: to judge the layout by; None is the machine this runs on, as the launcher's environment describes it.
         writes: whether the run folder is this process's to write, and so to judge.
         verify: compare all of the prepared tokens with their checksums, not only what was touched.
@@ -88,16 +82,10 @@ def preflight(
     Raises:
         BadInput: with every problem found.
     """
-    composition = compose_overrides(overrides, config_name, config_dir)
-    source = None
-    if composition.config.init_from is not None:
-        source = open_source(Path(composition.config.init_from), checked=writes)
-        overrides = [*implied(composition.config, source, overrides), *overrides]
-        composition = compose_overrides(overrides, config_name, config_dir)
+    composition, source, arguments = compose_with_source(arguments, checked=writes)
     config = composition.config
     machine = machine or this_machine()
     layout, problems = validate(config, machine)
-    problems = [*composition.problems, *problems]
     problems += uptrain.problems(config, source)
     problems += _environment_problems(machine, config)
     run_dir, start = composition.run_dir.absolute(), Start()

@@ -3,7 +3,6 @@
 A launcher starts this file once per process. `deepnarrow train` is the friendlier way on one machine.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -28,6 +27,7 @@ from hydra.errors import HydraException  # noqa: E402
 from conf.compose import quoted  # noqa: E402
 from conf.job import run_as_job  # noqa: E402
 from conf.schema import register  # noqa: E402
+from conf.search import searched, split_options  # noqa: E402
 from model.problems import BadInput  # noqa: E402
 from parallel.processes import SUPERVISOR, die_with, free_port, read_launcher  # noqa: E402
 from train.stopping import StopSignals  # noqa: E402
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     register()
     if asks_hydra(arguments):
         if os.environ.get("RANK", "0") == "0":  # one answer, however many were started
-            _answer(arguments)
+            try:
+                _answer(arguments)
+            except BadInput as error:
+                print("\n".join(error.problems), file=sys.stderr)
+                raise SystemExit(2) from None
         return
     from parallel.rendezvous import RankLost, join
 
@@ -78,16 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
     """Run: rank 0 checks and prepares for all; then all train."""
+    from train.like import take_over
     from train.preflight import PreparedRun, locked, preflight, preflight_here
 
     held = ExitStack()
 
     def prepare() -> tuple[PreparedRun, list[str]]:
-        options, overrides = hydra_options(arguments)
         try:
-            prepared = preflight(overrides, config_name=options.config_name, config_dir=options.config_dir)
+            prepared = preflight(take_over(arguments, goes_on=True))
         except BadInput as error:
-            raise BadInput([*error.problems, *lost_quotes(overrides, os.environ)]) from None
+            raise BadInput([*error.problems, *lost_quotes(arguments, os.environ)]) from None
         if not prepared.complete:
             held.enter_context(locked(prepared.run_dir))
             clear_run_dir(prepared)
@@ -124,17 +128,17 @@ def clear_run_dir(prepared: "PreparedRun") -> None:
         print(f"an earlier run in this folder was moved to {earlier}", file=sys.stderr)
 
 
-def for_ranks(options: argparse.Namespace, overrides: Sequence[str], run_dir: Path) -> list[str]:
+def for_ranks(arguments: Sequence[str], run_dir: Path) -> list[str]:
     """Write the arguments of the ranks of a run that is to be kept in `run_dir`.
 
     Rank 0 composes the configuration, would look up ${now:...} in hydra.run.dir again, and find another folder a second
     later. Nor may Hydra change the working directory: paths in the configuration are relative to where the run was
     started.
     """
+    options, overrides = split_options(arguments)
     fixed = [f"hydra.run.dir={quoted(run_dir)}", "hydra.job.chdir=false"]
-    extra = [f"--config-dir={options.config_dir}"] if options.config_dir else []
     # Options last: Hydra's parser takes the overrides on one side of them only.
-    return [*overrides, *fixed, f"--config-name={options.config_name}", *extra]
+    return [*overrides, *fixed, *options.arguments]
 
 
 def lost_quotes(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -143,7 +147,7 @@ def lost_quotes(arguments: Sequence[str], environment: Mapping[str, str]) -> lis
     DeepSpeed's launcher hands the arguments to several hosts by pdsh, and the shell there reads them once more.
 
     Args:
-        arguments: overrides, as they have arrived.
+        arguments: overrides and options, as they have arrived.
         environment: of this rank.
     """
     if int(environment.get("CROSS_SIZE", "1")) < 2:
@@ -151,6 +155,8 @@ def lost_quotes(arguments: Sequence[str], environment: Mapping[str, str]) -> lis
     found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            continue
         try:
             OverridesParser.create().parse_override(argument)
         except HydraException:
@@ -188,25 +194,22 @@ def asks_hydra(arguments: Sequence[str]) -> bool:
     return any(argument.partition("=")[0] in long | short for argument in arguments)
 
 
-def hydra_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse Hydra's own options that decide what is composed, and the overrides."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-cn", "--config-name", default="config")
-    parser.add_argument("-cd", "--config-dir")
-    parser.add_argument("-r", "--run", action="store_true")
-    options, rest = parser.parse_known_args(list(arguments))
-    unknown = [argument for argument in rest if argument.startswith("-")]
-    if unknown:
-        raise BadInput([f"{', '.join(unknown)}: not an option of a training run; for several runs, start several"])
-    return options, rest
-
-
 def _answer(arguments: Sequence[str]) -> None:
-    """Let Hydra answer what it was asked."""
+    """Let Hydra answer what it was asked.
+
+    Raises:
+        BadInput: the options say where to compose from, and that is not there.
+    """
     import hydra
 
-    sys.argv = [str(Path(_ROOT) / "train" / "pretrain.py"), *arguments]
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(lambda node: None)()
+    if any(argument.partition("=")[0] == "--like" for argument in arguments):
+        from train.like import take_over
+
+        arguments = take_over(arguments)
+    options, rest = split_options(arguments, asks=True)
+    sys.argv = [str(Path(_ROOT) / "train" / "pretrain.py"), *rest]
+    with searched(options) as primary:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name=primary.name)(lambda node: None)()
 
 
 def stand_alone_unless_launched() -> None:

@@ -9,18 +9,44 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from conf.compose import quoted
+from conf.compose import Composition, compose_overrides, quoted
 from conf.schema import Config, recipe_fields, to_jsonable
 from conf.train_settings import Decay, Rate, ScheduleConfig
 from model.problems import BadInput
 from train.checkpoint import manifest
 from train.data.prepare import PreparedData
 from train.learning_rate import rate_share
-from train.pretrained import Source
+from train.pretrained import Source, open_source
 
 _NOT_SHAPE = ("attention",)
 _SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "head_dim")
 _RECIPE = ("data", "optimizer", "schedule", "train")
+
+
+def compose_with_source(
+    arguments: Sequence[str], *, checked: bool = True
+) -> tuple[Composition, Source | None, list[str]]:
+    """Compose a command's configuration; with `init_from` once more, since what that implies is said as overrides.
+
+    Args:
+        arguments: overrides and options, as for `conf.compose.compose_overrides`.
+        checked: whether every file of the weights is read and checked.
+
+    Returns:
+        The composition, the weights at `init_from` (None for new ones), and the arguments after those that are implied.
+
+    Raises:
+        BadInput: with every problem of the overrides and of the weights, where the weights cannot be opened.
+    """
+    composition, arguments = compose_overrides(arguments), list(arguments)
+    if composition.config.init_from is None:
+        return composition, None, arguments
+    try:
+        source = open_source(composition.config.init_from, checked=checked, key="init_from")
+        arguments = [*implied(composition.config, source, arguments), *arguments]
+    except BadInput as error:
+        raise BadInput(composition.all_problems(error.problems)) from None
+    return compose_overrides(arguments), source, arguments
 
 
 def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[str]:
@@ -59,15 +85,19 @@ def problems(config: Config, source: Source | None) -> list[str]:
             f"init_from={config.init_from}: has no tokenizer.json, and a vocabulary made of the corpus would number "
             "its tokens in another way; data.tokenizer=PATH of the one that the weights were trained with would work"
         )
+    return found + other_shape(config, source)
+
+
+def other_shape(config: Config, source: Source) -> list[str]:
+    """Say where the model has another shape than the weights that it begins with, in a sentence each."""
     now, there = to_jsonable(asdict(config.model)), to_jsonable(asdict(source.weights.config))
     hint = "; deepnarrow regroup makes weights that have"
-    found += [
+    return [
         f"model.{key}={now[key]}: the weights of init_from={config.init_from} have {there[key]}"
         + (f"{hint} {now[key]}" if key == "n_kv_heads" else f"; model.{key}={there[key]} would work")
         for key in _SHAPE
         if now[key] != there[key]
     ]
-    return found
 
 
 def other_tokenizer(source: Source | None, data: PreparedData) -> list[str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from conf.compose import Composition, compose_overrides
+from conf.compose import Composition
 from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
@@ -22,6 +22,7 @@ from model.problems import BadInput
 from model.transformer import full_shapes
 from parallel.build import ALONE, RankStages, build_stages
 from parallel.stages import Stage
+from train.uptrain import compose_with_source, other_shape
 
 SEED, STD = 1, 0.02
 """The seed and the standard deviation of a benchmark's random weights."""
@@ -33,8 +34,10 @@ def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
     Raises:
         BadInput: the settings cannot work; it lists every problem.
     """
-    composition = compose_overrides([*defaults, *overrides])
-    if problems := [*composition.problems, *validate(composition.config, Machine(gpus=0, elsewhere=True))[1]]:
+    composition, source, _ = compose_with_source([*defaults, *overrides], checked=False)
+    problems = validate(composition.config, Machine(gpus=0, elsewhere=True))[1]
+    problems += other_shape(composition.config, source) if source else []
+    if problems := composition.all_problems(problems):
         raise BadInput(problems)
     return composition
 

@@ -31,7 +31,7 @@ def run(subject: str | None, overrides: Sequence[str], out: Path | None, as_json
             cannot be written.
     """
     problems = [
-        *_subject_problems(subject),
+        *_subject_problems(subject, overrides),
         *_out_problems(out := out or (Path("bench.json") if not subject else None)),
     ]
     if problems:
@@ -69,7 +69,9 @@ def write(record: dict[str, Any], out: Path) -> None:
     os.replace(draft, out)
 
 
-def _subject_problems(subject: str | None) -> list[str]:
+def _subject_problems(subject: str | None, overrides: Sequence[str]) -> list[str]:
+    if subject is None and overrides:
+        return [f"{overrides[0]}: is only taken with a subject, as in: deepnarrow bench {ALL[0]} {overrides[0]}"]
     if subject is None or subject in SUBJECTS:
         return []
     if "=" in subject:

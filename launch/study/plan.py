@@ -23,7 +23,10 @@ from train.preflight import preflight
 from train.pretrained import Source, open_source
 
 PREFIX = "study."
-_SHARED = ("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision")
+_SHARED = (
+    *("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision"),
+    "--config-",
+)
 ORIGINAL = "original"
 """The name that stands for a method where the heads are the original ones."""
 
@@ -156,11 +159,11 @@ def plan(overrides: Sequence[str]) -> Plan:
     if refused := sorted(given & {"hydra.run.dir", "resume", "name", "uptrain.alpha"}):
         where = "study.dir=… says where a study is kept, and study.alphas=[…] how long its uptrainings are"
         raise BadInput([*problems, f"{refused[0]}: is the study's to set; {where}"])
-    if not given & {"init_from", "model"}:
+    if not given & {"init_from", "model", "--config-name"}:
         rest = ["model=tiny_mha", *rest]
     composition = compose_overrides(rest)
-    begins = str(composition.config.init_from)
-    source = open_source(begins, key="init_from") if "init_from" in given else None
+    begins = composition.config.init_from
+    source = open_source(begins, key="init_from") if begins is not None else None
     # Each uptraining takes its recipe from the weights.
     shared = [text for text in rest if text.startswith(_SHARED)]
     if not any(text.startswith("parallel.") for text in rest):

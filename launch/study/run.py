@@ -87,8 +87,7 @@ def run(overrides: Sequence[str], launch: Launch = launch) -> int:
 
 def _train(overrides: list[str], launch: Launch) -> int:
     prepared = preflight(overrides)
-    options, _ = pretrain.hydra_options([])
-    arguments = pretrain.for_ranks(options, prepared.overrides, prepared.run_dir)
+    arguments = pretrain.for_ranks(prepared.arguments, prepared.run_dir)
     return launch(arguments, prepared.layout.world_size, prepared.run_dir)
 
 

@@ -83,7 +83,7 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
         ("model=null", ["model=null: no such preset", "tiny"]),
         ("data.path=~/x", ["data.path=~/x: Hydra cannot read this value", """'data.path="~/x"'"""]),
         ("data.path=a=[b]", ["data.path=a=[b]: Hydra cannot read this value", """'data.path="a=[b]"'"""]),
-        ("data.path=a,b", ["data.path=a,b: Hydra cannot read this value", """'data.path="a,b"'"""]),
+        ("data.path=a,b", ["data.path=a,b: several values, one run each to Hydra", """'data.path="a,b"'"""]),
         ("sample.prompts=[é]", ["sample.prompts=[é]: Hydra cannot read this value"]),
         ("data.path=${nowhere}", ["data.path=${nowhere}:", "not found"]),
     ],
@@ -104,7 +104,7 @@ def test_the_overrides_that_are_sound_are_applied_all_the_same():
 def test_a_folder_of_own_groups(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("# @package _global_\npreset: mine\nmodel: {n_layers: 3}\n")
-    composition = compose_overrides(["model=mine"], config_dir=str(tmp_path))
+    composition = compose_overrides(["model=mine", f"--config-dir={tmp_path}"])
     assert composition.problems == [] and composition.config.model.n_layers == 3
 
 

@@ -15,7 +15,7 @@ from model.weights import StoredWeights
 from parallel.processes import free_port
 from parallel.rendezvous import Rendezvous
 from tests.shapes import preset
-from train import loop, preflight, pretrain
+from train import loop, preflight, pretrain, uptrain
 from train.pretrained import Source
 
 
@@ -98,7 +98,7 @@ def test_weights_to_begin_with_imply_overrides_and_so_a_second_composition(
     tokenizer = preflight.preflight(overrides).data.tokenizer_path
     compositions.clear()
     weights = Source(tmp_path, StoredWeights(config, tmp_path, {}), None, None)
-    monkeypatch.setattr(preflight, "open_source", lambda path, checked: weights)
+    monkeypatch.setattr(uptrain, "open_source", lambda path, checked, key: weights)
     rest = [override for override in overrides if not override.startswith("model.")]
     rest.append(f"data.tokenizer={tokenizer}")
     pretrain.main([*rest, f"init_from={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"])
@@ -120,7 +120,7 @@ def test_a_job_has_its_environment_and_stays_where_it_was_started(tmp_path):
     (tmp_path / "model").mkdir()
     settings = "hydra: {job: {env_set: {OF_THE_JOB: those}}}"
     (tmp_path / "model" / "mine.yaml").write_text(f"# @package _global_\n{settings}\n")
-    composition = compose_overrides(["model=mine", "hydra.job.chdir=true"], config_dir=str(tmp_path))
+    composition = compose_overrides(["model=mine", "hydra.job.chdir=true", f"--config-dir={tmp_path}"])
     assert composition.problems == []
     seen, where = [], os.getcwd()
     run_as_job(composition, tmp_path, lambda: seen.append((os.environ.get("OF_THE_JOB"), os.getcwd())))

@@ -5,6 +5,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from conf.compose import compose_overrides
+from conf.search import split_options
 from launch import cli, supervise
 from train import preflight, pretrain
 
@@ -123,7 +124,7 @@ def test_ranks_are_told_the_run_folder_and_not_how_to_name_it(overrides, tmp_pat
     assert cli.main(["train", *overrides, named, "--config-name", "config", "hydra.job.chdir=true"]) == 0
     ((arguments, _, run_dir),) = started
     assert "now:" not in str(run_dir) and run_dir.parent == tmp_path / "it's a run"
-    options, told = pretrain.hydra_options(arguments)
+    options, told = split_options(arguments)
     assert compose_overrides(told).run_dir == run_dir
     # Hydra's own parser takes no override behind an option, and its chdir would move relative paths.
     parsed = get_args_parser().parse_args(arguments)
