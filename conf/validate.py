@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from conf import mixtures
 from conf.paths import name_problems
 from conf.schema import Config
-from model.problems import either, nearest_multiples, not_utf8
-from parallel import layout, schedules
+from model.problems import not_utf8
+from parallel import layout
 from parallel.layout import Layout
 
 
@@ -43,7 +44,8 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
         if not cut:  # a cut that the model does not allow is not worth counting processes for
             problems += found
     problems += name_problems("name", config.name) + _text(config)
-    problems += _batch(config, run_layout) + _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += mixtures.source_problems(config) + mixtures.batch_problems(config, run_layout)
+    problems += _lengths(config) + _recipe(config) + _checkpoint(config)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
@@ -60,7 +62,7 @@ def warnings(config: Config, layout: Layout, machine: Machine) -> list[str]:
         )
     if config.parallel.sequence_parallel and layout.tp == 1:
         found.append("parallel.sequence_parallel=true: ignored, it needs parallel.tp above 1")
-    return found
+    return found + mixtures.warnings(config)
 
 
 def _processes(config: Config, machine: Machine) -> int:
@@ -86,44 +88,10 @@ def _devices(config: Config, machine: Machine) -> list[str]:
     ]
 
 
-def _batch(config: Config, run_layout: Layout | None) -> list[str]:
-    train = config.train
-    problems = [
-        f"train.{key}={getattr(train, key)}: must be at least 1"
-        for key in ("global_batch", "micro_batch", "seq_len", "val_sequences")
-        if getattr(train, key) < 1
-    ]
-    if problems or run_layout is None:
-        return problems
-    unit = train.micro_batch * run_layout.dp
-    if train.global_batch % unit:
-        works = either("train.global_batch", nearest_multiples(train.global_batch, unit))
-        problems.append(
-            f"train.global_batch={train.global_batch}: not divisible by train.micro_batch x dp = "
-            f"{train.micro_batch} x {run_layout.dp} = {unit}; {works} would be"
-        )
-    elif not schedules.problems(config.parallel.schedule, run_layout.pp, config.parallel.virtual_stages):
-        problems += schedules.batch_problems(config.parallel.schedule, run_layout.pp, train.global_batch, unit)
-    return problems
-
-
 def _lengths(config: Config) -> list[str]:
-    problems = []
     train = config.train
-    if train.seq_len > config.model.max_seq_len:
-        problems.append(
-            f"train.seq_len={train.seq_len}: longer than the model's context, model.max_seq_len="
-            f"{config.model.max_seq_len}; lower the one or raise the other"
-        )
-    tp = config.parallel.tp
-    if tp > 1 and config.parallel.sequence_parallel is not False and train.seq_len % tp:
-        works = either("train.seq_len", nearest_multiples(train.seq_len, tp))
-        problems.append(
-            f"train.seq_len={train.seq_len}: sequence parallelism cuts it into parallel.tp={tp} even parts; "
-            f"{works} would work, or parallel.sequence_parallel=false"
-        )
-    if not 1 <= train.total_tokens < math.inf:
-        problems.append(f"train.total_tokens={train.total_tokens}: must be at least 1 and finite, such as 2e12")
+    problems = mixtures.seq_len_problems("train.seq_len", train.seq_len, config) if train.seq_len >= 1 else []
+    problems += mixtures.stage_problems(config) + mixtures.total_problems(config)
     if train.max_steps is not None and train.max_steps < 1:
         problems.append(f"train.max_steps={train.max_steps}: must be at least 1, or null for the whole run")
     if train.max_skipped is not None and train.max_skipped < 1:

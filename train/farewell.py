@@ -54,7 +54,7 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
             "diverged": diverged is not None,
             "reason": diverged,
             "steps": progress.step,
-            "tokens": progress.step * run.length.tokens_per_step,
+            "tokens": run.length.tokens_after(progress.step),
             "loss_first": tracker.first and tracker.first["loss"],
             "loss_last": tracker.last and tracker.last["loss"],
             "val_loss": tracker.val_loss,

@@ -8,7 +8,6 @@ from typing import Any
 
 from conf.ramp import rungs
 from conf.schema import Config
-from conf.train_settings import DataStage
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,13 @@ class Consumed:
         steps: that were taken, runs of equal ones together.
         positions: where each source's order stands, by sequence length and the name of the source.
         skip: samples to pass over before the next one.
+        source_tokens: of each source, tokens trained on.
     """
 
     steps: tuple[Steps, ...] = ()
     positions: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     skip: int = 0
+    source_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -81,13 +82,15 @@ class Consumed:
         """Return what `from_json` reads."""
         steps = [[one.count, one.global_batch, one.seq_len] for one in self.steps]
         positions = {str(seq_len): dict(of) for seq_len, of in self.positions.items()}
-        return {"steps": steps, "positions": positions, "skip": self.skip}
+        of_sources = {"positions": positions, "source_tokens": dict(self.source_tokens)}
+        return {"steps": steps, **of_sources, "skip": self.skip}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> "Consumed":
         """Read what `as_json` has made."""
         positions = {int(seq_len): dict(of) for seq_len, of in found["positions"].items()}
-        return Consumed(tuple(Steps(*one) for one in found["steps"]), positions, found["skip"])
+        steps = tuple(Steps(*one) for one in found["steps"])
+        return Consumed(steps, positions, found["skip"], dict(found["source_tokens"]))
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,11 @@ class Length:
         """Count the sequences trained on in the first so many steps."""
         return self._span(step).at(step + 1).samples_before if step else 0
 
+    def step_of(self, tokens: int) -> int:
+        """Return the last step by which no more than so many tokens are trained on."""
+        span = next((span for span in reversed(self.spans) if span.first.tokens_before <= tokens), self.spans[0])
+        return span.step - 1 + (tokens - span.first.tokens_before) // span.first.tokens
+
     def progress(self, step: int) -> float:
         """Compute the share of all tokens that is trained on before a step."""
         return self.at(step).tokens_before / self.tokens
@@ -182,33 +190,47 @@ def length_of(config: Config, begun: Consumed | None = None) -> Length:
         config: of the run.
         begun: what was trained on before these settings held; None for nothing.
     """
-    train, stages = config.train, config.data.stages
-    ramp, total = rungs(train.global_batch), math.ceil(train.total_tokens)
+    train = config.train
+    stages = [(stage.until, stage.seq_len) for stage in config.data.stages]
+    return length_by(train.global_batch, train.seq_len, stages, train.total_tokens, train.max_steps, begun)
+
+
+def length_by(
+    global_batch: int | str,
+    seq_len: int,
+    stages: Sequence[tuple[float, int | None]],
+    total_tokens: float,
+    max_steps: int | None = None,
+    begun: Consumed | None = None,
+) -> Length:
+    """Compute the length that single settings ask for: those of `TrainConfig`, and `until` and `seq_len` of stages."""
+    ramp, total = rungs(global_batch), math.ceil(total_tokens)
+    lengths = [own or seq_len for _, own in stages] or [seq_len]
+    ends = [math.ceil(until) for until, _ in stages[:-1]]
     spans: list[Span] = []
     step, samples, tokens = 1, 0, 0
 
-    def add(count: int, global_batch: int, seq_len: int, stage: int) -> None:
+    def add(count: int, batch: int, seq_len: int, stage: int) -> None:
         nonlocal step, samples, tokens
-        spans.append(Span(StepSize(samples, tokens, global_batch, seq_len, stage), step, count))
-        step, samples, tokens = step + count, samples + count * global_batch, tokens + count * global_batch * seq_len
+        spans.append(Span(StepSize(samples, tokens, batch, seq_len, stage), step, count))
+        step, samples, tokens = step + count, samples + count * batch, tokens + count * batch * seq_len
 
     for steps in begun.steps if begun else ():
         add(steps.count, steps.global_batch, steps.seq_len, 0)
     planned = step
-    borders = [rung.tokens for rung in ramp[1:]] + [math.ceil(stage.until) for stage in stages[:-1]]
+    borders = [rung.tokens for rung in ramp[1:]] + ends
     while tokens < total:
-        stage = stage_at(stages, tokens)
+        stage = bisect.bisect_right(ends, tokens)
         batch = next(rung.global_batch for rung in reversed(ramp) if rung.tokens <= tokens)
-        seq_len = stage_seq_len(config, stage)
         until = min([border for border in borders if border > tokens] + [total])
-        add(-(-(until - tokens) // (batch * seq_len)), batch, seq_len, stage)
+        add(-(-(until - tokens) // (batch * lengths[stage])), batch, lengths[stage], stage)
     whole = step - 1
-    return Length(tuple(spans), min(whole, train.max_steps or whole), planned)
+    return Length(tuple(spans), min(whole, max_steps or whole), planned)
 
 
-def stage_at(stages: Sequence[DataStage], tokens: int) -> int:
-    """Return the index of the data stage of a step before which so many tokens are trained on; 0 without stages."""
-    return sum(tokens >= stage.until for stage in stages[:-1])
+def longest(config: Config) -> int:
+    """Return the most tokens that a sequence of any data stage has."""
+    return max(stage_seq_len(config, stage) for stage in range(max(1, len(config.data.stages))))
 
 
 def stage_seq_len(config: Config, stage: int) -> int:

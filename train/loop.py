@@ -32,7 +32,7 @@ class Progress:
         stopped: a rank was told to stop before the run was complete.
         diverged: why the run has diverged, in a clause; None where it has not.
         save_put_off: a save was due after a step that learned nothing, and comes after the next that does.
-        timed_steps, timed_seconds: those by which the run's speed is told.
+        timed_steps, timed_tokens, timed_seconds: those by which the run's speed is told.
     """
 
     step: int
@@ -40,6 +40,7 @@ class Progress:
     diverged: str | None = None
     save_put_off: bool = False
     timed_steps: int = 0
+    timed_tokens: int = 0
     timed_seconds: float = 0.0
 
 
@@ -66,8 +67,8 @@ def train(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -
     try:
         with garbage_collected_by_hand():
             take_steps(run, progress, health)
-        pace = progress.timed_steps / progress.timed_seconds if progress.timed_steps else None
-        farewell(run, progress, health, pace and pace * run.length.tokens_per_step)
+        timed = progress.timed_steps > 0
+        farewell(run, progress, health, progress.timed_tokens / progress.timed_seconds if timed else None)
     finally:  # whatever fails meanwhile, a save that has begun ends
         _tell_of_save(run, run.saver.wait())
 
@@ -77,19 +78,21 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
     settings = run.config.train
     while progress.step < run.length.steps and not progress.stopped and progress.diverged is None:
         step = progress.step = progress.step + 1
-        rate = run.rate(step)
+        rate, size = run.rate(step), run.length.at(step)
         with _traced(run, step):
             begin = time.perf_counter()
-            result = run.engine.step(run.batches, rate)
+            result = run.engine.step(run.batches, rate, run.micro_batches(step))
             seconds = time.perf_counter() - begin
         # The first step pays for allocations and kernel choices, one that is traced for its trace.
         if (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile:
             progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
+            progress.timed_tokens += size.tokens
 
         report = own_report(run, step, result).merged(run.group)
         progress.stopped = report.told_to_stop and step < run.length.steps
 
-        record = as_record(step, result, rate, seconds, report, run.constants)
+        record = as_record(step, size, result, rate, seconds, report, run.constants)
+        record |= {"source_tokens": run.source_tokens(step)} if run.config.data.sources else {}
         val_loss = run.validation_loss() if run.evaluates_after(step) else None
         record |= {} if val_loss is None else {"val_loss": val_loss}
         progress.diverged = health.diverged(step, result, val_loss, last=step == run.length.steps)
@@ -113,13 +116,12 @@ def _traced(run: Run, step: int) -> AbstractContextManager[None]:
 
 def _keep_timeline(run: Run, step: int, result: StepResult) -> None:
     """Write and draw what the first pipeline did in a step. All ranks call it together."""
-    layout, parallel, train = run.layout, run.config.parallel, run.config.train
+    layout, parallel = run.layout, run.config.parallel
     ranks = range(0, layout.world_size, layout.dp * layout.tp)
     spans = timeline.gather(result.began, result.spans, run.group, ranks)
     if spans is None or run.tracker is None:
         return
-    micro_batches = train.global_batch // (train.micro_batch * layout.dp)
-    measured = timeline.MeasuredStep(step, parallel.schedule, parallel.placement, micro_batches, spans)
+    measured = timeline.MeasuredStep(step, parallel.schedule, parallel.placement, run.micro_batches(step), spans)
     try:
         run.tracker.picture("timeline", timeline.write(measured, run.run_dir))
     except Exception as error:  # of the disk, or of what draws
@@ -146,7 +148,7 @@ def _save(run: Run, progress: Progress, report: StepReport, learned: bool) -> No
     elif run.tracker and due and not last:
         run.say(f"step {step} is not saved: the save before is still being written", logging.WARNING)
     if saves:
-        run.saver.save(step, tokens=step * run.length.tokens_per_step)
+        run.saver.save(step, tokens=run.length.tokens_after(step), history=run.history(step))
 
 
 def _tell_of_save(run: Run, outcome: Outcome | None) -> None:

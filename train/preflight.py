@@ -16,20 +16,23 @@ import torch
 from filelock import FileLock, Timeout
 
 from conf.compose import Composition
+from conf.paths import expanded, name_problems, path_problems
 from conf.schema import Config
+from conf.train_settings import corpora
 from conf.validate import Machine, validate, warnings
 from model.problems import BadInput
 from parallel import environment
 from parallel.layout import Layout
 from parallel.processes import local_processes
 from train import uptrain
-from train.checkpoint import resume
+from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
-from train.data import cache, corpus
-from train.data.prepare import PreparedData, prepare
-from train.learning_rate import length_of
+from train.data import cache
+from train.data.prepare import check_sources
+from train.data.sources import PreparedSources, prepare_run, repeated, shares, too_often
 from train.learning_rate import warnings as length_warnings
+from train.length import length_of
 from train.pretrained import Source
 from train.tracking import SUMMARY
 from train.uptrain import compose_with_source
@@ -55,7 +58,7 @@ class PreparedRun:
     config: Config
     composition: Composition
     layout: Layout
-    data: PreparedData
+    data: PreparedSources
     run_dir: Path
     arguments: list[str]
     source: Source | None
@@ -90,25 +93,30 @@ def preflight(
     problems += _environment_problems(machine, config)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
-        unusable = _check_run_dir(run_dir)
-        problems += unusable
+        unusable = name_problems("name", config.name) or _check_run_dir(composition.run_dir)
+        problems += [problem for problem in unusable if problem not in problems]
         try:
-            if run_dir.is_dir() and not unusable:
-                with locked(run_dir):
-                    pass
-            start = resume.find(config.resume, run_dir)
-            problems += resume.check(config, start)
+            if not unusable:
+                if run_dir.is_dir():
+                    with locked(run_dir):
+                        pass
+                start = resume.find(config.resume, run_dir)
+                problems += resume.check(config, start)
         except BadInput as error:
             problems += error.problems
     if problems or composition.problems or layout is None:
-        raise BadInput(composition.all_problems([*problems, *corpus.check(config.data)]))
+        raise BadInput(composition.all_problems([*problems, *check_sources(corpora(config.data))]))
     notes = []
     if config.data.document_mask is None:
         config.data.document_mask, note = resume.trained_with_document_mask(start)
         notes = [note] if note else []
     # It checks the corpus itself: of 100,000 files on a shared disk, one look is enough.
-    data = prepare(config.data, config.model.vocab_size, config.train.seq_len, verify=verify)
+    data = prepare_run(config, verify=verify)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
+        raise BadInput(problems)
+    begun = history.begun(config, resume.newest(start), data.fingerprints)
+    length, of_sources = length_of(config, begun), shares(config, data, begun)
+    if problems := too_often(config, of_sources):
         raise BadInput(problems)
     complete = _complete(config, composition.run_dir, start)
     return PreparedRun(
@@ -123,7 +131,8 @@ def preflight(
         complete=complete,
         warnings=notes
         + warnings(config, layout, machine)
-        + length_warnings(config, len(data.train(config.train.seq_len))),
+        + repeated(config, data, of_sources, length)
+        + length_warnings(config, length),
     )
 
 
@@ -141,8 +150,7 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
         BadInput: with every problem of this host.
     """
     config, host = prepared.config, socket.gethostname()
-    folder = Path(config.data.cache_dir).expanduser() / prepared.data.fingerprint
-    data = replace(prepared.data, folder=folder, tokenizer_path=folder / prepared.data.tokenizer_path.name)
+    data = prepared.data.below(expanded(config.data.cache_dir))
     if not judges:
         return replace(prepared, data=data)
     machine = this_machine()
@@ -150,8 +158,8 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
     if prepared.source and not prepared.source.path.is_dir():
         problems.append(f"init_from={prepared.source.path}: not there; a path that all hosts share would work")
     try:
-        if not cache.sound(folder):
-            data = prepare(config.data, config.model.vocab_size, config.train.seq_len)
+        if not all(cache.sound(one.folder) for one in data.by_name.values()):
+            data = prepare_run(config)
         if data.fingerprint != prepared.data.fingerprint:
             problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
     except BadInput as error:
@@ -175,7 +183,8 @@ def _complete(config: Config, run_dir: Path, start: Start) -> str | None:
     """Say that a run has taken all its steps already; None where it has not."""
     if not start.own or start.rewind:
         return None
-    length, newest = length_of(config), step_of(start.candidates[0]) or 0
+    length = length_of(config, history.begun(config, resume.newest(start)))
+    newest = step_of(start.candidates[0]) or 0
     try:
         summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
         done = summary["steps"] if summary["complete"] else 0
@@ -223,6 +232,8 @@ def this_machine() -> Machine:
 
 def _check_run_dir(run_dir: Path) -> list[str]:
     """Check that the run folder is one or can be made; nothing is made."""
+    if problems := path_problems("hydra.run.dir", run_dir):
+        return problems
     nearest = run_dir.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent

@@ -194,6 +194,7 @@ def write_checkpoint(weights: Weights, source: Source, folder: Path, max_shard_b
             origin=str(source.path.absolute()),
             tensors=tensors,
             files=files,
+            history=source.run.history if source.run else None,
         ),
     )
 

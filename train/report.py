@@ -1,5 +1,6 @@
 """Step reports: each rank makes one, one collective merges them, and one function turns a step into its record."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from parallel.engine import StepResult
 from parallel.schedules import Pass
 from train import timeline
 from train.agreement import max_over_ranks
+from train.length import StepSize
 from train.metrics import peak_memory
 
 if TYPE_CHECKING:
@@ -91,50 +93,60 @@ class RunConstants:
     """The constants by which the figures of every step of a run are computed.
 
     Attributes:
-        tokens_per_step: over all replicas.
         model: the shape, by which the FLOPs of a step are counted.
         peak_flops: FLOP/s of all devices together; None where a device's peak is not known.
-        bubble_expected: of the schedule without messages; None where there is no pipeline.
+        bubble_expected: of the schedule without messages, by the global batch of a step; empty where there is no
+            pipeline.
+        varies: whether steps differ in their batch or in the length of their sequences.
     """
 
-    tokens_per_step: int
     model: ModelConfig
     peak_flops: float | None
-    bubble_expected: float | None
+    bubble_expected: Mapping[int, float]
+    varies: bool = False
 
 
 def as_record(
-    step: int, result: StepResult, rate: float, seconds: float, report: StepReport, constants: RunConstants
+    step: int,
+    size: StepSize,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    report: StepReport,
+    constants: RunConstants,
 ) -> dict[str, Any]:
     """Turn a step into its object in metrics.jsonl, evaluation and saves apart.
 
     Args:
         step: its number.
+        size: of it.
         result: of the engine.
         rate: the learning rate.
         seconds: that the step took.
         report: merged.
         constants: of the run.
     """
-    tokens_per_second = constants.tokens_per_step / seconds
+    tokens_per_second = size.tokens / seconds
     record: dict[str, Any] = {
         "step": step,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": rate,
-        "tokens": step * constants.tokens_per_step,
+        "tokens": size.tokens_before + size.tokens,
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         **report.logged(),
     }
-    if constants.bubble_expected is not None:
+    if constants.varies:
+        record |= {"global_batch": size.global_batch, "seq_len": size.seq_len}
+    if constants.bubble_expected:
         record |= timeline.as_record(
             report.forward_seconds, report.backward_seconds, report.weight_seconds, report.last_pass_end, seconds
         )
-        record["bubble_expected"] = constants.bubble_expected
+        record["bubble_expected"] = constants.bubble_expected[size.global_batch]
     # Of what was computed: with causal attention halved, as Megatron-LM counts, and whole, as torchtitan does.
-    halved, whole = constants.model.step_flops(constants.tokens_per_step, result.squared_lengths)
-    record["flops_per_token"] = halved / constants.tokens_per_step
+    halved, whole = constants.model.step_flops(size.tokens, result.squared_lengths)
+    record["flops_per_token"] = halved / size.tokens
     if constants.peak_flops:
         record["mfu"] = halved / seconds / constants.peak_flops
         record["mfu_whole_attention"] = whole / seconds / constants.peak_flops

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conf.ramp import rungs
 from conf.schema import Config, to_jsonable
 from conf.train_settings import Precision
 from model.batch import Batch
@@ -25,16 +26,17 @@ from parallel.stages import Stage, split_for, stage_rows, stage_table
 from parallel.state import OptimizerState
 from train import timeline
 from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks
-from train.checkpoint import resume
+from train.checkpoint import history, resume
 from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.resume import Start
 from train.checkpoint.saver import Saver
 from train.data.batches import ahead, eval_micro_batches, train_micro_batches
-from train.data.order import SampleOrder
-from train.data.packing import PackedSequences
+from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples, mixtures_of
+from train.data.sources import shares, table
 from train.health import all_finite
-from train.learning_rate import Length, length_of, rate_share
+from train.learning_rate import rate_share
+from train.length import Consumed, Length, length_of, longest
 from train.metrics import peak_flops
 from train.optimizer import adamw
 from train.patient_file import patient_logs
@@ -55,11 +57,13 @@ class Run:
         prepared: from `train.preflight`.
         signals: whether this rank has been told to stop.
         length: in steps and tokens.
+        begun: what was trained on before the settings of this run held.
         run_dir: the run folder, the same on every rank.
         device, rank: of this process.
         group: of all ranks, over the CPU.
         patient_group: the same, for what takes longer; saves use it, and nothing else while one is under way.
         engine: this rank's stages and optimizer.
+        order: of the samples, over the sources and stages of the data.
         batches: micro-batches to train on, without end.
         held_out: sequences to validate on; may be none.
         steps_before: optimizer steps that a checkpoint brought along.
@@ -72,14 +76,16 @@ class Run:
     prepared: PreparedRun
     signals: StopSignals
     length: Length
+    begun: Consumed
     run_dir: Path
     device: torch.device
     rank: int
     group: dist.ProcessGroup
     patient_group: dist.ProcessGroup
     engine: Engine
+    order: MixedOrder
     batches: Iterator[Batch]
-    held_out: PackedSequences
+    held_out: HeldOutSamples
     steps_before: int
     resumed: bool
     constants: RunConstants
@@ -98,7 +104,20 @@ class Run:
 
     def rate(self, step: int) -> float:
         """Compute the learning rate of a step."""
-        return self.config.optimizer.lr * rate_share(step, self.length.schedule_steps, self.config.schedule)
+        return self.config.optimizer.lr * rate_share(step, self.length, self.config.schedule)
+
+    def micro_batches(self, step: int) -> int:
+        """Compute the gradient accumulation of a step: micro-batches of one rank."""
+        return self.length.at(step).global_batch // (self.config.train.micro_batch * self.layout.dp)
+
+    def source_tokens(self, step: int) -> dict[str, int]:
+        """Count the tokens of each source that are trained on in the first so many steps."""
+        return self.order.source_tokens(self.length.samples_after(step))
+
+    def history(self, step: int) -> dict[str, Any]:
+        """Return what a checkpoint of a step says of what was trained on."""
+        now = self.order.consumed(self.length, step)
+        return history.as_json(self.begun, now, self.prepared.data.fingerprints)
 
     def evaluates_after(self, step: int) -> bool:
         """Tell whether a validation follows a step."""
@@ -158,16 +177,11 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
     past = _restore(prepared, start, state, patient)
     steps_before = past.step if past else 0
 
-    length = length_of(config)
-    data = prepared.data
-    sequences, held_out = data.train(config.train.seq_len), data.val(config.train.seq_len)
-    batches = train_micro_batches(
-        sequences,
-        SampleOrder(len(sequences), config.train.seed),
-        global_batch=config.train.global_batch,
-        start_sample=config.train.skip_samples + steps_before * config.train.global_batch,
-        **_replica(prepared, rank),
-    )
+    begun = history.begun(config, past, prepared.data.fingerprints)
+    length = length_of(config, begun)
+    order, held_out = MixedOrder(length, mixtures_of(config), begun), prepared.data.held_out(config)
+    samples = TrainSamples(order, prepared.data.by_name, config.train.seed)
+    batches = train_micro_batches(samples, length.at, first_step=steps_before + 1, **_replica(prepared, rank))
     facts = _facts(prepared, stages, device, dtype)
     saver = _saver(prepared, run_dir, start, state, facts, patient)
     tracker = None
@@ -175,19 +189,21 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
-        _announce(prepared, stages, facts, past, len(held_out))
+        _announce(prepared, stages, facts, past, begun, held_out)
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
     return Run(
         prepared=prepared,
         signals=signals,
         length=length,
+        begun=begun,
         run_dir=run_dir,
         device=device,
         rank=rank,
         group=group,
         patient_group=patient,
         engine=engine,
+        order=order,
         batches=ahead(batches, pinned=device.type == "cuda"),
         held_out=held_out,
         steps_before=steps_before,
@@ -227,20 +243,15 @@ def _stages(config: Config, device: torch.device, dtype: torch.dtype) -> list[St
     return split_for(costs, config.parallel.placement)
 
 
-def _accumulation(config: Config, layout: Layout) -> int:
-    """Compute the gradient accumulation: micro-batches per step and rank."""
-    return config.train.global_batch // (config.train.micro_batch * layout.dp)
-
-
 def _engine(config: Config, layout: Layout, stages: list[Stage], dtype: torch.dtype) -> Engine:
     train, parallel = config.train, config.parallel
     settings = EngineSettings(
         micro_batch=train.micro_batch,
-        accumulation=_accumulation(config, layout),
+        accumulation=rungs(train.global_batch)[0].global_batch // (train.micro_batch * layout.dp),
         clip=config.optimizer.clip,
         bf16=dtype is torch.bfloat16,
         seed=train.seed,
-        seq_len=train.seq_len,
+        seq_len=longest(config),
         recompute=parallel.recompute,
         head_pieces=parallel.head_pieces,
         schedule=parallel.schedule,
@@ -288,12 +299,16 @@ def _constants(
 ) -> RunConstants:
     parallel, peak = config.parallel, peak_flops(device)
     shares = [stage.cost_share for stage in stages]
-    step = timeline.expected(parallel.schedule, parallel.placement, _accumulation(config, layout), shares)
+    batches = {span.first.global_batch for span in length.planned()} if layout.pp > 1 else set()
+    unit = config.train.micro_batch * layout.dp
     return RunConstants(
-        tokens_per_step=length.tokens_per_step,
         model=config.model,
         peak_flops=peak * layout.world_size if peak else None,
-        bubble_expected=step.bubble if layout.pp > 1 else None,
+        bubble_expected={
+            batch: timeline.expected(parallel.schedule, parallel.placement, batch // unit, shares).bubble
+            for batch in batches
+        },
+        varies=length.varies,
     )
 
 
@@ -323,13 +338,23 @@ def _saver(
 
 
 def _announce(
-    prepared: PreparedRun, stages: list[Stage], facts: dict[str, Any], past: Manifest | None, val_count: int
+    prepared: PreparedRun,
+    stages: list[Stage],
+    facts: dict[str, Any],
+    past: Manifest | None,
+    begun: Consumed,
+    held_out: HeldOutSamples,
 ) -> None:
     """Log the warnings, the header and the table of stages."""
     config = prepared.config
-    for warning in prepared.warnings + (resume.warnings(config, past, prepared.data.fingerprint) if past else []):
+    changes: list[str] = []
+    if past:
+        changes = resume.warnings(config, past, prepared.data.fingerprint) + history.said(config, past, begun)
+    for warning in prepared.warnings + changes:
         log.warning("%s", warning)
-    log.info("%s", header(prepared, facts, val_count))
+    log.info("%s", header(prepared, facts, held_out, length_of(config, begun)))
+    if len(prepared.data.by_name) > 1 or config.data.stages:
+        log.info("%s", table(shares(config, prepared.data, begun)))
     log.info("%s", stage_table(stage_rows(config.model, stages, config.parallel.placement)))
     if past:
         log.info("%s", f"going on after step {past.step:,}")
@@ -337,14 +362,20 @@ def _announce(
         log.info("%s", f"beginning with the weights of {prepared.source.path}")
 
 
-def header(prepared: PreparedRun, facts: dict[str, Any], val_count: int) -> str:
-    """Describe a run in four lines."""
-    config, batch = prepared.config, prepared.config.train
-    train_tokens, steps = prepared.data.num_train_tokens, length_of(config).steps
+def header(prepared: PreparedRun, facts: dict[str, Any], held_out: HeldOutSamples, length: Length) -> str:
+    """Describe a run in four lines, and in one more for each change of its batch or of the length of its sequences."""
+    config, val_count = prepared.config, f"{len(held_out):,} held-out sequences"
+    if len(prepared.data.by_name) > 1 and len(held_out) < config.train.val_sequences:
+        val_count += f" (in the mixture's shares: {held_out.first_to_end} has no more)"
+    steps = [
+        f"{span.count:,} steps of {span.first.global_batch} x {span.first.seq_len} tokens" for span in length.spans
+    ]
+    if length.steps < length.schedule_steps:
+        steps.append(f"of which this run takes {length.steps:,}")
     return (
         f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, "
         f"{prepared.layout}\n"
-        f"{train_tokens:,} training tokens, {val_count:,} held-out sequences; vocabulary {config.model.vocab_size:,}\n"
-        f"{steps:,} steps of {batch.global_batch} x {batch.seq_len} tokens, micro-batches of {batch.micro_batch}\n"
+        f"{prepared.data.num_train_tokens:,} training tokens, {val_count}; vocabulary {config.model.vocab_size:,}\n"
+        f"{', then '.join(steps)}, micro-batches of {config.train.micro_batch}\n"
         f"{facts['kernels']}"
     )

@@ -5,7 +5,7 @@ files in the run folder tell what was trained.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,8 +14,10 @@ from conf.schema import Config, recipe_fields, to_jsonable
 from conf.train_settings import Decay, Rate, ScheduleConfig
 from model.problems import BadInput
 from train.checkpoint import manifest
-from train.data.prepare import PreparedData
+from train.checkpoint.manifest import Manifest
+from train.data.sources import PreparedSources
 from train.learning_rate import rate_share
+from train.length import Consumed, Length, StepSize, length_by
 from train.pretrained import Source, open_source
 
 _NOT_SHAPE = ("attention",)
@@ -100,7 +102,7 @@ def other_shape(config: Config, source: Source) -> list[str]:
     ]
 
 
-def other_tokenizer(source: Source | None, data: PreparedData) -> list[str]:
+def other_tokenizer(source: Source | None, data: PreparedSources) -> list[str]:
     """Say, in a sentence, if the corpus is in other tokens than the weights know."""
     if source is None or source.tokenizer is None:
         return []
@@ -125,16 +127,37 @@ def _recipe(config: Config, source: Source) -> dict[str, Any]:
     values |= {f"train.{key}": then["train"][key] for key in ("micro_batch", "val_every", "val_sequences")}
     done = source.run.tokens
     values["train.total_tokens"] = alpha * done
-    values["train.skip_samples"] = then["train"]["skip_samples"] + done // then["train"]["seq_len"]
+    length = _length(source.run)
+    step = length.step_of(done)
+    values |= _as_it_ended(then, length.at(max(1, step)))
+    # Of a run with several lengths: the tokens that it trained on, in sequences of the last one.
+    values["train.skip_samples"] = then["train"]["skip_samples"] + done // values["train.seq_len"]
     values["schedule.warmup_steps"] = math.ceil(alpha * then["schedule"]["warmup_steps"])
     if config.uptrain.rate is Rate.end:
-        tokens_per_step = then["train"]["global_batch"] * then["train"]["seq_len"]
         schedule = ScheduleConfig(**{**then["schedule"], "decay": Decay[then["schedule"]["decay"]]})
-        all_steps = math.ceil(then["train"]["total_tokens"] / tokens_per_step)
-        share = rate_share(max(1, done // tokens_per_step), all_steps, schedule)
+        share = rate_share(max(1, step), length, schedule)
         values["optimizer.lr"] = then["optimizer"]["lr"] * share
         values |= {"schedule.decay": "wsd", "schedule.decay_share": 0.0}  # warm up, then hold
     return values
+
+
+def _length(run: Manifest) -> Length:
+    """Return the length of the run that weights come from."""
+    train = run.config["train"]
+    stages = [(stage["until"], stage["seq_len"]) for stage in run.config["data"].get("stages") or []]
+    begun = Consumed.from_json(run.history["begun"]) if run.history else None
+    return length_by(train["global_batch"], train["seq_len"], stages, train["total_tokens"], begun=begun)
+
+
+def _as_it_ended(then: Mapping[str, Any], size: StepSize) -> dict[str, Any]:
+    """Write the batch, the length and the mixture of a run's last step as settings of a run that is one stage."""
+    values = {"train.global_batch": size.global_batch, "train.seq_len": size.seq_len}
+    sources, stages = then["data"].get("sources") or {}, then["data"].get("stages") or []
+    if stages and (weights := stages[size.stage]["weights"]) is not None:
+        sources = {name: {**source, "weight": weights.get(name, 0.0)} for name, source in sources.items()}
+    if stages:
+        values["data.stages"] = []
+    return {**values, "data.sources": sources} if sources else values
 
 
 def _hydra(value: Any) -> str:
@@ -143,6 +166,8 @@ def _hydra(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_hydra(inner)}' for key, inner in value.items())}}}"
     if isinstance(value, list):
         return f"[{','.join(_hydra(inner) for inner in value)}]"
     return quoted(value) if isinstance(value, str) else repr(value)

@@ -17,8 +17,10 @@ from model.problems import BadInput
 from parallel.layout import layout_for
 from train.data.batches import train_micro_batches
 from train.data.corpus import list_files
-from train.data.order import SampleOrder
+from train.data.mixed_order import MixedOrder, TrainSamples
+from train.data.mixture import Mixture
 from train.data.prepare import PreparedData, prepare
+from train.length import Consumed, length_of
 from train.metrics import PEAK_BF16_FLOPS
 
 DEFAULTS = ["data=stdlib", "model.vocab_size=32000", "model.max_seq_len=4096", "train.seq_len=4096"]
@@ -153,11 +155,11 @@ def _prepared(config: Config, data: DataConfig) -> tuple[PreparedData, dict[str,
 
 def _loaded(config: Config, there: Config, prepared: PreparedData, limit: float) -> dict[str, float]:
     """Load micro-batches of one of the cluster's replicas for `limit` seconds, from the page cache."""
-    sequences = prepared.train(config.train.seq_len)
+    length = length_of(replace(there, train=replace(there.train, seq_len=config.train.seq_len)))
+    order = MixedOrder(length, [Mixture({"corpus": 1.0})], Consumed())
     batches = train_micro_batches(
-        sequences,
-        SampleOrder(len(sequences), config.train.seed),
-        global_batch=there.train.global_batch,
+        TrainSamples(order, {"corpus": prepared}, config.train.seed),
+        length.at,
         micro_batch=there.train.micro_batch,
         dp_rank=0,
         dp_size=there.parallel.dp or 1,

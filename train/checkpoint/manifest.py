@@ -37,6 +37,8 @@ class Manifest:
         origin: the checkpoint that the run was told to start from, None for a run from the beginning.
         tensors: per name its shape and its pieces: offset and shape in the whole, file, and key in that file.
         files: per file name its size in bytes and its SHA-256.
+        history: of what the run has trained on, see `train.checkpoint.history`; None for weights alone, and for
+            checkpoints from before batches and mixtures could change within a run.
         format: version of this format.
     """
 
@@ -51,6 +53,7 @@ class Manifest:
     origin: str | None
     tensors: dict[str, dict[str, Any]]
     files: dict[str, dict[str, Any]]
+    history: dict[str, Any] | None = None
     format: int = FORMAT
 
     @property

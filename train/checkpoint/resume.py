@@ -9,25 +9,24 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from conf.mixtures import length_problems
 from conf.paths import checked
 from conf.schema import Config, recipe_fields, to_jsonable
 from model.problems import BadInput, either
 from model.weights import StoredWeights
 from parallel.state import OptimizerState
-from train.checkpoint import manifest
+from train.checkpoint import history, manifest
 from train.checkpoint.folder import CHECKPOINTS, LATEST, below, mark_damaged, newest_first, step_of
 from train.checkpoint.manifest import Damaged, Manifest
 from train.checkpoint.storage import LoadPieces, Reader
 from train.health import all_finite
-from train.learning_rate import length_of
+from train.length import length_of
 
 log = logging.getLogger(__name__)
 
 AUTO, NEVER = "auto", "never"
 _MAY_DIFFER = ("model.attention", "model.init_std")
 """Of the model: how it is computed, and how it began."""
-_MUST_AGREE = ("train.global_batch", "train.seq_len")
-"""Besides the model: what a step is, which its number, the schedule and the place in the data count in."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,27 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
         if not any("/" in name for name in found.tensors):
             return [f"resume={config.resume}: {path} holds weights alone; init_from={path} would begin with them"]
         problems = _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
+        problems += history.problems(config, found)
         return problems or _past_the_end(config, path, found, start)
     return [_none_is_sound(config, start, reasons)] if reasons else []
+
+
+def newest(start: Start) -> Manifest | None:
+    """Read the manifest of the checkpoint that a run goes on from; None where there is none that can be read."""
+    for path in start.candidates:
+        try:
+            return manifest.read(path)
+        except Damaged:
+            continue
+    return None
 
 
 def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     """Warn of what a resumed run has changed and may not have meant to, in one sentence each."""
     now, then = recipe_fields(to_jsonable(asdict(config))), recipe_fields(found.config)
-    changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
-    lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
+    gone = [key for key in ("data.sources", "data.stages") if key in then and key not in now]
+    changed = [key for key in [*now, *gone] if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
+    lines = [f"{key}={now.get(key)}: the run had {then.get(key)} up to step {found.step}" for key in changed]
     if data != found.data and not any(key.startswith("data.") for key in changed):
         lines.append("the files of the corpus have changed: the order of samples is another from here on")
     return lines
@@ -203,7 +214,7 @@ def _load(
 def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
     now = to_jsonable(asdict(config))
     then = found.config
-    keys = [f"model.{key}" for key in now["model"]] + list(_MUST_AGREE)
+    keys = [f"model.{key}" for key in now["model"]]
     problems = []
     for key in keys:
         section, _, name = key.partition(".")
@@ -222,7 +233,9 @@ def _other_tokenizer(config: Config, path: Path, found: Manifest, tokenizer: Pat
 
 def _past_the_end(config: Config, path: Path, found: Manifest, start: Start) -> list[str]:
     """Whether nothing is left to train after a checkpoint that the run is told to begin from."""
-    length = length_of(config)
+    if length_problems(config):
+        return []
+    length = length_of(config, history.begun(config, found))
     if (start.own and not start.rewind) or found.step < length.steps:
         return []
     longer = "train.max_steps" if length.steps < length.schedule_steps else "train.total_tokens"

@@ -101,12 +101,13 @@ class Saver:
         """Whether this rank is still writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, *, tokens: int) -> None:
+    def save(self, step: int, *, tokens: int, history: dict[str, Any]) -> None:
         """Copy the state after `step`, and write it in the background. The save before has been waited for.
 
         Args:
             step: optimizer steps taken.
             tokens: trained on so far.
+            history: of what they were, see `train.checkpoint.history`.
         """
         assert self._thread is None
         self._wanted = False
@@ -114,7 +115,8 @@ class Saver:
         self._copy(self._state.flats())
         path = self._folder / folder.name_of(step)
         written = datetime.now().astimezone().isoformat(timespec="seconds")
-        facts = {"step": step, "adam_step": self._state.adam_step, "tokens": tokens, "written": written, **self._facts}
+        taken = {"step": step, "adam_step": self._state.adam_step, "tokens": tokens, "history": history}
+        facts = {**taken, "written": written, **self._facts}
         blocked = time.monotonic() - begin
         # Not waited for when the process ends: a second signal, or a failure elsewhere, must be able to end it.
         self._thread = threading.Thread(target=self._write, args=(path, facts, begin, blocked), daemon=True)

@@ -1,8 +1,9 @@
-"""The micro-batches of one data-parallel rank, read from packed sequences."""
+"""The micro-batches of one data-parallel rank, read from the packed sequences of its sources."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 import torch
@@ -10,52 +11,47 @@ import torch
 from model.batch import Batch
 from model.loss import IGNORED
 from train.data.documents import batch_of
-from train.data.order import SampleOrder
-from train.data.packing import PackedSequences
+from train.data.mixed_order import HeldOutSamples, Located, TrainSamples
+from train.length import StepSize
 
 
 def train_micro_batches(
-    sequences: PackedSequences,
-    order: SampleOrder,
+    samples: TrainSamples,
+    size_of: Callable[[int], StepSize],
     *,
-    global_batch: int,
     micro_batch: int,
     dp_rank: int,
     dp_size: int,
-    start_sample: int = 0,
+    first_step: int = 1,
     eos_id: int | None = None,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank without end, each (micro_batch, seq_len) on the CPU.
 
-    Step s trains on the samples from start_sample + s * global_batch on, and its micro-batch m on rank r holds those
-    from (m * dp_size + r) * micro_batch of them on. So what a step trains on depends neither on `dp_size` nor on
-    `micro_batch`, and a run resumes at another size from the number of samples it has trained on.
+    A step trains on the global_batch samples from `samples_before` on, and its micro-batch m on rank r holds those from
+    (m * dp_size + r) * micro_batch of them on. So what a step trains on depends neither on `dp_size` nor on
+    `micro_batch`, and a run resumes at another size from the number of steps it has taken.
 
     Args:
-        sequences: the training tokens.
-        order: which sequence each sample is.
-        global_batch: samples per step over all ranks.
+        samples: where the samples of the run lie.
+        size_of: the size of each step, as `train.length.Length.at` says it.
         micro_batch: samples per forward pass of one rank.
         dp_rank: this rank among the data-parallel ones.
         dp_size: how many those are.
-        start_sample: samples trained on before.
+        first_step: number of the step to begin with.
         eos_id: the token after each document, at whose borders attention stops; None where it does not.
 
     Raises:
-        ValueError: at the first item; sizes that do not divide, or an order over another number of sequences.
+        ValueError: at the first item of a step whose sizes do not divide.
     """
-    if global_batch % (micro_batch * dp_size) or not 0 <= dp_rank < dp_size or start_sample < 0:
-        raise ValueError(
-            f"{global_batch=} must be a multiple of {micro_batch=} x {dp_size=}, with {dp_rank=} below the latter "
-            f"and {start_sample=} not negative"
-        )
-    if order.num_sequences != len(sequences):
-        raise ValueError(f"an order over {order.num_sequences} sequences for {len(sequences)}")
-    step_start = start_sample
-    while True:
-        for start in range(dp_rank * micro_batch, global_batch, dp_size * micro_batch):
-            yield _batch(sequences, order.take(np.arange(micro_batch) + (step_start + start)), eos_id)
-        step_start += global_batch
+    for step in count(first_step):
+        size = size_of(step)
+        if size.global_batch % (micro_batch * dp_size) or not 0 <= dp_rank < dp_size:
+            raise ValueError(
+                f"global_batch={size.global_batch} must be a multiple of {micro_batch=} x {dp_size=}, with {dp_rank=} "
+                "below the latter"
+            )
+        for start in range(dp_rank * micro_batch, size.global_batch, dp_size * micro_batch):
+            yield _batch(samples.locate(np.arange(micro_batch) + (size.samples_before + start)), eos_id)
 
 
 def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator[Batch]:
@@ -81,8 +77,8 @@ def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator
 class EvalMicroBatches:
     """The held-out micro-batches of one rank; iterate as often as wanted, the same each time."""
 
-    def __init__(self, sequences: PackedSequences, count: int, micro_batch: int, starts: range, eos_id: int | None):
-        self._sequences, self._count, self._micro_batch, self._starts = sequences, count, micro_batch, starts
+    def __init__(self, samples: HeldOutSamples, number: int, micro_batch: int, starts: range, eos_id: int | None):
+        self._samples, self._number, self._micro_batch, self._starts = samples, number, micro_batch, starts
         self._eos_id = eos_id
 
     def __len__(self) -> int:
@@ -91,15 +87,15 @@ class EvalMicroBatches:
     def __iter__(self) -> Iterator[Batch]:
         for start in self._starts:
             wanted = np.arange(start, start + self._micro_batch)
-            # Beyond the last sequence stands sequence 0 with all labels ignored: every rank must run every
+            # Beyond the last sequence stands the first with all labels ignored: every rank must run every
             # micro-batch, or the pipeline would hang.
-            batch = _batch(self._sequences, np.where(wanted < self._count, wanted, 0), self._eos_id)
-            batch.labels[torch.from_numpy(wanted >= self._count)] = IGNORED
+            batch = _batch(self._samples.locate(np.where(wanted < self._number, wanted, 0)), self._eos_id)
+            batch.labels[torch.from_numpy(wanted >= self._number)] = IGNORED
             yield batch
 
 
 def eval_micro_batches(
-    sequences: PackedSequences,
+    samples: HeldOutSamples,
     limit: int,
     *,
     micro_batch: int,
@@ -110,7 +106,7 @@ def eval_micro_batches(
     """Cut exactly the first `limit` held-out sequences (or all, if fewer) into micro-batches, whatever `dp_size` is.
 
     Args:
-        sequences: the held-out tokens.
+        samples: where the held-out sequences lie.
         limit: how many sequences at most.
         micro_batch: sequences per forward pass of one rank.
         dp_rank: this rank among the data-parallel ones.
@@ -126,12 +122,12 @@ def eval_micro_batches(
     """
     if micro_batch < 1 or limit < 0 or not 0 <= dp_rank < dp_size:
         raise ValueError(f"{micro_batch=} must be positive, {limit=} not negative, {dp_rank=} below {dp_size=}")
-    count = min(limit, len(sequences))
-    slots = -(-count // (micro_batch * dp_size)) * micro_batch * dp_size
+    number = min(limit, len(samples))
+    slots = -(-number // (micro_batch * dp_size)) * micro_batch * dp_size
     starts = range(dp_rank * micro_batch, slots, dp_size * micro_batch)
-    return EvalMicroBatches(sequences, count, micro_batch, starts, eos_id), len(starts)
+    return EvalMicroBatches(samples, number, micro_batch, starts, eos_id), len(starts)
 
 
-def _batch(sequences: PackedSequences, wanted: np.ndarray, eos_id: int | None) -> Batch:
-    rows = np.stack([sequences[int(i)] for i in wanted])
+def _batch(located: Located, eos_id: int | None) -> Batch:
+    rows = np.stack([sequences[index] for sequences, index in located])
     return batch_of(rows, eos_id=eos_id, document_mask=eos_id is not None)

@@ -105,8 +105,7 @@ def prepare_sources(
     """
     given = next(iter(sources.values()))
     with _all_problems() as problems:
-        for name, data in sources.items():
-            problems += _of_source(sources, name, corpus.check(data), own=False)
+        problems += check_sources(sources)
         problems += _check_sizes(given, vocab_size, seq_len)
     with _writable(given, "be made"):
         expanded(given.cache_dir).mkdir(parents=True, exist_ok=True)
@@ -124,6 +123,15 @@ def prepare_sources(
             unusable = corpus.Tally(**prepared[name].tally).problems(data.max_bad)
             problems += _of_source(sources, name, unusable + _check_lengths(data, prepared[name], seq_len))
     return prepared
+
+
+def check_sources(sources: Mapping[str, DataConfig]) -> list[str]:
+    """Check the settings of corpora, without reading them; a sentence for each problem."""
+    return [
+        problem
+        for name, data in sources.items()
+        for problem in _of_source(sources, name, corpus.check(data), own=False)
+    ]
 
 
 @contextmanager
