@@ -138,17 +138,20 @@ def train(options: argparse.Namespace) -> int:
 def prepare(options: argparse.Namespace) -> int:
     """Tokenise a corpus ahead of a run."""
     from conf.validate import Machine
+    from train.data.sources import shares, table
     from train.like import take_over
     from train.preflight import preflight
 
     # Nothing is started here, so the GPUs of this machine are no limit: it may be a login node.
-    data = preflight(
-        take_over(options.overrides), machine=Machine(gpus=0, elsewhere=True), writes=False, verify=True
-    ).data
-    print(
-        f"{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
-        f"tokenizer: {data.tokenizer_path}"
-    )
+    run = preflight(take_over(options.overrides), machine=Machine(gpus=0, elsewhere=True), writes=False, verify=True)
+    for name, data in run.data.by_name.items():
+        said = f"{name}: " if len(run.data.by_name) > 1 else ""
+        print(
+            f"{said}{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
+            f"{said}tokenizer: {data.tokenizer_path}"
+        )
+    taken = shares(run.config, run.data)
+    print(f"a run of {sum(share.tokens for share in taken):,} tokens takes\n{table(taken)}")
     return 0
 
 

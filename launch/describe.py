@@ -20,6 +20,8 @@ from parallel.memory import Step, stage_memory
 from parallel.simulation import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
 from train.like import take_over
+from train.data.mixed_order import MixedOrder, mixtures_of
+from train.length import Consumed, length_of, longest
 from train.timeline import draw_rows, expected, schedule_name
 from train.uptrain import compose_with_source, other_shape
 
@@ -52,7 +54,8 @@ def facts(config: Config) -> dict[str, Any]:
     The keys are: preset; attention (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token
     at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
     cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
-    of the pipeline in bf16: state, activations, workspace (of the pass that needs most) and peak; attention_choices,
+    of the pipeline in bf16: state, activations, workspace (of the pass that needs most) and peak; length, the steps of
+    the run by batch, sequence length and data stage; sources, of a mixture, their tokens and shares; attention_choices,
     the same model with other key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
@@ -68,10 +71,33 @@ def facts(config: Config) -> dict[str, Any]:
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
         "stages": stage_rows(model, stages, config.parallel.placement),
+        "length": _length(config),
+        "sources": _sources(config),
         "pipeline": _pipeline(config, step, micro_batches),
         "memory": _memory(config, stages, step),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
+
+
+def _length(config: Config) -> list[dict[str, int]]:
+    """Return the steps of the run, those of one batch, length and data stage together."""
+    return [{"first_step": span.step, "steps": span.count, **asdict(span.first)} for span in length_of(config).spans]
+
+
+def _sources(config: Config) -> list[dict[str, Any]]:
+    """Return the tokens that the run takes of each source, and its share of those of each data stage."""
+    length, mixtures = length_of(config), mixtures_of(config)
+    order = MixedOrder(length, mixtures, Consumed(skip=config.train.skip_samples))
+    tokens = order.source_tokens(length.samples_after(length.schedule_steps))
+    return [
+        {
+            "source": name,
+            "tokens": tokens.get(name, 0),
+            "shares": [float(mixture.shares.get(name, 0)) for mixture in mixtures],
+            "max_epochs": source.max_epochs,
+        }
+        for name, source in config.data.sources.items()
+    ]
 
 
 def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[str, Any] | None:
@@ -93,7 +119,7 @@ def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list
     """Predict the peak memory of each rank of the pipeline in bytes, in bf16 as on a GPU."""
     parallel, train = config.parallel, config.train
     layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
-    step = Step(train.micro_batch, train.seq_len, True, parallel.recompute, parallel.head_pieces)
+    step = Step(train.micro_batch, longest(config), True, parallel.recompute, parallel.head_pieces)
     rows = []
     for rank, spans in enumerate(timeline.spans):
         own = {stage: stages[stage] for stage in parallel.placement.stages_of(rank)}
@@ -103,9 +129,10 @@ def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list
 
 
 def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
-    """Simulate a step; return its timeline and the number of its micro-batches."""
+    """Simulate a step of the last batch of the run; return its timeline and the number of its micro-batches."""
     parallel, train = config.parallel, config.train
-    micro_batches = train.global_batch // (train.micro_batch * (parallel.dp or 1))
+    length = length_of(config)
+    micro_batches = length.at(length.schedule_steps).global_batch // (train.micro_batch * (parallel.dp or 1))
     return expected(parallel.schedule, parallel.placement, micro_batches, shares), micro_batches
 
 
@@ -194,9 +221,10 @@ def as_text(config: Config) -> str:
         f"{most[key] / 2**30:,.1f}" for key in ("state", "activations", "workspace", "peak")
     )
     parallel, train = config.parallel, config.train
+    text += _of_data(config, found)
     text += (
         f"\nmemory in bf16, tp {parallel.tp}, dp {parallel.dp or 1}, micro-batches of {train.micro_batch} x "
-        f"{train.seq_len} tokens, recompute {parallel.recompute.name}: {peak} GiB on the rank that needs most\n"
+        f"{longest(config)} tokens, recompute {parallel.recompute.name}: {peak} GiB on the rank that needs most\n"
         f"({state} weights, gradients and optimizer; {activations} activations; {workspace} workspace)"
     )
     if line := found["pipeline"]:
@@ -205,3 +233,21 @@ def as_text(config: Config) -> str:
             f"{line['bubble']:.1%}; a rank keeps the activations of {line['activations_kept']:g} micro-batches"
         )
     return text
+
+
+def _of_data(config: Config, found: dict[str, Any]) -> str:
+    """Render the steps of a run that are not all alike, and the sources of a mixture, as text."""
+    lines = []
+    if len(found["length"]) > 1:
+        lines += [
+            f"from step {of['first_step']:,}, after {of['tokens_before']:,} tokens: {of['steps']:,} steps of "
+            f"{of['global_batch']} x {of['seq_len']} tokens" + (f", stage {of['stage']}" if config.data.stages else "")
+            for of in found["length"]
+        ]
+    for of in found["sources"]:
+        shares = " then ".join(f"{share:.2%}" for share in of["shares"])
+        lines.append(f"{of['source']}: {of['tokens']:,} tokens; {shares}")
+    for index, mixture in enumerate(mixtures_of(config)):
+        if rounding := mixture.rounding():
+            lines.append(f"data.stages[{index}]: {rounding}" if config.data.stages else f"data.sources: {rounding}")
+    return "".join(f"\n{line}" for line in lines)

@@ -13,12 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.compose import Composition, compose_overrides, quoted
 from conf.paths import checked
+from conf.ramp import rungs
 from conf.schema import Config
 from conf.train_settings import Rate
 from model.problems import BadInput
 from model.regroup import Method, problem_of
 from train.checkpoint.folder import CHECKPOINTS
-from train.learning_rate import length_of
+from train.length import length_of
 from train.preflight import preflight
 from train.pretrained import Source, open_source
 
@@ -120,7 +121,8 @@ class Plan:
         ]
 
     def _step(self, alpha: float, tokens: int) -> int:
-        return math.ceil(alpha * tokens / length_of(self.config).tokens_per_step)
+        steps = length_of(self.config)
+        return math.ceil(alpha * tokens / steps.at(steps.schedule_steps).tokens)
 
     def weights(self, kv_heads: int, method: Method) -> Path:
         """Return the folder of regrouped weights."""
@@ -236,7 +238,7 @@ def _problems(study: Plan, tokens: int | None) -> list[str]:
     length = length_of(study.config)
     steps: dict[int, float] = {}
     for alpha in alphas:
-        step = study._step(alpha, tokens or length.steps * length.tokens_per_step)
+        step = study._step(alpha, tokens or length.tokens_after(length.steps))
         if step in steps:
             found.append(f"study.alphas={alphas}: {steps[step]:g} and {alpha:g} are both {step} steps of training")
         steps[step] = alpha
@@ -250,7 +252,11 @@ def _replicas(composition: Composition, source: Source | None) -> int:
     then = source.run.config["train"] if source and source.run and "train" in source.run.config else None
     train = composition.config.train
     batch, micro = (then["global_batch"], then["micro_batch"]) if then else (train.global_batch, train.micro_batch)
-    if torch.cuda.is_available() or micro < 1 or batch < micro or batch % micro:
+    try:
+        batches = [rung.global_batch for rung in rungs(batch)]
+    except ValueError:  # said where the configuration is checked
+        return 1
+    if torch.cuda.is_available() or micro < 1 or any(batch < micro or batch % micro for batch in batches):
         return 1
     cores = len(os.sched_getaffinity(0))
-    return max(n for n in range(1, cores + 1) if (batch // micro) % n == 0)
+    return max(n for n in range(1, cores + 1) if all((batch // micro) % n == 0 for batch in batches))
