@@ -19,9 +19,9 @@ from parallel.layout import layout_for
 from parallel.memory import Step, stage_memory
 from parallel.simulation import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
-from train.like import take_over
 from train.data.mixed_order import MixedOrder, mixtures_of
 from train.length import Consumed, length_of, longest
+from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
 from train.uptrain import compose_with_source, other_shape
 

@@ -151,7 +151,7 @@ def _length(run: Manifest) -> Length:
 
 def _as_it_ended(then: Mapping[str, Any], size: StepSize) -> dict[str, Any]:
     """Write the batch, the length and the mixture of a run's last step as settings of a run that is one stage."""
-    values = {"train.global_batch": size.global_batch, "train.seq_len": size.seq_len}
+    values: dict[str, Any] = {"train.global_batch": size.global_batch, "train.seq_len": size.seq_len}
     sources, stages = then["data"].get("sources") or {}, then["data"].get("stages") or []
     if stages and (weights := stages[size.stage]["weights"]) is not None:
         sources = {name: {**source, "weight": weights.get(name, 0.0)} for name, source in sources.items()}
