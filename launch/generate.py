@@ -5,12 +5,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 
+from launch.speech import Tokenizer, tokenizer_of
+from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.problems import BadInput
 from model.weights import Weights
@@ -26,8 +26,7 @@ from parallel.processes import (
     read_launcher,
     use_cpus_fairly,
 )
-from train.data.tokenizer import Encoder, eos_id, load_tokenizer
-from train.pretrained import Source, ends_of, open_source
+from train.pretrained import TOKENIZER, open_source
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Request:
 
     Attributes:
         weights: of the model.
-        tokenizer: its tokenizer; `ends` are the tokens that end a text.
+        tokenizer: of the model.
         texts: the prompts; `prompts` are their token ids.
         num_tokens: to make at most; they fit the context.
         sampling: how they are drawn.
@@ -45,7 +44,6 @@ class Request:
 
     weights: Weights
     tokenizer: Tokenizer
-    ends: set[int]
     texts: list[str]
     prompts: list[list[int]]
     num_tokens: int
@@ -96,27 +94,38 @@ def _request(options: argparse.Namespace, checked: bool) -> Request:
         problems.append(f"--max-tokens={options.max_tokens}: must be at least 1")
     if problems:
         raise BadInput(problems)
-    source = open_source(Path(options.source), checked=checked)
+    source = open_source(options.source, checked=checked)
     config = source.weights.config
     problems = layouts.problems(ParallelConfig(pp=options.pp, tp=options.tp), config)
     problems = [problem.replace("parallel.", "--") for problem in problems] or _processes(options)
-    if source.tokenizer is None:
-        raise BadInput([*problems, f"{source.path}: tokenizer.json is missing; beside the weights it would work"])
-    tokenizer = load_tokenizer(source.tokenizer)
-    ends, prompts = _encode(source, tokenizer, options.prompt)
-    if [] in prompts:
-        problems.append("--prompt='': is empty, and the tokenizer puts nothing before it; a longer one would work")
-    problems += [
-        f"--prompt={text[:20]!r}…: {len(ids)} tokens, and the model's context of {config.max_seq_len} leaves no room "
-        "for another; a shorter one would work"
-        for text, ids in zip(options.prompt, prompts, strict=True)
-        if len(ids) >= config.max_seq_len
-    ]
-    if problems:
+    if source.tokenizer is None and problems:
+        raise BadInput([*problems, f"{source.path}: {TOKENIZER} is missing; beside the weights it would work"])
+    tokenizer = tokenizer_of(source)
+    prompts = [tokenizer.encode(text) for text in options.prompt]
+    if problems := problems + prompt_problems(options.prompt, prompts, config):
         raise BadInput(problems)
     num_tokens = min(options.max_tokens, config.max_seq_len - max(map(len, prompts)))
     layout = Layout(dp=1, pp=options.pp, tp=options.tp)
-    return Request(source.weights, tokenizer, ends, options.prompt, prompts, num_tokens, sampling, layout)
+    return Request(source.weights, tokenizer, options.prompt, prompts, num_tokens, sampling, layout)
+
+
+def prompt_problems(texts: Sequence[str], prompts: Sequence[Sequence[int]], config: ModelConfig) -> list[str]:
+    """Say which prompts no token can follow, a sentence each.
+
+    Args:
+        texts: the prompts.
+        prompts: their token ids.
+        config: of the model, whose context they have to fit.
+    """
+    problems = []
+    if [] in prompts:
+        problems.append("--prompt='': is empty, and the tokenizer puts nothing before it; a longer one would work")
+    return problems + [
+        f"--prompt={text[:20]!r}…: {len(ids)} tokens, and the model's context of {config.max_seq_len} leaves no room "
+        "for another; a shorter one would work"
+        for text, ids in zip(texts, prompts, strict=True)
+        if len(ids) >= config.max_seq_len
+    ]
 
 
 def _processes(options: argparse.Namespace) -> list[str]:
@@ -154,7 +163,7 @@ def _complete(request: Request) -> None:
     stages, ranks = load_stage(request.weights, request.layout, device, dtype)
     room = max(map(len, request.prompts)) + request.num_tokens
     decoder = StageDecoder(stages, request.weights.config, request.prompts, room, ranks)
-    steps = _until(request.ends, generate(decoder, request.num_tokens, None, request.sampling))
+    steps = generate(decoder, request.num_tokens, request.tokenizer.ends, request.sampling)
     if rank == 0:
         _print(request, steps)
     else:
@@ -175,43 +184,12 @@ def _print(request: Request, steps: Iterator[list[int | None]]) -> None:
             if token is not None:
                 row.append(token)
         if alone:
-            shown += _say(_continuation(tokenizer, request.prompts[0], made[0]), shown)
+            shown += _say(tokenizer.continuation(request.prompts[0], made[0]), shown)
     if alone:
-        print(_continuation(tokenizer, request.prompts[0], made[0])[len(shown) :], flush=True)
+        print(tokenizer.continuation(request.prompts[0], made[0])[len(shown) :], flush=True)
         return
     for text, prompt, row in zip(request.texts, request.prompts, made, strict=True):
-        print(f"--- {text}\n{text}{_continuation(tokenizer, prompt, row)}", flush=True)
-
-
-def _encode(source: Source, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[set[int], list[list[int]]]:
-    """The tokens that end a text, and the prompts: what stood before a text in training stands before each.
-
-    A run of ours has trained on documents one after another, so that the end of another comes before a prompt, unless
-    the tokenizer marks the beginning. What comes from elsewhere is spoken to as `transformers` does: before a text is
-    what tokenizer.json puts there, be it nothing, whatever the files beside it say.
-    """
-    encoder = Encoder(tokenizer, str(source.tokenizer))
-    prompts = [encoder.encode(text, add_special_tokens=True) for text in texts]
-    if source.described is not None:
-        return ends_of(source), prompts
-    eos = eos_id(tokenizer, source.tokenizer)
-    return {eos}, prompts if tokenizer.encode("").ids else [[eos, *ids] for ids in prompts]
-
-
-def _until(ends: set[int], steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
-    """The tokens of each step, None for a text that has ended, until all have."""
-    ended: set[int] = set()
-    for step in steps:
-        ended |= {row for row, token in enumerate(step) if token in ends}
-        if len(ended) == len(step):
-            return
-        yield [None if row in ended else token for row, token in enumerate(step)]
-
-
-def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
-    """The text of new tokens where they stand: some decoders take a space from whatever begins a text."""
-    before, whole = tokenizer.decode([*prompt]), tokenizer.decode([*prompt, *made])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode([*made])
+        print(f"--- {text}\n{text}{tokenizer.continuation(prompt, row)}", flush=True)
 
 
 def _say(text: str, shown: str) -> str:

@@ -3,7 +3,7 @@
 B sequences, L tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +93,15 @@ def through(layers: Sequence[tuple[nn.Module, KVCache | None]], x: torch.Tensor,
     return x
 
 
-def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> Iterator[list[int | None]]:
+def generate(
+    decoder: Decoder, num_tokens: int, ends: Collection[int], sampling: Sampling
+) -> Iterator[list[int | None]]:
     """Generate the next token of each sequence, step by step, until all have ended or `num_tokens` steps are done.
 
     Args:
         decoder: has seen nothing but its prompts.
         num_tokens: the most tokens of a sequence; prompt and new tokens fit the decoder's room.
-        eos_id: the token that ends a sequence, which is not yielded; None ends no sequence.
+        ends: the tokens that end a sequence, which are not yielded; without any, none ends.
         sampling: how tokens are drawn.
 
     Yields:
@@ -110,7 +112,7 @@ def generate(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sa
     ended = [False] * len(logits_BV)
     for step in range(num_tokens):
         tokens_B = draw(logits_BV.cpu())
-        ended = [was or token == eos_id for was, token in zip(ended, tokens_B.tolist(), strict=True)]
+        ended = [was or token in ends for was, token in zip(ended, tokens_B.tolist(), strict=True)]
         if all(ended):
             return
         yield [None if is_over else token for is_over, token in zip(ended, tokens_B.tolist(), strict=True)]
@@ -142,10 +144,10 @@ def drawing(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
     return draw
 
 
-def complete(decoder: Decoder, num_tokens: int, eos_id: int | None, sampling: Sampling) -> list[list[int]]:
+def complete(decoder: Decoder, num_tokens: int, ends: Collection[int], sampling: Sampling) -> list[list[int]]:
     """The tokens that follow each prompt, after `generate` has run to its end."""
     completions: list[list[int]] = [[] for _ in decoder.lengths_B]
-    for step in generate(decoder, num_tokens, eos_id, sampling):
+    for step in generate(decoder, num_tokens, ends, sampling):
         for row, token in zip(completions, step, strict=True):
             if token is not None:
                 row.append(token)

@@ -24,5 +24,5 @@ def sample_text(
     longest = max(map(len, prompts))
     num_tokens = min(settings.tokens, model.max_seq_len - longest)
     with engine.decoder(prompts, longest + num_tokens) as decoder:
-        made = complete(decoder, num_tokens, eos_id, Sampling(temperature=settings.temperature, seed=seed))
+        made = complete(decoder, num_tokens, [eos_id], Sampling(temperature=settings.temperature, seed=seed))
     return [tokenizer.decode([*prompt[1:], *row]) for prompt, row in zip(prompts, made, strict=True)]

@@ -27,7 +27,7 @@ def expected(run_dir, texts, sampling, num_tokens):
     eos = eos_id(tokenizer)
     layers = [layer for _, layer in loaded_layers(source.weights)]
     prompts = [[eos, *tokenizer.encode(text).ids] for text in texts]
-    made = complete(Decoder(layers, prompts, 64), num_tokens, eos, sampling)
+    made = complete(Decoder(layers, prompts, 64), num_tokens, [eos], sampling)
     return [text + tokenizer.decode(row) for text, row in zip(texts, made, strict=True)]
 
 

@@ -29,8 +29,8 @@ def loaded(config):
     return model, [model.embedding, *model.blocks, model.head]
 
 
-def finish(layers, prompts, num_tokens, eos=None):
-    return complete(Decoder(layers, prompts, max(map(len, prompts)) + num_tokens), num_tokens, eos, GREEDY)
+def finish(layers, prompts, num_tokens, ends=()):
+    return complete(Decoder(layers, prompts, max(map(len, prompts)) + num_tokens), num_tokens, ends, GREEDY)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,12 +82,21 @@ def test_a_sequence_ends_at_its_eos_and_the_others_go_on():
     _, layers = loaded(config)
     free = finish(layers, prompts(config), 12)
     eos = free[0][4]
-    stopped = finish(layers, prompts(config), 12, eos)
+    stopped = finish(layers, prompts(config), 12, [eos])
     for tokens, whole in zip(stopped, free, strict=True):
         assert tokens == (whole[: whole.index(eos)] if eos in whole else whole)
     only = [prompts(config)[0]]
-    steps = list(generate(Decoder(layers, only, 20), 12, free[0][0], GREEDY))
+    steps = list(generate(Decoder(layers, only, 20), 12, [free[0][0]], GREEDY))
     assert steps == []
+
+
+def test_whichever_end_comes_first_ends_a_sequence():
+    config = small()
+    _, layers = loaded(config)
+    free = finish(layers, prompts(config), 12)
+    ends = {free[0][4], free[0][7], free[1][2]}
+    for tokens, whole in zip(finish(layers, prompts(config), 12, ends), free, strict=True):
+        assert tokens == whole[: next((at for at, token in enumerate(whole) if token in ends), None)]
 
 
 def test_the_cache_holds_key_value_heads_and_no_more():
