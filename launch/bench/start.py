@@ -42,6 +42,7 @@ ASSUMED = {
 """What no single machine shows: its value and what it means."""
 _IMPORTS = """
 import json, sys, time
+sys.path.insert(0, "")  # the working directory, which PYTHONSAFEPATH leaves out and PYTHONPATH would hide
 begin = time.perf_counter()
 import train.pretrain, train.preflight, train.loop, parallel.deepspeed_engine
 files = {f for m in list(sys.modules.values()) if (f := getattr(m, "__file__", None))}
