@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import overload
+from typing import Any, cast, overload
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from conf.compose import to_config
 from conf.paths import checked
@@ -68,9 +68,29 @@ def load(
 
 
 @overload
-def generate(model: Transformer, tokenizer: Tokenizer, prompts: str, **how: float | None) -> str: ...
+def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 1,
+) -> str: ...
 @overload
-def generate(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], **how: float | None) -> list[str]: ...
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 1,
+) -> list[str]: ...
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -225,6 +245,6 @@ def _held_out(run: str | PathLike[str]) -> Iterator[Batch]:
     return iter(batches)
 
 
-def _config_of(stored: dict[str, object]) -> Config:
+def _config_of(stored: dict[str, Any]) -> Config:
     """Make the settings of a run from those that a checkpoint stores; what it does not name has its default."""
-    return to_config(OmegaConf.merge(OmegaConf.structured(Config), stored))
+    return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), stored)))

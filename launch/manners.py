@@ -124,8 +124,7 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
         elif hasattr(action, _IS_OVERRIDE):
             action.complete = dict.fromkeys(_SHELLS, "_deepnarrow_overrides")  # type: ignore[attr-defined]
     words = " ".join(_overrides())
-    preamble = {name: text.replace("@WORDS@", words) for name, text in _PREAMBLE.items()}
-    return str(shtab.complete(parser, shell=shell, preamble=preamble))
+    return str(shtab.complete(parser, shell=shell, preamble=_PREAMBLE[shell].replace("@WORDS@", words)))
 
 
 _PREAMBLE = {

@@ -1,6 +1,7 @@
 """Trained weights by path, whoever wrote them: a run, one of its checkpoints, or a Hugging Face directory."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -75,7 +76,7 @@ class Source:
         return name in self.run.files if self.run else (self.path / name).is_file()
 
 
-def open_source(path: str | Path, *, checked: bool = True, key: str = "source") -> Source:
+def open_source(path: str | os.PathLike[str], *, checked: bool = True, key: str = "source") -> Source:
     """Open the weights at a path; of a run, those of its newest sound checkpoint.
 
     Args:
