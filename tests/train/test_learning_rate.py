@@ -1,16 +1,17 @@
 import itertools
-import math
 
 import pytest
 
 from conf.train_settings import Decay, ScheduleConfig
 from tests.shapes import preset
-from train.learning_rate import length_of, rate_share
+from train.learning_rate import rate_share, warnings
+from train.length import length_by, length_of
 
 
-def curve(num_steps, **settings):
+def curve(num_steps, global_batch=1, **settings):
     schedule = ScheduleConfig(**settings)
-    return [rate_share(step, num_steps, schedule) for step in range(1, num_steps + 1)]
+    length = length_by(global_batch, 10, [], 10 * num_steps)
+    return [rate_share(step, length, schedule) for step in range(1, length.schedule_steps + 1)]
 
 
 def test_multi_step_is_the_papers():
@@ -42,11 +43,20 @@ def test_any_schedule_survives_a_run_shorter_than_its_warmup_and_none_at_all(dec
     assert all(0 < rate <= 1 for rate in curve(5, decay=decay, warmup_steps=0))
 
 
-def test_length_follows_from_tokens_and_a_trial_keeps_the_schedule():
-    length = length_of(preset("tiny", "train.total_tokens=10001", "train.global_batch=2", "train.seq_len=100"))
-    assert (length.tokens_per_step, length.schedule_steps, length.steps) == (200, math.ceil(10001 / 200), 51)
-    trial = length_of(
-        preset("tiny", "train.total_tokens=10001", "train.global_batch=2", "train.seq_len=100", "train.max_steps=7")
+@pytest.mark.parametrize("decay", list(Decay))
+def test_a_schedule_is_over_tokens_whatever_the_batch(decay):
+    """Ten steps of one sequence, then 990 sequences in steps of three: the rates of the same tokens."""
+    even = curve(1000, decay=decay, warmup_steps=10)
+    grown = curve(1000, global_batch="0:1 100:3", decay=decay, warmup_steps=10)
+    assert grown == [*even[:10], *even[10::3]]
+
+
+def test_a_warm_up_longer_than_the_run_is_said_with_what_it_reaches():
+    config = preset("tiny", "train.global_batch='0:4 1e4:8'", "train.total_tokens=1e5", "schedule.warmup_steps=100")
+    steps = length_of(config).steps
+    (line,) = warnings(config, length_of(config))
+    assert line.startswith(
+        f"schedule.warmup_steps=100: longer than the run (train.total_tokens=100000), whose {steps} "
     )
-    assert (trial.schedule_steps, trial.steps) == (51, 7)
-    assert length_of(preset("7b")).schedule_steps == math.ceil(2e12 / (2304 * 4096))
+    config.schedule.warmup_steps = steps
+    assert warnings(config, length_of(config)) == []

@@ -13,8 +13,9 @@ from parallel.engine import StepResult
 from parallel.layout import Layout
 from tests.shapes import preset
 from train import loop, report, run
+from train.data.mixed_order import MixedOrder, mixtures_of
 from train.health import Health
-from train.learning_rate import length_of
+from train.length import Consumed, length_of
 from train.loop import Progress, garbage_collected_by_hand, take_steps
 from train.report import RunConstants
 from train.run import be_deterministic, compute_dtype
@@ -30,8 +31,12 @@ class Played(SimpleNamespace):
         super().__init__(config=config, length=length_of(config), done=[], records=[], nonfinite=nonfinite)
         self.layout, self.rank, self.device, self.run_dir = Layout(dp=1, pp=1), 0, torch.device("cpu"), None
         self.signals = SimpleNamespace(asked=None)
+        self.accumulated = []
         self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
-        self.constants, self.weights_are_finite = RunConstants(2048, config.model, None, None), True
+        self.constants, self.weights_are_finite = RunConstants(config.model, None, {}), True
+        self.begun = Consumed()
+        self.order = MixedOrder(self.length, mixtures_of(config), self.begun)
+        self.prepared = SimpleNamespace(data=SimpleNamespace(fingerprints={"corpus": "0f"}))
         self.engine = SimpleNamespace(step=self.step)
         self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
         self.saver = SimpleNamespace(
@@ -39,8 +44,10 @@ class Played(SimpleNamespace):
         )
 
     rate, evaluates_after = run.Run.rate, run.Run.evaluates_after
+    micro_batches, source_tokens, history = run.Run.micro_batches, run.Run.source_tokens, run.Run.history
 
-    def step(self, batches, rate):
+    def step(self, batches, rate, micro_batches):
+        self.accumulated.append(micro_batches)
         number = sum(what == "step" for what, _ in self.done) + 1
         self.done.append(("step", rate))
         if number == self.stop_after:
@@ -56,8 +63,8 @@ class Played(SimpleNamespace):
         self.records.append((record, skipped))
         self.done.append(("record", record["step"]))
 
-    def save(self, step, tokens):
-        assert tokens == step * 2048
+    def save(self, step, tokens, history):
+        assert tokens == self.length.tokens_after(step) == Consumed.from_json(history["now"]).tokens
         self.done.append(("save", step))
 
     def say(self, text, level=20):
@@ -95,6 +102,21 @@ def test_the_rate_of_each_step_is_the_schedules(agreed):
     played = Played("schedule.warmup_steps=4", "optimizer.lr=0.8")
     done(played)
     assert [rate for what, rate in played.done if what == "step"] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_batch_and_sources_of_each_step_are_the_settings(agreed):
+    """Two stages and two batches, neither of which begins with the other."""
+    mixture = "data.sources={a: {path: /a, weight: 1}, b: {path: /b, weight: 3}}"
+    stages = "data.stages=[{until: 1000}, {until: 1e9, weights: {a: 1}, seq_len: 64}]"
+    played = Played(mixture, stages, "train.global_batch='0:4 1.2e3:8'", "train.seq_len=128", "train.micro_batch=2")
+    done(played)
+    assert played.accumulated == [2, 2, 2, 4]
+    assert [(record["tokens"], record["source_tokens"]) for record, _ in played.records] == [
+        (512, {"a": 128, "b": 384}),
+        (1024, {"a": 256, "b": 768}),
+        (1280, {"a": 512, "b": 768}),
+        (1792, {"a": 1024, "b": 768}),
+    ]
 
 
 def test_told_to_stop_it_saves_the_step_under_way():

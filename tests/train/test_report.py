@@ -1,6 +1,6 @@
 """A step in figures: merged over ranks that a test plays, and turned into a record."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +13,7 @@ from parallel.schedules import Action, Pass
 from parallel.simulation import Span
 from train import report as report_module
 from train.agreement import max_over_ranks
+from train.length import StepSize
 from train.report import RunConstants, StepReport, as_record, own_report
 
 LAYOUT = Layout(dp=1, pp=2)
@@ -85,17 +86,13 @@ def test_reports_of_a_real_group_of_one(tmp_path):
 
 
 MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64, max_seq_len=100)
-CONSTANTS = RunConstants(
-    tokens_per_step=800,
-    model=MODEL,
-    peak_flops=4e7,
-    bubble_expected=0.25,
-)
+CONSTANTS = RunConstants(model=MODEL, peak_flops=4e7, bubble_expected={8: 0.25, 16: 0.125})
+SIZE = StepSize(samples_before=48, tokens_before=4800, global_batch=8, seq_len=100, stage=0)
 
 
 def test_the_record_of_a_pipelined_step(monkeypatch):
     monkeypatch.setattr(report_module, "peak_memory", lambda device: 2**29)
-    record = as_record(7, result(), 1e-3, 10.0, merged(monkeypatch, own(0), own(1)), CONSTANTS)
+    record = as_record(7, SIZE, result(), 1e-3, 10.0, merged(monkeypatch, own(0), own(1)), CONSTANTS)
     assert record == {
         "step": 7,
         "loss": 2.0,
@@ -120,7 +117,17 @@ def test_the_record_of_a_pipelined_step(monkeypatch):
 
 def test_one_process_on_a_device_of_unknown_peak_has_neither_passes_nor_mfu():
     alone = own_report(opened(0, layout=Layout(dp=1, pp=1)), 1, result())
-    record = as_record(1, result(), 1e-3, 10.0, alone, RunConstants(800, MODEL, None, None))
+    record = as_record(1, SIZE, result(), 1e-3, 10.0, alone, RunConstants(MODEL, None, {}))
     assert set(record) == {
         *["step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "memory_gib", "flops_per_token"]
     }
+
+
+def test_the_batch_and_the_length_of_a_step_are_recorded_where_they_vary(monkeypatch):
+    monkeypatch.setattr(report_module, "peak_memory", lambda device: 2**29)
+    size = replace(SIZE, global_batch=16, seq_len=50)
+    report, varying = merged(monkeypatch, own(0), own(1)), replace(CONSTANTS, varies=True)
+    record = as_record(7, size, result(), 1e-3, 10.0, report, varying)
+    assert (record["global_batch"], record["seq_len"], record["tokens"]) == (16, 50, 5600)
+    assert record["bubble_expected"] == 0.125
+    assert not {"global_batch", "seq_len"} & as_record(7, size, result(), 1e-3, 10.0, report, CONSTANTS).keys()

@@ -6,41 +6,78 @@ import torch
 
 from model.loss import IGNORED
 from train.data.batches import eval_micro_batches, train_micro_batches
+from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples
+from train.data.mixture import Mixture
 from train.data.order import SampleOrder
-from train.data.packing import PackedSequences
+from train.length import Consumed, length_by
 
 SEQ = 4
 
 
+class Sequences:
+    """Packed sequences in memory."""
+
+    def __init__(self, tokens, seq_len):
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def __len__(self):
+        return (len(self._tokens) - 1) // self._seq_len
+
+    def __getitem__(self, index):
+        assert 0 <= index < len(self)
+        return self._tokens[index * self._seq_len :][: self._seq_len + 1]
+
+
+class Corpus:
+    """The prepared tokens of a corpus; sequence i of 4 starts with token first + 4 i."""
+
+    def __init__(self, number, first=0):
+        self._tokens = np.arange(first, first + number * SEQ + 1)
+
+    def train(self, seq_len):
+        return Sequences(self._tokens, seq_len)
+
+    val = train
+
+
 @pytest.fixture
-def sequences(tmp_path):
-    """Fifty sequences; sequence i starts with token 4 i."""
-    np.arange(50 * SEQ + 1, dtype=np.uint16).tofile(tmp_path / "t.bin")
-    return PackedSequences(tmp_path / "t.bin", "uint16", SEQ)
+def corpus():
+    return Corpus(50)
+
+
+@pytest.fixture
+def held_out(corpus):
+    return HeldOutSamples({"it": corpus.val(SEQ)}, Mixture({"it": 1}))
 
 
 def firsts(tokens: torch.Tensor) -> list[int]:
     return (tokens[:, 0] // SEQ).tolist()
 
 
-def steps(sequences, number, dp_size, micro_batch=2, start_sample=0, global_batch=12) -> list[list[list[int]]]:
+def micro_batches(corpora, length, mixtures=None, begun=None, **sizes):
+    """Of one rank; the seed is 1."""
+    begun = begun or Consumed()
+    order = MixedOrder(length, mixtures or [Mixture(dict.fromkeys(corpora, 1.0))], begun)
+    sizes = {"micro_batch": 2, "dp_rank": 0, "dp_size": 1, **sizes}
+    return train_micro_batches(TrainSamples(order, corpora, 1), length.at, **sizes)
+
+
+def steps(corpus, number, dp_size, micro_batch=2, first_step=1, global_batch=12, begun=None) -> list[list[list[int]]]:
     """Per step and rank, the sequences trained on."""
-    order = SampleOrder(len(sequences), 1)
-    each = global_batch // (micro_batch * dp_size)
-    ranks = []
+    length = length_by(global_batch, SEQ, [], 1e6, begun=begun)
+    ranks: list[list[list[int]]] = []
     for rank in range(dp_size):
-        batches = train_micro_batches(
-            sequences, order, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size,
-            start_sample=start_sample,
-        )  # fmt: skip
-        ranks.append([firsts(batch.tokens) for batch in islice(batches, number * each)])
-    return [[[i for m in rank[s * each : (s + 1) * each] for i in m] for rank in ranks] for s in range(number)]
+        sizes = {"micro_batch": micro_batch, "dp_rank": rank, "dp_size": dp_size, "first_step": first_step}
+        batches = micro_batches({"it": corpus}, length, begun=begun, **sizes)
+        ranks.append([])
+        for step in range(first_step, first_step + number):
+            each = length.at(step).global_batch // (micro_batch * dp_size)
+            ranks[-1].append([i for batch in islice(batches, each) for i in firsts(batch.tokens)])
+    return [[rank[step] for rank in ranks] for step in range(number)]
 
 
-def test_shapes_and_labels(sequences):
-    order = SampleOrder(50, 1)
-    batches = train_micro_batches(sequences, order, global_batch=6, micro_batch=3, dp_rank=0, dp_size=1)
-    batch = next(batches)
+def test_shapes_and_labels(corpus):
+    batch = next(micro_batches({"it": corpus}, length_by(6, SEQ, [], 1e6), micro_batch=3))
     tokens, labels = batch.tokens, batch.labels
     assert tokens.shape == labels.shape == (3, SEQ)
     assert tokens.dtype == labels.dtype == torch.int64
@@ -48,51 +85,82 @@ def test_shapes_and_labels(sequences):
     assert torch.equal(labels, tokens + 1)
 
 
-def test_micro_batch_m_of_rank_r(sequences):
+def test_micro_batch_m_of_rank_r(corpus):
     order = SampleOrder(50, 1)
-    batches = train_micro_batches(sequences, order, global_batch=12, micro_batch=2, dp_rank=1, dp_size=3)
+    batches = micro_batches({"it": corpus}, length_by(12, SEQ, [], 1e6), dp_rank=1, dp_size=3)
     found = [firsts(batch.tokens) for batch in islice(batches, 4)]
     assert found == [order.take([2, 3]).tolist(), order.take([8, 9]).tolist(),
                      order.take([14, 15]).tolist(), order.take([20, 21]).tolist()]  # fmt: skip
 
 
 @pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 1), (1, 12), (2, 2), (3, 2), (6, 1), (12, 1)])
-def test_a_step_does_not_depend_on_dp(sequences, dp_size, micro_batch):
-    """Over more than an epoch."""
-    order = SampleOrder(50, 1)
-    for s, ranks in enumerate(steps(sequences, 6, dp_size, micro_batch)):
+@pytest.mark.parametrize("global_batch", [12, "0:12 100:24 200:12"])
+def test_a_step_does_not_depend_on_dp(corpus, dp_size, micro_batch, global_batch):
+    """Over more than an epoch, and while the batch changes."""
+    order, length = SampleOrder(50, 1), length_by(global_batch, SEQ, [], 1e6)
+    for step, ranks in enumerate(steps(corpus, 6, dp_size, micro_batch, global_batch=global_batch), 1):
         union = sorted(i for rank in ranks for i in rank)
-        assert union == sorted(order.take(range(12 * s, 12 * s + 12)).tolist())
+        first = length.at(step).samples_before
+        assert union == sorted(order.take(range(first, first + length.at(step).global_batch)).tolist())
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
-def test_resumption(sequences, dp_size):
-    whole = steps(sequences, 6, dp_size)
-    assert steps(sequences, 3, dp_size, start_sample=36) == whole[3:]
+@pytest.mark.parametrize("global_batch", [12, "0:12 150:24"])
+def test_resumption(corpus, dp_size, global_batch):
+    whole = steps(corpus, 6, dp_size, global_batch=global_batch)
+    assert steps(corpus, 3, dp_size, first_step=4, global_batch=global_batch) == whole[3:]
+    skipped = steps(corpus, 1, dp_size, begun=Consumed(skip=36))
+    assert skipped == steps(corpus, 4, dp_size)[3:]
 
 
-def test_an_epoch_sees_every_sequence_once(sequences):
-    seen = [i for ranks in steps(sequences, 5, 1, micro_batch=1, global_batch=10) for i in ranks[0]]
+def test_an_epoch_sees_every_sequence_once(corpus):
+    seen = [i for ranks in steps(corpus, 5, 1, micro_batch=1, global_batch=10) for i in ranks[0]]
     assert sorted(seen) == list(range(50)) and seen != list(range(50))
 
 
-@pytest.mark.parametrize(
-    "changes", [{"global_batch": 10}, {"dp_rank": 3}, {"dp_rank": -1}, {"start_sample": -1}, {"order": 49}]
-)
-def test_sizes_that_do_not_fit(sequences, changes):
+@pytest.mark.parametrize("changes", [{"global_batch": 10}, {"dp_rank": 3}, {"dp_rank": -1}])
+def test_sizes_that_do_not_fit(corpus, changes):
     settings = {"global_batch": 12, "micro_batch": 2, "dp_rank": 0, "dp_size": 3, **changes}
-    order = SampleOrder(settings.pop("order", 50), 1)
-    with pytest.raises(ValueError, match=r"must be a multiple|an order over 49"):
-        next(train_micro_batches(sequences, order, **settings))
+    with pytest.raises(ValueError, match="must be a multiple"):
+        next(micro_batches({"it": corpus}, length_by(settings.pop("global_batch"), SEQ, [], 1e6), **settings))
+
+
+def test_sources_and_lengths_of_a_step_are_those_of_its_stage():
+    """Every row is one whole sequence of the source and the length that the stage says, and no rank differs."""
+    corpora = {"a": Corpus(50), "b": Corpus(30, first=1000)}
+    length = length_by("0:8 128:16", SEQ, [(96, None), (1e6, 2 * SEQ)], 1e6)
+    mixtures = [Mixture({"a": 3, "b": 1}), Mixture({"a": 1, "b": 1})]
+    of_ranks = [[*islice(micro_batches(corpora, length, mixtures, dp_rank=r, dp_size=2), 10)] for r in range(2)]
+    rows = [row for pair in zip(*of_ranks, strict=True) for batch in pair for row in batch.tokens]
+    orders = {(name, n): SampleOrder(n, 1) for name, n in [("a", 50), ("b", 30), ("a", 25), ("b", 15)]}
+    seen = dict.fromkeys(orders, 0)
+    assert [len(row) for row in rows] == [SEQ] * 24 + [2 * SEQ] * 16  # the step before which 96 tokens are trained on
+    for row in rows:
+        name = "b" if row[0] >= 1000 else "a"
+        number = {SEQ: {"a": 50, "b": 30}, 2 * SEQ: {"a": 25, "b": 15}}[len(row)][name]
+        index = orders[name, number].take([seen[name, number]])[0]
+        assert row.tolist() == [*range(first := 1000 * (name == "b") + index * len(row), first + len(row))]
+        seen[name, number] += 1
+    assert seen == {("a", 50): 18, ("b", 30): 6, ("a", 25): 8, ("b", 15): 8}
+
+
+def test_held_out_sequences_have_the_shares_of_the_mixture_and_end_with_its_first_source():
+    sequences = {"a": Corpus(50).val(SEQ), "b": Corpus(4, first=1000).val(SEQ)}
+    held_out = HeldOutSamples(sequences, Mixture({"a": 2, "b": 1}))
+    assert held_out.first_to_end == "b" and 12 <= len(held_out) <= 14
+    batches, _ = eval_micro_batches(held_out, 99, micro_batch=1, dp_rank=0, dp_size=1)
+    starts = [int(batch.tokens[0, 0]) for batch in batches]
+    assert [start for start in starts if start >= 1000] == [1000, 1004, 1008, 1012]
+    assert [start for start in starts if start < 1000] == [*range(0, SEQ * (len(held_out) - 4), SEQ)]
 
 
 @pytest.mark.parametrize(("limit", "micro_batch", "dp_size"), [(7, 2, 1), (7, 2, 3), (8, 4, 2), (1, 4, 4), (99, 3, 2)])
-def test_eval_covers_exactly_the_first(sequences, limit, micro_batch, dp_size):
+def test_eval_covers_exactly_the_first(held_out, limit, micro_batch, dp_size):
     count = min(limit, 50)
     seen, totals, counts, numbers = [], [], [], set()
     per_token = torch.arange(50 * SEQ + 1, dtype=torch.float64) ** 2  # stands for the loss of predicting a token
     for rank in range(dp_size):
-        batches, number = eval_micro_batches(sequences, limit, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size)
+        batches, number = eval_micro_batches(held_out, limit, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size)
         numbers.add(number)
         assert len(list(batches)) == len(batches) == number
         for batch in batches:
@@ -110,21 +178,20 @@ def test_eval_covers_exactly_the_first(sequences, limit, micro_batch, dp_size):
     torch.testing.assert_close(mean, per_token[1 : count * SEQ + 1].mean())
 
 
-def test_eval_order_is_fixed(sequences):
-    first, _ = eval_micro_batches(sequences, 6, micro_batch=2, dp_rank=1, dp_size=2)
+def test_eval_order_is_fixed(held_out):
+    first, _ = eval_micro_batches(held_out, 6, micro_batch=2, dp_rank=1, dp_size=2)
     assert [firsts(batch.tokens) for batch in first] == [firsts(batch.tokens) for batch in first] == [[2, 3], [0, 0]]
 
 
-def test_eval_of_nothing(sequences, tmp_path):
-    (tmp_path / "empty.bin").touch()
-    empty = PackedSequences(tmp_path / "empty.bin", "uint16", SEQ)
-    for split, limit in ((sequences, 0), (empty, 5)):
+def test_eval_of_nothing(held_out):
+    empty = HeldOutSamples({"it": Corpus(0).val(SEQ)}, Mixture({"it": 1}))
+    for split, limit in ((held_out, 0), (empty, 5)):
         batches, number = eval_micro_batches(split, limit, micro_batch=2, dp_rank=0, dp_size=1)
         assert (list(batches), number) == ([], 0)
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch": 0}, {"limit": -1}, {"dp_rank": 2}])
-def test_eval_sizes_that_do_not_fit(sequences, changes):
+def test_eval_sizes_that_do_not_fit(held_out, changes):
     settings = {"limit": 4, "micro_batch": 2, "dp_rank": 0, "dp_size": 2, **changes}
     with pytest.raises(ValueError, match="must be positive"):
-        eval_micro_batches(sequences, **settings)
+        eval_micro_batches(held_out, **settings)
