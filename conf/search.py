@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from conf.paths import expanded, path_problems
 from conf.schema import Config
 from model.problems import BadInput, either
 
@@ -49,7 +50,7 @@ class Options:
         """The file of the primary config in the folder; None where it is the package's."""
         if self.config_dir is None:
             return None
-        path = Path(self.config_dir).expanduser() / f"{self.config_name.removesuffix('.yaml')}.yaml"
+        path = expanded(self.config_dir) / f"{self.config_name.removesuffix('.yaml')}.yaml"
         return path if path.is_file() else None
 
 
@@ -109,7 +110,9 @@ def split_options(arguments: Sequence[str], *, asks: bool = False) -> tuple[Opti
 
 def _not_there(options: Options) -> str | None:
     """Say, in a sentence, what of the options is not there."""
-    folder = Path(options.config_dir).expanduser() if options.config_dir is not None else None
+    if options.config_dir is not None and (problems := path_problems("--config-dir", options.config_dir)):
+        return problems[0]
+    folder = expanded(options.config_dir) if options.config_dir is not None else None
     if folder and not folder.is_dir():
         why = "is a file" if folder.exists() else "not there"
         works = folder.absolute().parent if folder.is_file() else "a folder with YAML files"
@@ -169,7 +172,7 @@ def searched(options: Options) -> Iterator[Primary]:
     before = _OwnFolder.folder
     try:
         primary = _primary(options)
-        _OwnFolder.folder = Path(options.config_dir).expanduser().resolve() if options.config_dir is not None else None
+        _OwnFolder.folder = expanded(options.config_dir).resolve() if options.config_dir is not None else None
         yield primary
     finally:
         _OwnFolder.folder = before

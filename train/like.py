@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from conf.compose import Composition, compose_overrides, quoted
 from conf.overrides import key_of
+from conf.paths import checked
 from conf.schema import recipe_fields, register, to_jsonable
 from conf.search import Options, split_options
 from model.problems import BadInput
@@ -84,10 +85,10 @@ def take_over(arguments: Sequence[str], *, goes_on: bool = False) -> list[str]:
 
 def _read(named: str) -> _Earlier:
     """Read the files of a run, by its folder, one of its checkpoints, or its .hydra."""
-    path = Path(named).expanduser().absolute()
-    run = next((folder for folder in (path, *path.parents[:2]) if named and (folder / ".hydra").is_dir()), None)
+    path = checked("--like", named).absolute()
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / ".hydra").is_dir()), None)
     if run is None:
-        near = sorted(folder.parent for folder in (path.parent if named else Path("runs")).glob("*/.hydra"))
+        near = sorted(folder.parent for folder in path.parent.glob("*/.hydra"))
         works = " or ".join(f"--like={os.path.relpath(folder)}" for folder in near[-3:]) or "the folder of a run"
         raise BadInput([f"--like={named}: no run is there, which would have a folder .hydra; {works} would work"])
     typed = _load(run / ".hydra" / "overrides.yaml")
