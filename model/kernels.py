@@ -226,8 +226,13 @@ def sdpa(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, docum
     if not q_BLHK.is_cuda:
         return by_document(q_BLHK, k_BLGK, v_BLGK, documents)
     if _no_varlen(q_BLHK.device, q_BLHK.dtype):
-        return _pytorchs(q_BLHK, k_BLGK, v_BLGK, visible(documents.positions_BL).unsqueeze(1))
+        return sdpa_masked(q_BLHK, k_BLGK, v_BLGK, documents)
     return varlen(q_BLHK, k_BLGK, v_BLGK, documents)
+
+
+def sdpa_masked(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """`sdpa` by a mask of all pairs, which computes what is hidden as well: where there is no kernel for documents."""
+    return _pytorchs(q_BLHK, k_BLGK, v_BLGK, visible(documents.positions_BL).unsqueeze(1))
 
 
 def _pytorchs(

@@ -6,5 +6,5 @@ A subject is a module here with ``measure(overrides) -> dict``, whose result JSO
 
 ALL = ("stage", "kernels", "peers", "pipeline", "data")
 """The subjects that `deepnarrow bench` runs without an argument, in this order: minutes in all on two cores."""
-SUBJECTS = (*ALL, "checkpoint", "decode", "schedules", "start")
+SUBJECTS = (*ALL, "checkpoint", "decode", "documents", "schedules", "start")
 """The subjects that it runs by name."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from conf.train_settings import OptimizerConfig
-from model.batch import Batch
+from model.config import AttentionBackend
+from model.context import Context
 from model.init import initialise
 from model.loss import cross_entropy
 from model.transformer import Transformer
@@ -19,9 +20,11 @@ from parallel.schedules import Schedule, placement_of
 from parallel.stages import split_for
 from tests.ranks import report
 from tests.shapes import matrices_and_vectors, small
+from train.data.documents import batch_of
 from train.optimizer import adamw
 
 STEPS, BATCH, SEQ_LEN, SEED = 5, 12, 24, 3
+EOS = 1
 PROMPTS = (5, 13, 1)
 """Tokens of each sequence that is decoded."""
 OPTIMIZER = OptimizerConfig(lr=1e-3)
@@ -46,6 +49,8 @@ class Case:
     schedule: str = "1f1b"
     virtual: int | None = None
     d_model: int | None = None
+    documents: bool = True
+    """Whether attention stops at the borders of documents."""
     bucket: int = 1000
     """Elements: many buckets, as a large model has."""
     tolerance: float = 1e-5
@@ -97,11 +102,11 @@ CASES = {
         ],
         *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in RECOMPUTED],
         # A bucket of 22 million elements, over whose length a sum in fp32 must not lose digits.
-        Case(pp=2, dp=2, n_layers=11, d_model=576, micro_batch=3, bucket=2**25, tolerance=3e-5),
+        Case(pp=2, dp=2, n_layers=11, d_model=576, micro_batch=3, bucket=2**25, documents=False, tolerance=3e-5),
         *[Case(pp=2, dp=2, head_pieces=3, bf16=bf16) for bf16 in (False, True)],
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
         *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
-        *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv)],
+        *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv, documents=False)],
         *[case for kv in ATTENTIONS[1:] for case in both(dp=2, tp=2, kv_heads=kv)],
         *both(tp=4, kv_heads=1, clip=0.05),
         *both(pp=2, tp=2, vocab_size=1003),
@@ -160,22 +165,34 @@ GPU_CASES = {
 CASES |= {f"{number} GPUs": cases for number, cases in GPU_CASES.items()}
 
 
-def batches(step, vocab_size):
+def rows(step, vocab_size):
+    """Sequences of two or three documents, one of which begins with its sequence, and one has a single token."""
     generator = torch.Generator().manual_seed(100 + step)
     tokens = torch.randint(vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.06] = EOS
+    tokens[0, 0] = tokens[1, 5] = tokens[1, 6] = EOS
+    return tokens
+
+
+def batch(case, step, chosen=slice(None)):
+    chosen = rows(step, case.vocab_size)[chosen]
+    return batch_of(chosen.numpy(), eos_id=EOS, document_mask=case.documents)
 
 
 @cache
 def plain_loop(case):
-    """Single-process PyTorch, no DeepSpeed: what every layout has to equal. Its layout fields are not read."""
-    model = Transformer(case.model)
+    """Single-process PyTorch, no DeepSpeed: what every layout has to equal. Its layout fields are not read.
+
+    Where documents are apart, attention is the definition's, with a mask of all pairs.
+    """
+    attention = AttentionBackend.reference if case.documents else case.model.attention
+    model = Transformer(replace(case.model, attention=attention))
     initialise(model, "", SEED, case.model.init_std)
     optimizer = adamw(*matrices_and_vectors(model), OPTIMIZER)
     curve = []
     for step in range(STEPS):
-        tokens, labels = batches(step, case.vocab_size)
-        loss = cross_entropy(model(tokens), labels).mean
+        whole = batch(case, step)
+        loss = cross_entropy(model(whole.tokens, Context(whole.documents)), whole.labels).mean
         optimizer.zero_grad()
         loss.backward()
         norm = torch.stack([p.grad.double().square().sum() for p in model.parameters()]).sum().sqrt().float()
@@ -185,10 +202,10 @@ def plain_loop(case):
     return model, torch.tensor(curve)
 
 
-def micro_batches(case, tensors):
+def micro_batches(case, step):
     replica = case.layout.replica(dist.get_rank())
-    rows = torch.arange(BATCH).reshape(-1, case.dp, case.micro_batch)[:, replica]
-    return iter([Batch(*(tensor[row] for tensor in tensors)) for row in rows])
+    chosen = torch.arange(BATCH).reshape(-1, case.dp, case.micro_batch)[:, replica]
+    return iter([batch(case, step, one) for one in chosen])
 
 
 def digest(tensor):
@@ -229,25 +246,27 @@ def train(case):
         for name, parameter in module.named_parameters()
     }
     start = {name: p.detach().clone().cpu() for name, p in parameters.items()}
-    curve, digests = [], []
+    curve, digests, squared_lengths = [], [], []
     for step in range(STEPS):
-        result = engine.step(micro_batches(case, batches(step, case.vocab_size)), OPTIMIZER.lr)
+        result = engine.step(micro_batches(case, step), OPTIMIZER.lr)
         curve.append((result.loss, result.grad_norm))
+        squared_lengths.append(result.squared_lengths)
         engine.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
-    evaluated = engine.evaluate(micro_batches(case, batches(99, case.vocab_size)), accumulation)
-    tokens = batches(98, case.vocab_size)[0][:3, :13].contiguous()
+    evaluated = engine.evaluate(micro_batches(case, 99), accumulation)
+    tokens = rows(98, case.vocab_size)[:3, :13].contiguous()
     weights = masters(engine, parameters)
     prompts = [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)]
     with engine.decoder(prompts, 16) as decoder:
         logits = [decoder.prefill()]
         for step in range(2):
             logits.append(decoder.step(tokens[:, step]))
-    engine.step(micro_batches(case, batches(0, case.vocab_size)), 0.0)
+    engine.step(micro_batches(case, 0), 0.0)
     after = masters(engine, parameters)
     return {
         "case": asdict(case),
         "curve": torch.tensor(curve),
+        "squared_lengths": squared_lengths,
         "start": start,
         "digests": digests,
         "weights": weights,
