@@ -34,17 +34,18 @@ def settings_of(kind: type[Settings], prefix: str, overrides: Sequence[str]) -> 
         try:
             OmegaConf.update(node, key, parsed.value(), merge=True, force_add=False)
         except (OmegaConfBaseException, HydraException, ValueError) as error:
-            known = _knows(node, key)
-            there = ", ".join(prefix + name for name in kind.__dataclass_fields__)  # type: ignore[attr-defined]
-            problems.append(f"{text}: {str(error).splitlines()[0] if known else f'no such key; there are {there}'}")
+            problems.append(f"{text}: {_unknown(node, prefix, key) or str(error).splitlines()[0]}")
     settings = OmegaConf.to_object(node)
     assert isinstance(settings, kind)
     return settings, problems
 
 
-def _knows(node: DictConfig, key: str) -> bool:
-    try:
-        OmegaConf.select(node, key, throw_on_missing=False)
-    except OmegaConfBaseException:
-        return False
-    return key.partition(".")[0] in node
+def _unknown(node: DictConfig, prefix: str, key: str) -> str | None:
+    """Say that there is no such key, with those that there are in its place; None where there is."""
+    for part in key.split("."):
+        if not OmegaConf.is_dict(node):
+            return None
+        if part not in node:
+            return f"no such key; there are {', '.join(prefix + str(name) for name in node)}"
+        node, prefix = node[part], f"{prefix}{part}."
+    return None

@@ -12,7 +12,7 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from launch.refine.plan import DOCUMENTS, REMOVED, REPORT, TEXT, Plan
+from launch.refine.settings import DOCUMENTS, REMOVED, REPORT, TEXT, Plan
 from launch.refine.steps import write_json
 from train.data.tally import Tally
 
@@ -99,14 +99,15 @@ def collect(plan: Plan, steps: Sequence[str]) -> dict[str, Any]:
             for name, reasons in account["counts"].items():
                 for reason, count in reasons.items():
                     _add(removed[step].setdefault(name, {}).setdefault(reason, [0, 0]), count)
-        samples[step] = sorted(samples[step], key=lambda sample: sample["order"])[: plan.settings.samples]
-        _resolve(plan, step, samples[step], files)
     for name in plan.data:
         gone = [count for step in steps for count in removed[step].get(name, {}).values()]
         for unit, which in (("documents", 0), ("bytes", 1)):
             if read[name][which] != left[name][which] + sum(count[which] for count in gone):
                 raise RuntimeError(f"the {unit} of source {name} do not add up: {read[name]} read, {left[name]} left, "
                                    f"{gone} removed")  # fmt: skip
+    for step in steps:
+        samples[step] = sorted(samples[step], key=lambda sample: sample["order"])[: plan.settings.samples]
+        _resolve(plan, step, samples[step], files)
     shares = _shares(plan, left)
     return {
         "recipe": {key: value for key, value in plan.recipe().items() if key != "the files"},

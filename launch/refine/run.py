@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.refine.plan import DOCUMENTS, RECIPE, TEXT, Executor, Plan, plan
+from launch.refine.plan import plan
+from launch.refine.settings import DOCUMENTS, RECIPE, TEXT, Executor, Plan
 from model.problems import BadInput
 
 _SUBMITTED = "submitted.json"

@@ -23,8 +23,8 @@ from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter
 from datatrove.pipeline.writers import JsonlWriter
 
 from launch.refine.languages import WORDS
-from launch.refine.plan import DOCUMENTS, Dedup, Executor, Plan, Quality, Repetition
 from launch.refine.report import Report
+from launch.refine.settings import DOCUMENTS, Dedup, Executor, Plan, Quality, Repetition
 from launch.refine.steps import (
     Clusters,
     For,

