@@ -134,7 +134,7 @@ class Run:
         if not len(self.held_out):
             return None
         limit = self.config.train.val_sequences
-        batches, count = eval_micro_batches(self.held_out, limit, **_replica(self.prepared, self.rank))
+        batches, count = eval_micro_batches(self.held_out, limit, **_reading(self.prepared, self.rank))
         return self.engine.evaluate(iter(batches), count)
 
     def weights_are_finite(self) -> bool:
@@ -181,7 +181,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
     length = length_of(config, begun)
     order, held_out = MixedOrder(length, mixtures_of(config), begun), prepared.data.held_out(config)
     samples = TrainSamples(order, prepared.data.by_name, config.train.seed)
-    batches = train_micro_batches(samples, length.at, first_step=steps_before + 1, **_replica(prepared, rank))
+    batches = train_micro_batches(samples, length.at, first_step=steps_before + 1, **_reading(prepared, rank))
     facts = _facts(prepared, stages, device, dtype)
     saver = _saver(prepared, run_dir, start, state, facts, patient)
     tracker = None
@@ -269,13 +269,15 @@ def _restore(prepared: PreparedRun, start: Start, state: OptimizerState, group: 
     return past
 
 
-def _replica(prepared: PreparedRun, rank: int) -> dict[str, int]:
-    """Say which samples this rank reads: those of its replica, whatever its stage."""
-    layout = prepared.layout
+def _reading(prepared: PreparedRun, rank: int) -> dict[str, Any]:
+    """Say which samples this rank reads, those of its replica whatever its stage, and what it does at borders."""
+    config, layout = prepared.config, prepared.layout
     return {
-        "micro_batch": prepared.config.train.micro_batch,
+        "micro_batch": config.train.micro_batch,
         "dp_rank": layout.replica(rank),
         "dp_size": layout.dp,
+        "eos_id": prepared.data.eos_id,
+        "document_mask": bool(config.data.document_mask),
     }
 
 
@@ -289,7 +291,7 @@ def _facts(prepared: PreparedRun, stages: list[Stage], device: torch.device, dty
         "flops_per_token_whole_attention": model.flops_per_token_whole_attention(seq_len),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "precision": "bf16" if dtype is torch.bfloat16 else "fp32",
-        "kernels": which_and_why(model, device, dtype),
+        "kernels": which_and_why(model, device, dtype, bool(prepared.config.data.document_mask)),
         "data": {"train_tokens": data.num_train_tokens, "val_tokens": data.num_val_tokens},
     }
 

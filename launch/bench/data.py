@@ -163,6 +163,8 @@ def _loaded(config: Config, there: Config, prepared: PreparedData, limit: float)
         micro_batch=there.train.micro_batch,
         dp_rank=0,
         dp_size=there.parallel.dp or 1,
+        eos_id=prepared.eos_id,
+        document_mask=True,
     )
     next(batches)
     begin, tokens = time.perf_counter(), 0

@@ -13,7 +13,7 @@ from rich.table import Table
 from conf.schema import Config
 from launch.bench.common import composed, device_name, random_stages, rendered, synchronised
 from model.batch import Batch
-from model.config import AttentionBackend, ModelConfig
+from model.config import ModelConfig
 from model.context import Context
 from model.documents import Documents, documents_of
 from model.kernels import causal_attention, sdpa_masked, which_and_why
@@ -114,23 +114,22 @@ def random_batch(model: ModelConfig, micro_batch: int, seq_len: int, document_ma
 
 
 def _attention(model: ModelConfig, batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Run]:
-    heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
-    inputs = [
-        torch.randn(*batch.tokens.shape, number, model.d_head, device=device, dtype=dtype).requires_grad_()
-        for number in heads
-    ]
+    def leaf(heads: int) -> torch.Tensor:
+        return torch.randn(*batch.tokens.shape, heads, model.d_head, device=device, dtype=dtype).requires_grad_()
 
-    def of(documents: Documents | None, backend: AttentionBackend = model.attention) -> Run:
+    q, k, v = leaf(model.n_heads), leaf(model.n_kv_heads), leaf(model.n_kv_heads)
+
+    def of(documents: Documents | None) -> Run:
         def run() -> None:
-            out = causal_attention(*inputs, backend, documents)
-            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            out = causal_attention(q, k, v, model.attention, documents)
+            torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
 
         return run
 
     def masked() -> None:
         assert batch.documents is not None
-        out = sdpa_masked(*inputs, batch.documents)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
+        out = sdpa_masked(q, k, v, batch.documents)
+        torch.autograd.grad(out, [q, k, v], torch.ones_like(out))
 
     return {"whole": of(None), "documents": of(batch.documents), "documents, a mask of all pairs": masked}
 

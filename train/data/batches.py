@@ -24,6 +24,7 @@ def train_micro_batches(
     dp_size: int,
     first_step: int = 1,
     eos_id: int | None = None,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank without end, each (micro_batch, seq_len) on the CPU.
 
@@ -38,7 +39,8 @@ def train_micro_batches(
         dp_rank: this rank among the data-parallel ones.
         dp_size: how many those are.
         first_step: number of the step to begin with.
-        eos_id: the token after each document, at whose borders attention stops; None where it does not.
+        eos_id: the token after each document; None where there is none.
+        document_mask: whether attention and positions stop at the borders of documents.
 
     Raises:
         ValueError: at the first item of a step whose sizes do not divide.
@@ -51,7 +53,7 @@ def train_micro_batches(
                 "below the latter"
             )
         for start in range(dp_rank * micro_batch, size.global_batch, dp_size * micro_batch):
-            yield _batch(samples.locate(np.arange(micro_batch) + (size.samples_before + start)), eos_id)
+            yield _batch(samples.locate(np.arange(micro_batch) + (size.samples_before + start)), eos_id, document_mask)
 
 
 def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator[Batch]:
@@ -77,9 +79,17 @@ def ahead(batches: Iterator[Batch], *, pinned: bool, depth: int = 4) -> Iterator
 class EvalMicroBatches:
     """The held-out micro-batches of one rank; iterate as often as wanted, the same each time."""
 
-    def __init__(self, samples: HeldOutSamples, number: int, micro_batch: int, starts: range, eos_id: int | None):
+    def __init__(
+        self,
+        samples: HeldOutSamples,
+        number: int,
+        micro_batch: int,
+        starts: range,
+        eos_id: int | None,
+        document_mask: bool,
+    ):
         self._samples, self._number, self._micro_batch, self._starts = samples, number, micro_batch, starts
-        self._eos_id = eos_id
+        self._borders = eos_id, document_mask
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -89,7 +99,7 @@ class EvalMicroBatches:
             wanted = np.arange(start, start + self._micro_batch)
             # Beyond the last sequence stands the first with all labels ignored: every rank must run every
             # micro-batch, or the pipeline would hang.
-            batch = _batch(self._samples.locate(np.where(wanted < self._number, wanted, 0)), self._eos_id)
+            batch = _batch(self._samples.locate(np.where(wanted < self._number, wanted, 0)), *self._borders)
             batch.labels[torch.from_numpy(wanted >= self._number)] = IGNORED
             yield batch
 
@@ -102,6 +112,7 @@ def eval_micro_batches(
     dp_rank: int,
     dp_size: int,
     eos_id: int | None = None,
+    document_mask: bool = False,
 ) -> tuple[EvalMicroBatches, int]:
     """Cut exactly the first `limit` held-out sequences (or all, if fewer) into micro-batches, whatever `dp_size` is.
 
@@ -111,7 +122,8 @@ def eval_micro_batches(
         micro_batch: sequences per forward pass of one rank.
         dp_rank: this rank among the data-parallel ones.
         dp_size: how many those are.
-        eos_id: the token after each document, at whose borders attention stops; None where it does not.
+        eos_id: the token after each document; None where there is none.
+        document_mask: whether attention and positions stop at the borders of documents.
 
     Returns:
         The micro-batches of this rank, and how many those are, the same on every rank. Labels beyond the last sequence
@@ -125,9 +137,9 @@ def eval_micro_batches(
     number = min(limit, len(samples))
     slots = -(-number // (micro_batch * dp_size)) * micro_batch * dp_size
     starts = range(dp_rank * micro_batch, slots, dp_size * micro_batch)
-    return EvalMicroBatches(samples, number, micro_batch, starts, eos_id), len(starts)
+    return EvalMicroBatches(samples, number, micro_batch, starts, eos_id, document_mask), len(starts)
 
 
-def _batch(located: Located, eos_id: int | None) -> Batch:
+def _batch(located: Located, eos_id: int | None, document_mask: bool) -> Batch:
     rows = np.stack([sequences[index] for sequences, index in located])
-    return batch_of(rows, eos_id=eos_id, document_mask=eos_id is not None)
+    return batch_of(rows, eos_id=eos_id, document_mask=document_mask)
