@@ -41,13 +41,17 @@ def begun(config: Config, found: Manifest | None, fingerprints: Mapping[str, str
     if not changed(config, found):
         return Consumed.from_json(kept["begun"])
     now = Consumed.from_json(kept["now"])
-    names = _names(list(_course(to_jsonable(asdict(config)))["weights"]), fingerprints or {}, kept["sources"])
+    ours = list(_course(to_jsonable(asdict(config)))["weights"])
+    names = _names(ours, fingerprints or {}, kept["sources"], {name for of in now.positions.values() for name in of})
+
+    def renamed(places: Mapping[str, int]) -> dict[str, int]:
+        """Name places as they are called now; of a source that is left out, the place stays for when it comes back."""
+        left = {then: place for then, place in places.items() if then not in {*names.values(), *ours}}
+        return left | {name: places[then] for name, then in names.items() if then in places}
+
     return replace(
         now,
-        positions={
-            seq_len: {name: places[then] for name, then in names.items() if then in places}
-            for seq_len, places in now.positions.items()
-        },
+        positions={seq_len: renamed(places) for seq_len, places in now.positions.items()},
         skip=config.train.skip_samples - found.config["train"].get("skip_samples", 0),
     )
 
@@ -78,13 +82,15 @@ def said(config: Config, found: Manifest, since: Consumed) -> list[str]:
     """
     if not changed(config, found):
         return []
+    ours = _course(to_jsonable(asdict(config)))["weights"]
     places = [
         f"{name} at sequence {place:,} of {seq_len} tokens"
         for seq_len, of in since.positions.items()
         for name, place in of.items()
+        if name in ours
     ]
     known = {name for of in since.positions.values() for name in of}
-    new = [f"{name} at its beginning" for name in _course(to_jsonable(asdict(config)))["weights"] if name not in known]
+    new = [f"{name} at its beginning" for name in ours if name not in known]
     return [
         f"batches, lengths or mixture are others than up to step {found.step:,}: the run goes on from the "
         f"{since.samples:,} samples and {since.tokens:,} tokens that it has trained on, {', '.join(places + new)}"
@@ -122,12 +128,19 @@ def _of_before(found: Manifest) -> dict[str, Any]:
     return as_json(Consumed(skip=skip), now, {source: found.data})
 
 
-def _names(now: list[str], fingerprints: Mapping[str, str], then: Mapping[str, str]) -> dict[str, str]:
-    """Find the name that each source had: the same documents' first, then the same name, then the only one's."""
+def _names(now: list[str], fingerprints: Mapping[str, str], then: Mapping[str, str], known: set[str]) -> dict[str, str]:
+    """Find the name that each source had: the same documents' first, then the same name, then the only one's.
+
+    Args:
+        now: names of the sources.
+        fingerprints: of those.
+        then: fingerprints of the sources that the checkpoint trained on, by name.
+        known: names of all sources that the run has ever trained on.
+    """
     by_fingerprint = {fingerprint: name for name, fingerprint in then.items()}
     found = {name: by_fingerprint[print_] for name, print_ in fingerprints.items() if print_ in by_fingerprint}
     for name in now:
-        if name not in found and name in then and name not in found.values():
+        if name not in found and name in known and name not in found.values():
             found[name] = name
     if len(now) == len(then) == 1:
         found = {now[0]: next(iter(then))}

@@ -107,9 +107,8 @@ def newest(start: Start) -> Manifest | None:
 def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     """Warn of what a resumed run has changed and may not have meant to, in one sentence each."""
     now, then = recipe_fields(to_jsonable(asdict(config))), recipe_fields(found.config)
-    gone = [key for key in ("data.sources", "data.stages") if key in then and key not in now]
-    changed = [key for key in [*now, *gone] if now.get(key) != then.get(key) and key not in _MAY_DIFFER]
-    lines = [f"{key}={now.get(key)}: the run had {then.get(key)} up to step {found.step}" for key in changed]
+    changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
+    lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
     if data != found.data and not any(key.startswith("data.") for key in changed):
         lines.append("the files of the corpus have changed: the order of samples is another from here on")
     return lines

@@ -95,17 +95,37 @@ def test_where_there_is_none_it_says_what_would_work(path, run_dir, tmp_path):
 
 
 def test_another_model_is_refused_with_every_key_that_differs(run_dir):
-    other = preset("tiny", "model.n_layers=9", "model.vocab_size=5000", "model.d_model=64", "train.global_batch=16")
+    other = preset("tiny", "model.n_layers=9", "model.vocab_size=5000", "model.d_model=64", "train.skip_samples=-1")
     problems = check(other, find("auto", run_dir))
     assert [problem.partition("=")[0] for problem in problems] == [
         "model.n_layers",
         "model.d_model",
         "model.vocab_size",
-        "train.global_batch",
+        "train.skip_samples",
     ]
     assert "model.n_layers=9: the checkpoint" in problems[0] and "has 8; model.n_layers=8 would work" in problems[0]
-    same = preset("tiny", "model.attention=reference", "model.init_std=0.1", "parallel.pp=4", "optimizer.lr=1")
-    assert check(same, find("auto", run_dir)) == []
+    for changes in (
+        ["model.attention=reference", "model.init_std=0.1", "parallel.pp=4", "optimizer.lr=1"],
+        OTHER_COURSE,
+    ):
+        assert check(preset("tiny", *changes), find("auto", run_dir)) == []
+
+
+OTHER_COURSE = [
+    *["train.global_batch='0:4 9e4:16'", "train.seq_len=128", "data.stages=[{until: 5e4, seq_len: 64}, {until: 1e13}]"],
+    "data.sources={web: {path: /web}, code: {path: /code}}",
+]
+
+
+def test_what_is_left_to_train_is_counted_from_what_was_trained_on(run_dir, tmp_path):
+    """Eight steps of 8 x 256 tokens are 16,384."""
+    start = find(str(run_dir), tmp_path / "new")
+    ends = ["train.total_tokens=18000", "train.global_batch=4", "train.seq_len=128"]
+    assert check(preset("tiny", *ends), start) == []
+    (problem,) = check(preset("tiny", *ends, "train.total_tokens=16000"), start)
+    assert "is of step 8 and the run ends with step 8, so that nothing is left to train" in problem
+    # A ramp-up or stages that cannot be are said where the configuration is checked.
+    assert check(preset("tiny", "train.global_batch='0:8 x'", "data.stages=[{until: -1}]"), start) == []
 
 
 def test_another_tokenizer_is_refused(run_dir, tmp_path):
