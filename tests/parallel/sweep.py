@@ -24,6 +24,8 @@ from train.data.documents import batch_of
 from train.optimizer import adamw
 
 STEPS, BATCH, SEQ_LEN, SEED = 5, 12, 24, 3
+OTHER_SIZES = {2: (2 * BATCH, 16), 3: (BATCH, 32)}
+"""Steps with another batch, or sequences of another length, shorter or longer than the others."""
 EOS = 1
 PROMPTS = (5, 13, 1)
 """Tokens of each sequence that is decoded."""
@@ -168,7 +170,8 @@ CASES |= {f"{number} GPUs": cases for number, cases in GPU_CASES.items()}
 def rows(step, vocab_size):
     """Sequences of two or three documents, one of which begins with its sequence, and one has a single token."""
     generator = torch.Generator().manual_seed(100 + step)
-    tokens = torch.randint(vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
+    number, seq_len = OTHER_SIZES.get(step, (BATCH, SEQ_LEN))
+    tokens = torch.randint(vocab_size, (number, seq_len + 1), generator=generator)
     tokens[torch.rand(tokens.shape, generator=generator) < 0.06] = EOS
     tokens[0, 0] = tokens[1, 5] = tokens[1, 6] = EOS
     return tokens
@@ -204,8 +207,9 @@ def plain_loop(case):
 
 def micro_batches(case, step):
     replica = case.layout.replica(dist.get_rank())
-    chosen = torch.arange(BATCH).reshape(-1, case.dp, case.micro_batch)[:, replica]
-    return iter([batch(case, step, one) for one in chosen])
+    number, _ = OTHER_SIZES.get(step, (BATCH, SEQ_LEN))
+    chosen = torch.arange(number).reshape(-1, case.dp, case.micro_batch)[:, replica]
+    return [batch(case, step, one) for one in chosen]
 
 
 def digest(tensor):
@@ -248,12 +252,13 @@ def train(case):
     start = {name: p.detach().clone().cpu() for name, p in parameters.items()}
     curve, digests, squared_lengths = [], [], []
     for step in range(STEPS):
-        result = engine.step(micro_batches(case, step), OPTIMIZER.lr)
+        read = micro_batches(case, step)
+        result = engine.step(iter(read), OPTIMIZER.lr, len(read))
         curve.append((result.loss, result.grad_norm))
         squared_lengths.append(result.squared_lengths)
         engine.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
-    evaluated = engine.evaluate(micro_batches(case, 99), accumulation)
+    evaluated = engine.evaluate(iter(micro_batches(case, 99)), accumulation)
     tokens = rows(98, case.vocab_size)[:3, :13].contiguous()
     weights = masters(engine, parameters)
     prompts = [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)]
@@ -261,7 +266,7 @@ def train(case):
         logits = [decoder.prefill()]
         for step in range(2):
             logits.append(decoder.step(tokens[:, step]))
-    engine.step(micro_batches(case, 0), 0.0)
+    engine.step(iter(micro_batches(case, 0)), 0.0)
     after = masters(engine, parameters)
     return {
         "case": asdict(case),
