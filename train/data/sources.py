@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from conf.schema import Config
 from conf.train_settings import corpora
 from model.problems import BadInput
-from train.data.mixed_order import HeldOutSamples, MixedOrder, held_out_mixture, mixtures_of
+from train.data.mixed_order import HeldOutSamples, MixedOrder, held_out_mixture, mixtures_of, own_weights
 from train.data.prepare import PreparedData, prepare_sources
 from train.learning_rate import length_key
 from train.length import Consumed, Length, length_of, stage_seq_len
@@ -168,14 +168,16 @@ def too_often(config: Config, found: list[Share]) -> list[str]:
     """Say which sources a run would go through more often than their `max_epochs` allow, in a sentence each."""
     problems = []
     whole = sum(share.tokens for share in found)
+    own = own_weights(config.data)
     for share in found:
         if share.max_epochs is None or share.epochs <= share.max_epochs:
             continue
         key, works = f"data.sources.{share.name}", [f"max_epochs={_up(share.epochs):g}"]
         most = share.tokens / whole * share.max_epochs / share.epochs
-        own = {name: source.weight for name, source in config.data.sources.items()}
-        if not any(stage.weights is not None for stage in config.data.stages) and len(own) > 1:
-            weight = (sum(own.values()) - own[share.name]) * most / (1 - most)
+        weight = (sum(own.values()) - own[share.name]) * most / (1 - most) if most < 1 else 0.0
+        # With one stage, and nothing trained on before, the epochs are in proportion to the weight.
+        even = share.epochs * share.available < 1.01 * share.tokens + 1
+        if weight and even and not any(stage.weights is not None for stage in config.data.stages):
             works.insert(0, f"weight={_down(weight):.2g}")
         problems.append(
             f"{key}.max_epochs={share.max_epochs:g}: the run takes {share.tokens:,} tokens of {share.name}, which are "
