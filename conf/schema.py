@@ -54,7 +54,7 @@ _RECIPE_SECTIONS = ("model", "data", "optimizer", "schedule", "train")
 # What a run may change without becoming another run: where things lie, how long a trial is, what is looked at.
 _NOT_RECIPE = {
     "model": set(EXECUTION_KEYS),
-    "data": {"cache_dir", "max_bad"},
+    "data": {"cache_dir", "max_bad", "workers"},
     "train": {"max_steps", "max_skipped", "micro_batch", "precision", "deterministic", "profile", "profile_ranks"}
     | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
 }

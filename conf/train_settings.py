@@ -100,6 +100,8 @@ class DataConfig(CorpusConfig):
     max_bad: float = 0.05
     """The largest share of the records, or of the files' bytes, that may be unusable (not UTF-8, not JSON, without
     text, damaged); a corpus with more is refused, since it is not what its settings say."""
+    workers: int | None = None
+    """Processes that tokenise on this machine, each a core; null starts one for each core."""
     cache_dir: str = "~/.cache/deepnarrow"
     """Where prepared corpora are kept, each under a fingerprint of all that shaped it. The environment variable
     DEEPNARROW_CACHE moves it for every run."""

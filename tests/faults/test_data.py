@@ -19,12 +19,13 @@ from model.problems import BadInput
 from tests.faults.tokenizer_kinds import KINDS
 from tests.train.checkpoint import runs
 from tests.train.data.helpers import local, problems
-from train.data import build, cache
+from train.data import cache, tokenise
 from train.data.corpus import Tally, check, documents
 from train.data.packing import ChangedTokens
 from train.data.prepare import prepare
 from train.preflight import preflight
 
+TRAIN = "shards/000000.train.bin"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -214,37 +215,42 @@ def valid_ids(path: Path) -> None:
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [(other_ids, "train.bin is not as it was written"), (valid_ids, "train.bin is not as it was written"),
-     (lambda path: os.truncate(path, 100), "train.bin has 100 bytes")],
+    [(other_ids, f"{TRAIN} is not as it was written"), (valid_ids, f"{TRAIN} is not as it was written"),
+     (lambda path: os.truncate(path, 100), f"{TRAIN} has 100 bytes")],
     ids=["C16 ids beyond the vocabulary", "C16 valid ids", "C16 truncated"],
 )  # fmt: skip
 def test_tokens_that_changed_between_runs_are_prepared_again(prepared, change, reason, small, monkeypatch):
     data, first = prepared
     if not small:
         monkeypatch.setattr(cache, "_SMALL", -1)
-    before = (first.folder / "train.bin").read_bytes()
+    before = (first.folder / TRAIN).read_bytes()
     assert prepare(data, 300, 8, progress=False) == first
-    change(first.folder / "train.bin")
+    change(first.folder / TRAIN)
     with pytest.warns(RuntimeWarning, match=f"is damaged \\({reason}.* prepared again"):
         assert prepare(data, 300, 8, progress=False) == first
-    assert (first.folder / "train.bin").read_bytes() == before
+    assert (first.folder / TRAIN).read_bytes() == before
 
 
 def test_what_was_prepared_is_read_again_where_it_was_touched_or_that_is_asked_for(prepared, monkeypatch):
     data, first = prepared
     monkeypatch.setattr(cache, "_SMALL", -1)
-    compared, checksum = [], cache._checksum
-    monkeypatch.setattr(cache, "_checksum", lambda file: compared.append(file.name) or checksum(file))
+    compared, checksum = [], cache.checksum
+    monkeypatch.setattr(cache, "checksum", lambda file: compared.append(file.name) or checksum(file))
 
     def asked(**how) -> list[str]:
         compared.clear()
         assert prepare(data, 300, 8, progress=False, **how) == first
         return compared.copy()
 
-    assert asked() == [] and set(asked(verify=True)) == {"train.bin", "val.bin", "tokenizer.json"}
+    assert asked() == [] and set(asked(verify=True)) == {
+        Path(TRAIN).name,
+        "000000.train.ends",
+        "index.npy",
+        "tokenizer.json",
+    }
     time.sleep(0.01)
-    os.utime(first.folder / "train.bin", ns=(0, 0))
-    assert asked() == ["train.bin"] and asked() == []
+    os.utime(first.folder / TRAIN, ns=(0, 0))
+    assert asked() == [Path(TRAIN).name] and asked() == []
 
 
 def test_changed_description_of_what_was_prepared(prepared):
@@ -257,14 +263,14 @@ def test_changed_description_of_what_was_prepared(prepared):
 
 def test_a_corpus_that_changes_while_it_is_prepared(files, tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(lines(0, 40, b""))
-    tokenise = build.tokenise
+    real = tokenise.tokenise_unit
 
     def appended(*given):
         with open(tmp_path / "a.jsonl", "a") as file:
             file.write('\n{"text": "more"}')
-        return tokenise(*given)
+        return real(*given)
 
-    monkeypatch.setattr(build, "tokenise", appended)
+    monkeypatch.setattr(tokenise, "tokenise_unit", appended)
     (said,) = problems(files(tmp_path / "a.jsonl"))
     assert said.startswith(f"data.path={tmp_path}/a.jsonl: files of the corpus have changed while it was prepared; ")
     assert not list((tmp_path / "cache").glob("*/meta.json"))
@@ -273,14 +279,13 @@ def test_a_corpus_that_changes_while_it_is_prepared(files, tmp_path, monkeypatch
 def test_tokens_that_change_under_a_reader(prepared):
     _, first = prepared
     sequences = first.train(8)
-    other_ids(first.folder / "train.bin")
-    with pytest.raises(ChangedTokens, match=r"train\.bin: holds token 60000 in sequence 2, beyond the tokenizer's"):
+    other_ids(first.folder / TRAIN)
+    with pytest.raises(ChangedTokens, match=r"train\.bin, token 20: holds id 60000 in sequence 2, beyond"):
         sequences[2]
-    os.truncate(first.folder / "train.bin", 100)
-    with pytest.raises(ChangedTokens, match=rf"ends after 50 of {first.num_train_tokens:,} tokens.* prepares"):
-        sequences[20]
-    with pytest.raises(ChangedTokens, match=rf"has 50 of {first.num_train_tokens:,} tokens"):
-        first.train(8)
+    os.truncate(first.folder / TRAIN, 100)
+    for opened in (sequences, first.train(8)):
+        with pytest.raises(ChangedTokens, match=rf"ends after 50 of {first.num_train_tokens:,} tokens.* prepares"):
+            opened[20]
 
 
 def test_tokens_cut_short_under_a_run_end_it_with_a_reason(overrides, tmp_path):
@@ -289,7 +294,7 @@ def test_tokens_cut_short_under_a_run_end_it_with_a_reason(overrides, tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    (tokens,) = (tmp_path / "cache").glob("*/train.bin")
+    (tokens,) = (tmp_path / "cache").glob(f"*/{TRAIN}")
     os.truncate(tokens, 1000)
     assert ranks.wait(60) == [1]
     assert f"{tokens}: ends after 500 of " in (tmp_path / "run" / "rank0.log").read_text()
@@ -311,9 +316,15 @@ def test_epochs_are_said(overrides, tmp_path, changes, said):
     asked = [*overrides, "schedule.warmup_steps=0", *changes, f"hydra.run.dir={tmp_path}"]
     run = preflight(asked, machine=Machine(gpus=0))
     (warning,) = run.warnings
-    assert warning.startswith(said) and f"the corpus has {len(run.data.train(32)):,} of train.seq_len=32" in warning
+    assert (
+        warning.startswith(said)
+        and f"the corpus has {len(next(iter(run.data.by_name.values())).train(32)):,} of train.seq_len=32" in warning
+    )
     steps = int(warning.split("since ")[1].split(" steps")[0].replace(",", ""))
-    assert f" {steps * run.config.train.global_batch / len(run.data.train(32)):.1f} epochs" in warning
+    assert (
+        f" {steps * run.config.train.global_batch / len(next(iter(run.data.by_name.values())).train(32)):.1f} epochs"
+        in warning
+    )
 
 
 def test_a_warm_up_longer_than_the_run_is_said(overrides, tmp_path):

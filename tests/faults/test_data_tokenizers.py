@@ -5,13 +5,12 @@ import random
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.faults.tokenizer_kinds import KINDS, TEXTS, word_level
-from tests.train.data.helpers import local, problems
-from train.data import build
+from tests.train.data.helpers import local, problems, tokens_of
+from train.data import segments
 from train.data.prepare import prepare
 from train.data.tokenizer import Encoder, eos_id, load_tokenizer
 
@@ -52,7 +51,7 @@ def test_no_text_spells_a_special_token(kinds, files, tmp_path, kind):
     rows = [json.dumps({"text": f"x {i} " + "</s> " * 8}) for i in range(40)]
     (tmp_path / "docs.jsonl").write_text("\n".join(rows))
     prepared = prepare(files(tmp_path / "docs.jsonl", tokenizer=str(path)), 70_000, 8, progress=False)
-    tokens = np.fromfile(prepared.folder / "train.bin", prepared.dtype)
+    tokens = tokens_of(prepared, "train")
     assert (tokens == eos_id(tokenizer)).sum() == 40
 
 
@@ -142,7 +141,7 @@ def test_pieces_join_to_the_text(kinds, kind):
     exact = 0
     for _ in range(60):
         text = drawn(kind, draw)
-        pieces = list(build.cut(text, 64))
+        pieces = list(segments.cut(text, 64))
         rows = encoder.encode_batch(list(zip(["", *pieces], pieces, strict=False)))
         made = tokenizer.decode([int(i) for row in rows for i in row], skip_special_tokens=False)
         assert len(rows) > 10 and made == tokenizer.decode(encoder.encode(text), skip_special_tokens=False)
@@ -156,5 +155,5 @@ def test_a_document_over_the_length_of_a_piece_has_no_space_of_its_own(kinds, fi
     text = "One line of text ends here.\n" * 20_000
     (tmp_path / "a.txt").write_text(text)
     prepared = prepare(files(tmp_path / "a.txt", tokenizer=str(path)), 70_000, 8, progress=False)
-    tokens = np.fromfile(prepared.folder / "train.bin", prepared.dtype)
-    assert len(text) > 2 * build._PIECE_CHARS and tokenizer.decode(tokens[:-1].tolist()) == text
+    tokens = tokens_of(prepared, "train")
+    assert len(text) > 2 * segments._PIECE_CHARS and tokenizer.decode(tokens[:-1].tolist()) == text

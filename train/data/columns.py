@@ -4,12 +4,16 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from train.data.formats.remote import RemotePath
 from train.data.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+CorpusPath = Path | RemotePath
+"""A file of a corpus; both have name, stat, exists and open."""
 
 _BATCH = 256
 _MAX_NAMED = 3
@@ -43,7 +47,7 @@ def saved_splits(folder: Path) -> list[str]:
         return []
 
 
-def check_columns(files: Sequence[tuple[str, Path]], text_field: str) -> list[str]:
+def check_columns(files: Sequence[tuple[str, CorpusPath]], text_field: str) -> list[str]:
     """Find tables without a text column, by their schemas alone; those that cannot be read are left to the reader."""
     tables = [(name, path) for name, path in files if kind_of_table(name)]
     if not tables:
@@ -73,8 +77,17 @@ def check_columns(files: Sequence[tuple[str, Path]], text_field: str) -> list[st
     return problems
 
 
-def table_documents(path: Path, name: str, text_field: str, tally: Tally) -> Iterator[tuple[object, str]]:
+def table_documents(
+    path: CorpusPath, name: str, text_field: str, tally: Tally, span: tuple[int, int] | None = None
+) -> Iterator[tuple[object, str]]:
     """Stream a column's values, strings decoded; what is not UTF-8 is counted and left out.
+
+    Args:
+        path: the file.
+        name: what to call it.
+        text_field: the column.
+        tally: counts what is read and skipped.
+        span: of a Parquet file, the bytes in which the row groups begin that are read; None for all of any file.
 
     Yields:
         A value and its place, as `file:row`.
@@ -82,8 +95,12 @@ def table_documents(path: Path, name: str, text_field: str, tally: Tally) -> Ite
     import pyarrow as pa
 
     row, begin, size = 0, tally.bytes_read, path.stat().st_size if path.exists() else 0
+    if span is not None:
+        size = span[1] - span[0]
     try:
-        for column, share in (_parquet if kind_of_table(path.name) == "parquet" else _arrow)(path, text_field):
+        table = _parquet(path, text_field, span) if kind_of_table(path.name) == "parquet" else _arrow(path, text_field)
+        for column, share, first_row in table:
+            row = max(row, first_row)
             for value in _as_bytes(column):
                 row += 1
                 place = f"{name}:{row}"
@@ -99,57 +116,80 @@ def table_documents(path: Path, name: str, text_field: str, tally: Tally) -> Ite
         tally.skip("unreadable", f"{name}:{row + 1}" if row else name)
         return
     tally.bytes_read = begin + size
-    if not row:
+    if not row and span is None:
         tally.skip("no_rows", name)
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[tuple["pa.Array", float]]:
-    """The column in batches, each with the share of the file that ends with it.
+def _parquet(
+    path: CorpusPath, text_field: str, span: tuple[int, int] | None
+) -> Iterator[tuple["pa.Array", float, int]]:
+    """The column in batches, each with the share of what is read that ends with it, and the rows before what is read.
 
     Not through `datasets`, which reads the description of all features that other versions of it have left there.
     """
     import pyarrow.parquet as pq
 
     done = 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_BATCH, columns=[text_field]):
+    with _source(path) as source, pq.ParquetFile(source) as file:
+        groups = range(file.metadata.num_row_groups)
+        if span is not None:
+            groups = range(*(sum(_begins(file.metadata, g) < byte for g in groups) for byte in span))
+        before = sum(file.metadata.row_group(g).num_rows for g in range(groups.start))
+        rows = sum(file.metadata.row_group(g).num_rows for g in groups)
+        for batch in file.iter_batches(_BATCH, row_groups=list(groups), columns=[text_field]) if groups else ():
             done += batch.num_rows
-            yield batch.column(text_field), done / file.metadata.num_rows
+            yield batch.column(text_field), done / rows, before
 
 
-def _arrow(path: Path, text_field: str) -> Iterator[tuple["pa.Array", float]]:
+def _begins(metadata: Any, group: int) -> int:
+    """The byte at which a row group begins; files ascend in it."""
+    column = metadata.row_group(group).column(0)
+    first: int = column.data_page_offset
+    return min(first, column.dictionary_page_offset or first)
+
+
+def _arrow(path: CorpusPath, text_field: str) -> Iterator[tuple["pa.Array", float, int]]:
     import pyarrow as pa
 
     wanted = pa.ipc.IpcReadOptions(included_fields=[_arrow_schema(path).names.index(text_field)])
-    with pa.OSFile(str(path)) as source:
+    with _source(path) as source:
         if _is_arrow_file(path):
             reader = pa.ipc.open_file(source, options=wanted)
             for number in range(reader.num_record_batches):
-                yield reader.get_batch(number).column(text_field), (number + 1) / reader.num_record_batches
+                yield reader.get_batch(number).column(text_field), (number + 1) / reader.num_record_batches, 0
         else:
             for batch in pa.ipc.open_stream(source, options=wanted):
-                yield batch.column(text_field), source.tell() / source.size()
+                yield batch.column(text_field), source.tell() / source.size(), 0
 
 
-def _arrow_schema(path: Path) -> "pa.Schema":
+def _source(path: CorpusPath) -> "pa.NativeFile":
     import pyarrow as pa
 
-    with pa.OSFile(str(path)) as source:
+    return pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb"), mode="r")
+
+
+def _arrow_schema(path: CorpusPath) -> "pa.Schema":
+    import pyarrow as pa
+
+    with _source(path) as source:
         return (pa.ipc.open_file if _is_arrow_file(path) else pa.ipc.open_stream)(source).schema
 
 
-def _is_arrow_file(path: Path) -> bool:
+def _is_arrow_file(path: CorpusPath) -> bool:
     """Whether it is Arrow's format for files; `datasets` writes the one for streams."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return file.read(6) == b"ARROW1"
 
 
-def _schema(path: Path) -> "pa.Schema | None":
+def _schema(path: CorpusPath) -> "pa.Schema | None":
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_schema(path) if kind_of_table(path.name) == "parquet" else _arrow_schema(path)
+        if kind_of_table(path.name) == "arrow":
+            return _arrow_schema(path)
+        with _source(path) as source:
+            return pq.read_schema(source)
     except (OSError, pa.ArrowException):
         return None
 

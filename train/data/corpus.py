@@ -4,15 +4,18 @@ import difflib
 import glob
 import os
 import platform
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from conf.paths import expanded, path_problems
-from conf.train_settings import DataConfig, Source
+from conf.train_settings import CorpusConfig, DataConfig, Source
 from model.problems import BadInput
-from train.data.columns import check_columns, saved_dataset, saved_splits
+from train.data.columns import CorpusPath, check_columns, saved_dataset, saved_splits
+from train.data.formats.remote import RemotePath, is_url, list_remote
 from train.data.readers import read_file, usable
 from train.data.tally import Tally
 from train.data.tokenizer import MIN_VOCAB, too_small
@@ -93,6 +96,8 @@ def _check_path(data: DataConfig) -> list[str]:
     if not data.path:
         return ["data.path=null: data.source=files needs one; a file, a folder or a glob would work"]
     said = f"data.path={data.path}"
+    if is_url(data.path):
+        return _check_remote(data, said)
     if problems := path_problems("data.path", data.path):
         return problems
     path = expanded(data.path)
@@ -101,7 +106,7 @@ def _check_path(data: DataConfig) -> list[str]:
     if len(splits := saved_splits(path)) > 1:
         works = " or ".join(f"data.path={path / split}" for split in splits[:_MAX_NAMED])
         return [f"{said}: a dataset of {len(splits)} splits, written by save_to_disk; {works} would work"]
-    files = list_files(data)
+    files = _local_files(data)
     if not files:
         what = "the folder holds no file" if path.is_dir() else "the pattern matches no file"
         return [f"{said}: {what}; a file, a folder with files or a glob such as {_example_glob(path)} would work"]
@@ -109,6 +114,18 @@ def _check_path(data: DataConfig) -> list[str]:
     if unreadable:
         return [f"{said}: no permission to read {_few(unreadable)}; chmod +r, or a path without them, would work"]
     if all(file.stat().st_size == 0 for _, file in files):
+        return [f"{said}: all {len(files)} files are empty; files with text in them would work"]
+    return []
+
+
+def _check_remote(data: DataConfig, said: str) -> list[str]:
+    try:
+        files = list_files(data)
+    except BadInput as error:
+        return error.problems
+    if not files:
+        return [f"{said}: no file is there; a file, a folder with files or a glob would work"]
+    if not any(path.stat().st_size for _, path in files):
         return [f"{said}: all {len(files)} files are empty; files with text in them would work"]
     return []
 
@@ -158,11 +175,20 @@ def _plain_parts(path: Path) -> list[str]:
     return parts
 
 
-def list_files(data: DataConfig) -> list[tuple[str, Path]]:
+def list_files(data: DataConfig) -> list[tuple[str, CorpusPath]]:
     """List the corpus's files, as (name relative to the folder or glob, path), sorted by name; none for the hub.
 
     Of a folder or a `**` glob, hidden files are left out, and so is `data.cache_dir` where it lies inside the folder.
+
+    Raises:
+        BadInput: `data.path` is of another file system, which cannot be used.
     """
+    if data.source is Source.files and data.path and is_url(data.path):
+        return list(list_remote(data.path))
+    return list(_local_files(data))
+
+
+def _local_files(data: DataConfig) -> list[tuple[str, Path]]:
     if data.source is Source.stdlib:
         root = Path(sysconfig.get_path("stdlib"))
         found = list(_walk(root, _INSTALLED | _TABLES))
@@ -206,14 +232,16 @@ def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
 def fingerprint_inputs(data: DataConfig) -> dict[str, Any]:
     """Describe what decides the corpus's documents, JSON-able, without reading them.
 
-    Files are known by relative name, size and modification time (ns), so a copy that keeps times counts as the same;
+    Files are known by relative name, size and modification time (ns), so a copy that keeps times counts as the same,
+    and those of other file systems by what these tell of changes, such as an ETag;
     the standard library by version, names and sizes; a hub dataset by name, subset, split and revision: without a
     revision, what was fetched first stays.
     """
     if data.source is Source.hub:
         keys = ("name", "subset", "split", "revision", "text_field")
         return {"source": "hub", **{key: getattr(data, key) for key in keys}}
-    files = [(name, path.stat()) for name, path in list_files(data)]
+    listed = list_files(data)
+    files = [(name, path.stat()) for name, path in listed]
     if data.source is Source.stdlib:
         version = f"{platform.python_implementation()} {platform.python_version()}"
         return {"source": "stdlib", "python": version, "files": [[name, s.st_size] for name, s in files]}
@@ -221,7 +249,10 @@ def fingerprint_inputs(data: DataConfig) -> dict[str, Any]:
         "source": "files",
         "text_field": data.text_field,
         "document_separator": data.document_separator,
-        "files": [[name, s.st_size, s.st_mtime_ns] for name, s in files],
+        "files": [
+            [name, s.st_size, path.stamp if isinstance(path, RemotePath) else s.st_mtime_ns]
+            for (name, s), (_, path) in zip(files, listed, strict=True)
+        ],
     }
 
 
@@ -235,34 +266,35 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
     Raises:
         BadInput: the hub dataset cannot be opened, or tables have no such column of text as `data.text_field`.
     """
-    from datasets import Features, IterableDataset, Value
-
     if data.source is Source.hub:
-        yield from _hub_documents(data, tally)
+        yield from hub_documents(data, tally)
         return
-    # A command line carries a newline as two characters, and Hydra leaves them so.
-    separator = data.document_separator if data.source is Source.files else None
-    separator = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
-
-    files = list_files(data)
-    if problems := check_columns(files, data.text_field):
+    if problems := check_tables(data):
         raise BadInput(problems)
-
-    # datasets' own JSON and text readers end at the first bad line, hence a generator. The tally is reached through
-    # the closure and not gen_kwargs, which are hashed and may be copied.
-    def rows(files: list[tuple[str, Path]]) -> Iterator[dict[str, str]]:
-        for name, path in files:
-            for text in read_file(path, name, data.text_field, separator, tally):
-                yield {"text": text}
-
-    stream = IterableDataset.from_generator(
-        rows, features=Features({"text": Value("large_string")}), gen_kwargs={"files": files}
-    )
-    for row in stream:
-        yield row["text"]
+    for name, path in list_files(data):
+        yield from read_file(path, name, data.text_field, separator_of(data), tally)
 
 
-def _hub_documents(data: DataConfig, tally: Tally) -> Iterator[str]:
+def check_tables(data: DataConfig) -> list[str]:
+    """Find tables that lack the column of text, by their schemas alone."""
+    return [] if data.source is Source.hub else check_columns(list_files(data), data.text_field)
+
+
+def separator_of(data: DataConfig) -> str | None:
+    """Return the string that plain text is cut at, None where each file is one document.
+
+    A command line carries a newline as two characters, and Hydra leaves them so.
+    """
+    separator = data.document_separator if data.source is Source.files else None
+    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def hub_documents(data: DataConfig, tally: Tally) -> Iterator[str]:
+    """Stream the texts of a dataset of the hub.
+
+    Raises:
+        BadInput: it cannot be opened, or has no such column as `data.text_field`.
+    """
     from datasets import load_dataset
 
     try:
@@ -284,3 +316,27 @@ def _hub_documents(data: DataConfig, tally: Tally) -> Iterator[str]:
     for number, row in enumerate(stream.select_columns([data.text_field])):
         if usable(row[data.text_field], f"{data.name}:{number}", tally):
             yield row[data.text_field]
+
+
+def no_documents(data: DataConfig, tally: Tally) -> str:
+    """Say that nothing of a corpus can be used, and what would."""
+    key = "name" if data.source is Source.hub else "path" if data.source is Source.files else "source"
+    value = data.source.value if key == "source" else getattr(data, key)
+    hint = ", a JSON object on each line," if tally.bad_json else ""
+    hint += f", with the text in data.text_field={data.text_field}," if tally.no_text else ""
+    hint = hint.replace(",,", ",")
+    return f"data.{key}={value}: no usable document ({tally.summary()}); UTF-8 text{hint} would work"
+
+
+def of_source(sources: Mapping[str, DataConfig], name: str, problems: Sequence[str], own: bool = True) -> list[str]:
+    """Say which source of a mixture problems are of: by its own keys, or after a key that all share if it is `own`."""
+    if list(sources) == [sources[name].source.value]:
+        return list(problems)
+    said = []
+    for problem in problems:
+        for key in (*(each.name for each in fields(CorpusConfig)), "source"):
+            problem = re.sub(rf"\bdata\.{key}=", f"data.sources.{name}.{key}=", problem)
+        if own and not problem.startswith(("data.tokenizer", f"data.sources.{name}.")):
+            problem = re.sub("^([^:]*: )", rf"\1source {name}: ", problem, count=1)
+        said.append(problem)
+    return said

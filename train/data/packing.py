@@ -1,81 +1,190 @@
-"""Token ids on disk: one flat file per split, read as overlapping sequences of any length."""
+"""Token ids as sequences of any length, from streams that lie in one file or in thousands."""
 
 import os
+import threading
 import weakref
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-class TokenWriter:
-    """Appends token ids to a flat binary file in machine byte order.
-
-    Args:
-        path: the file, created or emptied.
-        dtype: an unsigned integer type that holds every id.
-        eos_id: the token that follows each document.
-
-    As a context manager it closes at the end of the block.
-    """
-
-    def __init__(self, path: str | Path, dtype: str, eos_id: int):
-        self.num_tokens = 0
-        """Tokens written so far, end tokens included."""
-        self._dtype = np.dtype(dtype)
-        self._end = np.array([eos_id], dtype=self._dtype)
-        self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115
-
-    def write(self, ids: NDArray | list[int], end: bool = True) -> None:
-        """Append a document or a piece of one.
-
-        Args:
-            ids: token ids, shape (n,), any integer type.
-            end: whether the document ends here.
-
-        Raises:
-            OverflowError: an id does not fit the type.
-        """
-        array = np.asarray(ids, dtype=np.int64)
-        if array.size and not 0 <= int(array.min()) <= int(array.max()) <= np.iinfo(self._dtype).max:
-            raise OverflowError(f"token ids from {array.min()} to {array.max()} do not fit {self._dtype}")
-        self._file.write(array.astype(self._dtype).tobytes())
-        self.num_tokens += len(array)
-        if end:
-            self._file.write(self._end.tobytes())
-            self.num_tokens += 1
-
-    def close(self) -> None:
-        """Bring everything to disk; returns only when it would survive a power failure."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def __enter__(self) -> "TokenWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+_MAX_OPEN = 64
+"""Files of a stream that are open at once."""
 
 
 class ChangedTokens(RuntimeError):
-    """Prepared tokens were changed while a run read them."""
+    """Tokens were changed while a run read them, or are not what they were said to be."""
+
+
+class TokenStream(Protocol):
+    """A sequence of token ids that is read by position, from any thread."""
+
+    num_tokens: int
+    """Tokens in the stream."""
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Return the tokens from `start` up to `start + count`, which exist, as int64 (count,).
+
+        Raises:
+            ChangedTokens: they are not there any more, or cannot be read.
+        """
+
+    def starts(self, start: int, count: int) -> NDArray[np.int64] | None:
+        """Return where documents begin among these tokens, ascending from 0 to count - 1; None where that is unknown.
+
+        Only streams whose documents do not end in an end token know it, from an index beside them.
+        """
+
+    def place(self, position: int) -> str:
+        """Say which file a token lies in, and at which token of it, for messages."""
+
+
+class ByteSource(Protocol):
+    """Bytes that are read by position."""
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return up to `count` bytes from `offset` on; none only beyond the end."""
+
+    def size(self) -> int:
+        """Count the bytes."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class LocalBytes:
+    """A local file, not memory-mapped: a process that touches a page beyond the end of a file cut short dies at once.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | Path):
+        self._file: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return up to `count` bytes from `offset` on."""
+        assert self._file is not None
+        return os.pread(self._file, count, offset)
+
+    def size(self) -> int:
+        """Count the bytes that are in the file now."""
+        assert self._file is not None
+        return os.fstat(self._file).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class TokenFile:
+    """A part of a stream: consecutive tokens of one file.
+
+    Args:
+        path: the file, local.
+        dtype: the type of its ids.
+        num_tokens: how many they are; None takes all that is in the file.
+        offset: bytes before the first.
+    """
+
+    def __init__(self, path: str | Path, dtype: str | np.dtype, num_tokens: int | None = None, offset: int = 0):
+        self.path, self.dtype, self.offset = path, np.dtype(dtype), offset
+        if num_tokens is None:
+            num_tokens = (os.stat(path).st_size - offset) // self.dtype.itemsize
+        self.num_tokens = num_tokens
+
+    def open(self) -> ByteSource:
+        """Open the bytes of the file."""
+        return LocalBytes(self.path)
+
+
+class FileTokens:
+    """Token files one after another as one stream, of which a bounded number is open.
+
+    Args:
+        files: in their order; those without tokens may be absent.
+        remedy: what would work where a file has changed.
+    """
+
+    def __init__(self, files: Sequence[TokenFile], remedy: str | None = None):
+        self._files = [file for file in files if file.num_tokens]
+        self._ends = list(accumulate(file.num_tokens for file in self._files))
+        self.num_tokens = self._ends[-1] if self._ends else 0
+        self._remedy = remedy or "the same command prepares the tokens again and goes on from the last save"
+        self._opened: OrderedDict[int, ByteSource] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._opened)
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Return tokens, from as many files as they lie in."""
+        parts = []
+        at = bisect_right(self._ends, start)
+        while count > 0:
+            file = self._files[at]
+            first = start - (self._ends[at] - file.num_tokens)
+            part = min(count, file.num_tokens - first)
+            raw = self._bytes(at, file.offset + first * file.dtype.itemsize, part * file.dtype.itemsize)
+            parts.append(np.frombuffer(raw, file.dtype))
+            start, count, at = start + part, count - part, at + 1
+        return (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype(np.int64) if parts else np.empty(0, int)
+
+    def starts(self, start: int, count: int) -> NDArray[np.int64] | None:
+        """Return None: an end token follows every document, or nothing is known."""
+        return None
+
+    def place(self, position: int) -> str:
+        """Say where a token lies."""
+        at = min(bisect_right(self._ends, position), len(self._files) - 1)
+        return f"{self._files[at].path}, token {position - (self._ends[at] - self._files[at].num_tokens):,}"
+
+    def _bytes(self, at: int, offset: int, count: int) -> bytes:
+        file, read = self._files[at], b""
+        try:
+            with self._lock:
+                source = self._source(at)
+                while len(read) < count:  # a signal or a network disk may cut a single read short
+                    if not (block := source.pread(count - len(read), offset + len(read))):
+                        left = max(0, source.size() - file.offset) // file.dtype.itemsize
+                        raise self._changed(at, f"ends after {left:,} of {file.num_tokens:,} tokens")
+                    read = read + block if read else block
+        except OSError as error:
+            raise self._changed(at, f"cannot be read any more ({error})") from error
+        return read
+
+    def _source(self, at: int) -> ByteSource:
+        if at in self._opened:
+            self._opened.move_to_end(at)
+            return self._opened[at]
+        while len(self._opened) >= _MAX_OPEN:
+            self._opened.popitem(last=False)[1].close()
+        self._opened[at] = self._files[at].open()
+        return self._opened[at]
+
+    def _changed(self, at: int, what: str) -> ChangedTokens:
+        return ChangedTokens(f"{self._files[at].path}: {what}: the file was changed under the run; {self._remedy}")
+
+
+def _close_all(opened: OrderedDict[int, ByteSource]) -> None:
+    for source in opened.values():
+        source.close()
 
 
 class PackedSequences:
-    """A token file as sequences of `seq_len` predictions, of which only those that are asked for are read.
+    """A stream of tokens as sequences of `seq_len` predictions, of which only those that are asked for are read.
 
     Sequence i covers the tokens from i * seq_len to (i + 1) * seq_len, both included: neighbours share one token, so
-    every token but the first is predicted exactly once, and the file suits every `seq_len`. Tokens after the last
+    every token but the first is predicted exactly once, and the stream suits every `seq_len`. Tokens after the last
     whole sequence are left out.
 
     Args:
-        path: a file of `TokenWriter`.
-        dtype: its type.
+        stream: the tokens.
         seq_len: predictions per sequence, at least 1.
         vocab_size: token ids are below it; None takes any.
 
@@ -83,16 +192,15 @@ class PackedSequences:
         ValueError: `seq_len` is below 1.
     """
 
-    def __init__(self, path: str | Path, dtype: str, seq_len: int, vocab_size: int | None = None):
+    def __init__(self, stream: TokenStream, seq_len: int, vocab_size: int | None = None):
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len}: a sequence predicts at least one token")
-        self.seq_len = seq_len
-        self._path, self._dtype, self._vocab_size = path, np.dtype(dtype), vocab_size
-        # Not memory-mapped: a process that touches a page beyond the end of a file cut short dies without a word.
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._file)
-        self.num_tokens = os.fstat(self._file).st_size // self._dtype.itemsize
-        """Tokens in the file."""
+        self.seq_len, self.stream, self._vocab_size = seq_len, stream, vocab_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the stream."""
+        return self.stream.num_tokens
 
     def __len__(self) -> int:
         return max(0, self.num_tokens - 1) // self.seq_len
@@ -102,32 +210,36 @@ class PackedSequences:
 
         Raises:
             IndexError: not from 0 to len - 1.
-            ChangedTokens: the file has been cut short since it was opened, cannot be read any more, or holds ids
+            ChangedTokens: a file has been cut short since it was prepared, cannot be read any more, or holds ids
                 beyond the vocabulary.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"sequence {index} of {len(self)}")
-        start = int(index) * self.seq_len
-        tokens = np.frombuffer(self._read(start, self.seq_len + 1), self._dtype).astype(np.int64)
-        if self._vocab_size is not None and (largest := int(tokens.max())) >= self._vocab_size:
-            raise self.changed(f"holds token {largest} in sequence {index}, beyond the tokenizer's {self._vocab_size}")
+        start = self._start(index)
+        tokens = self.stream.read(start, self.seq_len + 1)
+        if self._vocab_size is not None:
+            wrong = (tokens >= self._vocab_size) | (tokens < 0)
+            if wrong.any():
+                first = int(wrong.argmax())
+                raise ChangedTokens(
+                    f"{self.stream.place(start + first)}: holds id {tokens[first]} in sequence {index}, beyond the "
+                    f"vocabulary of {self._vocab_size}; tokens made by the tokenizer that data.tokenizer names would "
+                    "work"
+                )
         return tokens
 
-    def _read(self, start: int, count: int) -> bytes:
-        item = self._dtype.itemsize
-        offset, end = start * item, (start + count) * item
-        read = b""
-        try:
-            while offset + len(read) < end:  # a single read may be cut short by a signal, or by a network disk
-                if not (block := os.pread(self._file, end - offset - len(read), offset + len(read))):
-                    left = os.fstat(self._file).st_size // item
-                    raise self.changed(f"ends after {left:,} of {self.num_tokens:,} tokens")
-                read = read + block if read else block
-        except OSError as error:
-            raise self.changed(f"cannot be read any more ({error})") from error
-        return read
+    def starts(self, index: int) -> NDArray[np.bool_] | None:
+        """Tell which tokens of sequence `index` begin a document without an end token before it: bool (seq_len + 1,).
 
-    def changed(self, what: str) -> ChangedTokens:
-        """Make the error for a file that is not what it was, in which way."""
-        works = "the same command prepares the tokens again and goes on from the last save"
-        return ChangedTokens(f"{self._path}: {what}: the file was changed under the run; {works}")
+        Returns:
+            None where documents end in an end token, or their borders are not known.
+        """
+        found = self.stream.starts(self._start(index), self.seq_len + 1)
+        if found is None:
+            return None
+        marks = np.zeros(self.seq_len + 1, dtype=np.bool_)
+        marks[found] = True
+        return marks
+
+    def _start(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return int(index) * self.seq_len

@@ -1,27 +1,29 @@
 """Preparation of a corpus: its tokens are on disk, once, before training begins."""
 
 import errno
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from conf.paths import expanded
-from conf.train_settings import CorpusConfig, DataConfig, Source
+from conf.train_settings import DataConfig
 from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
-from train.data.packing import PackedSequences
+from train.data.packing import FileTokens, PackedSequences, TokenFile
+from train.data.shards import SPLITS, ends_file, token_file
+from train.data.tokenise import INDEX, reopen, tokenise_corpus
 from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer, rounded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 3
+_FORMAT = 4
 """Raise it when the files of a prepared corpus change in meaning."""
 
 
@@ -60,12 +62,29 @@ class PreparedData:
         """Load the tokenizer that the files were made with; it encodes the names of special tokens as plain text."""
         return tokenizers_.load_tokenizer(self.tokenizer_path)
 
+    def ends(self, split: str) -> Iterator[NDArray[np.int64]]:
+        """Yield where the documents of a split end, shard by shard: tokens before it in the split, end token included.
+
+        Args:
+            split: `train` or `val`.
+        """
+        before = 0
+        for index, (tokens, documents) in enumerate(self._index(split)):
+            if documents:
+                yield np.fromfile(ends_file(self.folder, index, split), np.int64) + before
+            before += int(tokens)
+
     def _sequences(self, split: str, seq_len: int) -> PackedSequences:
-        sequences = PackedSequences(self.folder / f"{split}.bin", self.dtype, seq_len, vocab_size=self.tokenizer_size)
-        expected = self.num_train_tokens if split == "train" else self.num_val_tokens
-        if sequences.num_tokens != expected:
-            raise sequences.changed(f"has {sequences.num_tokens:,} of {expected:,} tokens")
-        return sequences
+        files = [
+            TokenFile(token_file(self.folder, index, split), self.dtype, int(tokens))
+            for index, (tokens, _) in enumerate(self._index(split))
+        ]
+        return PackedSequences(FileTokens(files), seq_len, vocab_size=self.tokenizer_size)
+
+    def _index(self, split: str) -> NDArray[np.int64]:
+        """Tokens and documents of each shard, (shards, 2)."""
+        index: NDArray[np.int64] = np.load(self.folder / INDEX)
+        return index[:, SPLITS.index(split)]
 
 
 def prepare(
@@ -118,10 +137,10 @@ def prepare_sources(
                 with _writable(data, "be written", _FULL_OR_FORBIDDEN):
                     prepared[name] = _prepare_corpus(data, tokenizer, progress, verify)
             except BadInput as error:
-                problems += _of_source(sources, name, error.problems)
+                problems += corpus.of_source(sources, name, error.problems)
                 continue
             unusable = corpus.Tally(**prepared[name].tally).problems(data.max_bad)
-            problems += _of_source(sources, name, unusable + _check_lengths(data, prepared[name], seq_len))
+            problems += corpus.of_source(sources, name, unusable + _check_lengths(data, prepared[name], seq_len))
     return prepared
 
 
@@ -130,7 +149,7 @@ def check_sources(sources: Mapping[str, DataConfig]) -> list[str]:
     return [
         problem
         for name, data in sources.items()
-        for problem in _of_source(sources, name, corpus.check(data), own=False)
+        for problem in corpus.of_source(sources, name, corpus.check(data), own=False)
     ]
 
 
@@ -143,20 +162,6 @@ def _all_problems() -> Iterator[list[str]]:
         raise BadInput(list(dict.fromkeys(problems)))
 
 
-def _of_source(sources: Mapping[str, DataConfig], name: str, problems: Sequence[str], own: bool = True) -> list[str]:
-    """Say which source of a mixture problems are of: by its own keys, or after a key that all share if it is `own`."""
-    if list(sources) == [sources[name].source.value]:
-        return list(problems)
-    said = []
-    for problem in problems:
-        for key in (*(each.name for each in fields(CorpusConfig)), "source"):
-            problem = re.sub(rf"\bdata\.{key}=", f"data.sources.{name}.{key}=", problem)
-        if own and not problem.startswith(("data.tokenizer", f"data.sources.{name}.")):
-            problem = re.sub("^([^:]*: )", rf"\1source {name}: ", problem, count=1)
-        said.append(problem)
-    return said
-
-
 def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bool, verify: bool) -> PreparedData:
     description = {
         "format": _FORMAT,
@@ -166,7 +171,12 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
     }
     fingerprint = cache.fingerprint(description)
     folder = expanded(data.cache_dir) / fingerprint
-    meta = cache.cached(folder, partial(_build, data, tokenizer, description, progress), verify=verify)
+    meta, damage = cache.read(folder, verify)
+    while meta is None:
+        if folder.exists():
+            reopen(folder, damage)
+        tokenise_corpus(data, tokenizer, description, folder, progress)
+        meta, damage = cache.read(folder)
     return PreparedData(
         folder=folder,
         fingerprint=fingerprint,
@@ -178,29 +188,6 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
         num_val_tokens=meta["tokens"]["val"],
         tally=meta["tally"],
     )
-
-
-def _build(
-    data: DataConfig, tokenizer: PreparedTokenizer, description: dict[str, Any], progress: bool, folder: Path
-) -> dict[str, Any]:
-    from train.data import build
-
-    tokenizer.copy_to(folder)
-    tokens, tally = build.tokenise(data, tokenizer.encoder(), tokenizer.eos_id, tokenizer.dtype, folder, progress)
-    print(f"corpus: {tally.summary()}; {sum(tokens.values()):,} tokens", file=sys.stderr)
-    if not tally.documents:
-        raise BadInput([_no_documents(data, tally)])
-    if corpus.fingerprint_inputs(data) != description["corpus"]:
-        raise BadInput([f"data.path={data.path}: files of the corpus have changed while it was prepared; the same "
-                        "command would work once nobody writes to them"])  # fmt: skip
-    return {
-        "dtype": tokenizer.dtype,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer_size": tokenizer.size,
-        "tokens": tokens,
-        "tally": tally.as_dict(),
-        "description": description,
-    }
 
 
 def _check_sizes(data: DataConfig, vocab_size: int, seq_len: int) -> list[str]:
@@ -250,15 +237,6 @@ def _shorter(tokens: int) -> str:
     return f"train.seq_len={1 << ((tokens - 1).bit_length() - 1)}, or " if tokens >= 2 else ""
 
 
-def _no_documents(data: DataConfig, tally: corpus.Tally) -> str:
-    key = "name" if data.source is Source.hub else "path" if data.source is Source.files else "source"
-    value = data.source.value if key == "source" else getattr(data, key)
-    hint = ", a JSON object on each line," if tally.bad_json else ""
-    hint += f", with the text in data.text_field={data.text_field}," if tally.no_text else ""
-    hint = hint.replace(",,", ",")
-    return f"data.{key}={value}: no usable document ({tally.summary()}); UTF-8 text{hint} would work"
-
-
 _FULL_OR_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -271,4 +249,4 @@ def _writable(data: DataConfig, fails_to: str, codes: tuple[int, ...] | None = N
         if codes is not None and error.errno not in codes:
             raise
         raise BadInput([f"data.cache_dir={data.cache_dir}: cannot {fails_to} ({error}); a folder with room in it "
-                        "would work"]) from error  # fmt: skip
+                        "would work, and what is done already stays"]) from error  # fmt: skip

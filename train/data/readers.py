@@ -1,13 +1,12 @@
-"""Local files to document texts. Whatever cannot be used is counted and costs no other document."""
+"""Files to document texts. Whatever cannot be used is counted and costs no other document."""
 
 import codecs
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeGuard
 
-from train.data.columns import kind_of_table, table_documents
+from train.data.columns import CorpusPath, kind_of_table, table_documents
 from train.data.tally import Tally
 
 _READ = 1 << 20
@@ -34,28 +33,58 @@ def kind_of(name: str) -> str:
     return "table" if kind_of_table(lower) else "text"
 
 
-def read_file(path: Path, name: str, text_field: str, separator: str | None, tally: Tally) -> Iterator[str]:
-    """Stream the documents of one local file, in order.
+def read_file(
+    path: CorpusPath,
+    name: str,
+    text_field: str,
+    separator: str | None,
+    tally: Tally,
+    span: tuple[int, int] | None = None,
+) -> Iterator[str]:
+    """Stream the documents of one file, or of a part of it, in order.
+
+    The parts of a file that spans without gaps between them give have all its documents, each once: those of lines and
+    of texts begin after the first separator from the beginning of the span on, those of tables are the row groups
+    whose first byte lies in it.
 
     Args:
         path: the file.
         name: what to call it in `tally.places`.
         text_field: the field or column with the text, for JSONL and tables; `check_columns` has found it there.
         separator: where to cut plain text into documents; None keeps the file whole.
-        tally: counts what is read and skipped.
+        tally: counts what is read and skipped. Of a span that does not begin the file, lines are counted from 1.
+        span: from and to which byte; None for the whole file, which only files that `can_be_cut` need not be.
     """
     kind = kind_of(name)
     before, size = tally.bytes_read, path.stat().st_size if path.exists() else 0
+    if span is not None:
+        size = span[1] - span[0]
     if kind == "json":
-        yield from _json_documents(path, name, text_field, tally)
+        yield from _json_documents(path, name, text_field, tally, span)
     elif kind == "table":
-        for value, place in table_documents(path, name, text_field, tally):
+        for value, place in table_documents(path, name, text_field, tally, span):
             if usable(value, place, tally):
                 yield value
     else:
-        yield from _text_documents(path, name, separator, tally)
-    tally.bytes_lost += before + size - tally.bytes_read
+        yield from _text_documents(path, name, separator, tally, span)
+    if span is None or kind == "table":
+        tally.bytes_lost += before + size - tally.bytes_read
     tally.bytes_read = before + size
+
+
+def can_be_cut(path: CorpusPath, name: str, separator: str | None) -> bool:
+    """Tell whether `read_file` can read a file in parts: lines and separated text that are not compressed, Parquet."""
+    kind = kind_of(name)
+    if kind == "table":
+        return kind_of_table(name) == "parquet"
+    if kind == "text" and separator is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            begins = file.read(len(_ZSTD))
+    except OSError:
+        return False
+    return not (begins == _ZSTD or begins[: len(_GZIP)] == _GZIP or name.lower().endswith(_COMPRESSED))
 
 
 def usable(text: Any, place: str, tally: Tally) -> TypeGuard[str]:
@@ -80,9 +109,11 @@ def _has_utf8(text: str) -> bool:
     return True
 
 
-def _json_documents(path: Path, name: str, text_field: str, tally: Tally) -> Iterator[str]:
-    found, damaged = False, tally.unreadable
-    for number, raw, whole in _records(path, name, b"\n", tally):
+def _json_documents(
+    path: CorpusPath, name: str, text_field: str, tally: Tally, span: tuple[int, int] | None
+) -> Iterator[str]:
+    found, damaged, number = False, tally.unreadable, 0
+    for number, raw, whole in _records(path, name, b"\n", tally, span):
         place = f"{name}:{number}"
         # The last line of a damaged file is half a line: the damage is counted already. Blank lines are no documents.
         if not whole or not raw.strip():
@@ -99,7 +130,9 @@ def _json_documents(path: Path, name: str, text_field: str, tally: Tally) -> Ite
             text = row.get(text_field) if isinstance(row, dict) else None
             if usable(text, place, tally):
                 yield text
-    if not found and tally.unreadable == damaged:
+    if span is not None:
+        tally.lines += number  # whether any part of the file has a row is known where they are put together
+    elif not found and tally.unreadable == damaged:
         tally.skip("no_rows", name)
 
 
@@ -117,10 +150,12 @@ def _json_values(line: str) -> list[Any]:
     return values
 
 
-def _text_documents(path: Path, name: str, separator: str | None, tally: Tally) -> Iterator[str]:
+def _text_documents(
+    path: CorpusPath, name: str, separator: str | None, tally: Tally, span: tuple[int, int] | None
+) -> Iterator[str]:
     cut = separator.encode("utf-8") if separator else None
     line = 1
-    for _, raw, whole in _records(path, name, cut, tally):
+    for _, raw, whole in _records(path, name, cut, tally, span):
         place = f"{name}:{line}" if cut else name
         if cut:
             line += raw.count(b"\n") + cut.count(b"\n")
@@ -132,14 +167,18 @@ def _text_documents(path: Path, name: str, separator: str | None, tally: Tally) 
             continue
         if usable(text, place, tally):
             yield text
+    if span is not None:
+        tally.lines += line - 1
 
 
-def _records(path: Path, name: str, separator: bytes | None, tally: Tally) -> Iterator[tuple[int, bytes, bool]]:
+def _records(
+    path: CorpusPath, name: str, separator: bytes | None, tally: Tally, span: tuple[int, int] | None
+) -> Iterator[tuple[int, bytes, bool]]:
     """Cut a file at `separator`: (number from 1, bytes without the separator, whether it is whole)."""
     held, start, scanned, number = bytearray(), 0, 0, 1
     whole = True
     try:
-        for block in _blocks(path, tally):
+        for block in _blocks(path, tally) if span is None else _part(path, tally, separator or b"", span):
             held += block
             while separator and (at := held.find(separator, scanned)) >= 0:
                 yield number, _without_bom(held[start:at]), True
@@ -153,7 +192,7 @@ def _records(path: Path, name: str, separator: bytes | None, tally: Tally) -> It
         tally.skip("unreadable", name)
         whole = False
     # Blank space after the last separator, or before the damage, is no document; a blank file is an empty one.
-    if (held and not held.isspace()) or (whole and number == 1):
+    if (held and not held.isspace()) or (whole and number == 1 and span is None):
         last = _without_bom(held)
         held.clear()  # the record may be a file of gigabytes
         yield number, last, whole
@@ -164,7 +203,58 @@ def _without_bom(record: bytearray) -> bytes:
     return bytes(record.removeprefix(codecs.BOM_UTF8))
 
 
-def _blocks(path: Path, tally: Tally) -> Iterator[bytes]:
+def _part(path: CorpusPath, tally: Tally, separator: bytes, span: tuple[int, int]) -> Iterator[bytes]:
+    """The records that begin in a span, in blocks.
+
+    Raises:
+        Damaged: after everything that could be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = _record_start(file, separator, span[0], span[1])
+            if start is None:
+                return
+            end = _record_start(file, separator, span[1], None)
+            file.seek(start)
+            left = path.stat().st_size - start if end is None else end - start
+            while left and (block := file.read(min(_READ, left))):
+                left -= len(block)
+                yield block
+            tally.bytes_lost += left
+    except OSError as error:
+        raise Damaged from error
+
+
+def _record_start(file: Any, separator: bytes, at: int, limit: int | None) -> int | None:
+    """Where the first record begins that a separator from byte `at` (and before `limit`) on ends in front of.
+
+    A separator that overlaps itself, such as two newlines among three, is taken only where none begins within the one
+    before it: there, reading from the beginning of the file takes it as well.
+    """
+    if at == 0:
+        return 0
+    base = max(0, at - len(separator) + 1)
+    file.seek(base)
+    held, last = b"", -len(separator)
+    while block := file.read(_READ):
+        held += block
+        found = held.find(separator)
+        while found >= 0:
+            position = base + found
+            if limit is not None and position >= limit:
+                return None
+            if position >= at and position - last >= len(separator):
+                return position + len(separator)
+            last = position
+            found = held.find(separator, found + 1)
+        kept = len(separator) - 1
+        base, held = base + len(held) - kept, held[len(held) - kept :]
+        if limit is not None and base >= limit:
+            return None
+    return None
+
+
+def _blocks(path: CorpusPath, tally: Tally) -> Iterator[bytes]:
     """The uncompressed content in blocks of about a mebibyte.
 
     Raises:
@@ -172,7 +262,7 @@ def _blocks(path: Path, tally: Tally) -> Iterator[bytes]:
     """
     name = path.name.lower()
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             begins = file.read(len(_ZSTD))
             file.seek(0)
             # By what is in it as well: no text begins so, and not everybody who compresses renames.

@@ -1,7 +1,7 @@
 """Counts of what was read and of what had to be skipped."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _MAX_PLACES = 3
@@ -38,6 +38,8 @@ class Tally:
     """Bytes of input files after the place where they could not be read on."""
     bytes_read: int = 0
     """Bytes of input files read so far, compressed ones as they lie on disk; 0 for the hub. For progress only."""
+    lines: int = 0
+    """Lines, or separators' lines, of a part of a file, by which the places of the next part are known."""
     places: dict[str, list[str]] = field(default_factory=dict)
     """For each kind that was skipped, the first few places, as `file:line` or `file`."""
 
@@ -53,6 +55,24 @@ class Tally:
         if len(places) < _MAX_PLACES:
             places.append(place)
 
+    @property
+    def records(self) -> int:
+        """Records met, usable or not."""
+        return self.documents + self.empty + self.bad_utf8 + self.bad_json + self.no_text
+
+    def add(self, other: "Tally", lines_before: int = 0) -> None:
+        """Add what another pass has met, after this one.
+
+        Args:
+            other: of a whole file or of a part of one.
+            lines_before: lines of its file that stand before that part.
+        """
+        for name in (each.name for each in fields(self) if each.name not in ("places", "lines")):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for kind, found in other.places.items():
+            places = self.places.setdefault(kind, [])
+            places += [_later(place, lines_before) for place in found[: _MAX_PLACES - len(places)]]
+
     def problems(self, max_bad: float) -> list[str]:
         """Whether more cannot be used than a share of the records, or of the files' bytes: a sentence, or none.
 
@@ -60,8 +80,7 @@ class Tally:
         to say than this.
         """
         unusable = self.bad_utf8 + self.bad_json + self.no_text
-        records = unusable + self.documents + self.empty
-        share = max(unusable / max(records, 1), self.bytes_lost / max(self.bytes_read, 1))
+        share = max(unusable / max(self.records, 1), self.bytes_lost / max(self.bytes_read, 1))
         if share <= max_bad or not self.documents:
             return []
         said = f"data.max_bad={max_bad}: {share:.2%} of the corpus cannot be used ({self.summary()})"
@@ -81,3 +100,9 @@ class Tally:
                 more = ", ..." if count > len(places) else ""
                 skipped.append(f"{count:,} {words} ({', '.join(places)}{more})")
         return f"{self.documents:,} documents; skipped: {'; '.join(skipped) or 'none'}"
+
+
+def _later(place: str, lines: int) -> str:
+    """A place `file:line` so many lines later."""
+    name, _, line = place.rpartition(":")
+    return f"{name}:{int(line) + lines}" if lines and name and line.isdigit() else place

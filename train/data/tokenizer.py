@@ -43,7 +43,7 @@ these with what follows them has not been met."""
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}ー"
 _LETTER = rf"[\p{{L}}\p{{M}}&&[^{_CJK}]]"
 _PUNCTUATION = r"[^\s\p{L}\p{M}\p{N}]"
-_SPLIT = "|".join(
+SPLIT = "|".join(
     (
         r"[\r\n]",
         r"\p{N}",
@@ -54,6 +54,7 @@ _SPLIT = "|".join(
         r"[^\S\r\n]+",
     )
 )
+"""What our tokenizer cuts text by before it looks for tokens."""
 
 
 def too_small(key: str, size: int) -> str:
@@ -86,7 +87,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, *, progress: bool = F
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -251,6 +252,16 @@ class Encoder:
         self._unknown = {number: name for number, name in self._unknown.items() if number in self._escapes}
         if problems:
             raise BadInput(problems)
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        """What it encodes with."""
+        return self._tokenizer
+
+    @property
+    def every_character_is_known(self) -> bool:
+        """Whether no character becomes a token that stands for unknown ones."""
+        return not self._fuses
 
     def problems(self, eos_id: int) -> list[str]:
         """Whether a token that is to end documents is the one of unknown characters as well: a sentence, or none."""

@@ -2,17 +2,24 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conf.paths import expanded
-from conf.train_settings import DataConfig
+from conf.train_settings import DataConfig, Source
 from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
+from train.data.units import Unit, joined, units_of
+from train.data.workers import default_workers, work_through
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FILE = "tokenizer.json"
 
@@ -31,6 +38,13 @@ class PreparedTokenizer:
     """The token that ends a document."""
     said: str
     """The setting that gave it, for messages."""
+    sampled: Mapping[str, int]
+    """What it was trained on of each corpus, by the corpus's fingerprint, as `sample_texts` says; empty for a given
+    one."""
+
+    def sampled_of(self, data: DataConfig) -> int | None:
+        """Say what it was trained on of a corpus, as `sample_texts` does; None where that is not known."""
+        return self.sampled.get(_corpus_fingerprint(data))
 
     @property
     def path(self) -> Path:
@@ -76,7 +90,7 @@ def prepare_tokenizer(
     meta = cache.cached(folder, build, verify=verify)
     if problems := check_vocab(data, meta["size"], vocab_size):
         raise BadInput(problems)
-    return PreparedTokenizer(folder, fingerprint, meta["size"], meta["eos_id"], _said(data))
+    return PreparedTokenizer(folder, fingerprint, meta["size"], meta["eos_id"], _said(data), meta.get("sampled", {}))
 
 
 def check_vocab(data: DataConfig, size: int, vocab_size: int) -> list[str]:
@@ -126,9 +140,9 @@ def _trained_size(data: DataConfig, vocab_size: int) -> int:
 def _build(sources: Mapping[str, DataConfig], vocab_size: int, progress: bool, folder: Path) -> dict[str, Any]:
     data = next(iter(sources.values()))
     if data.tokenizer is None:
-        tokenizer = _trained(list(sources.values()), _trained_size(data, vocab_size), progress)
+        tokenizer, sampled = _trained(sources, _trained_size(data, vocab_size), progress)
         tokenizer.save(str(folder / FILE))
-        return {"size": tokenizers_.size(tokenizer), "eos_id": tokenizers_.eos_id(tokenizer)}
+        return {"size": tokenizers_.size(tokenizer), "eos_id": tokenizers_.eos_id(tokenizer), "sampled": sampled}
     tokenizer = tokenizers_.load_tokenizer(data.tokenizer)
     problems = check_vocab(data, tokenizers_.size(tokenizer), vocab_size)
     try:
@@ -145,10 +159,71 @@ def _build(sources: Mapping[str, DataConfig], vocab_size: int, progress: bool, f
     return {"size": tokenizers_.size(tokenizer), "eos_id": eos}
 
 
-def _trained(sources: Sequence[DataConfig], size: int, progress: bool) -> Any:
-    """Train on an equal share of the sample from each corpus."""
-    from train.data import build
+def _trained(sources: Mapping[str, DataConfig], size: int, progress: bool) -> tuple["Tokenizer", dict[str, int]]:
+    """Train on an equal share of the sample from each corpus; returns what was taken of each as well."""
+    sampled = {}
 
-    budget = sources[0].tokenizer_sample_mb * 10**6 // len(sources)
-    texts = (text for data in sources for text in build.sample_texts(data, budget, progress))
-    return tokenizers_.train_tokenizer(texts, size, progress=progress)
+    def texts() -> Iterator[str]:
+        for name, data in sources.items():
+            try:
+                taken, limit = sample_texts(data, data.tokenizer_sample_mb * 10**6 // len(sources), progress)
+            except BadInput as error:
+                raise BadInput(corpus.of_source(sources, name, error.problems)) from error
+            sampled[_corpus_fingerprint(data)] = limit
+            yield from taken
+
+    return tokenizers_.train_tokenizer(texts(), size, progress=progress), sampled
+
+
+def _corpus_fingerprint(data: DataConfig) -> str:
+    return cache.fingerprint(corpus.fingerprint_inputs(data))
+
+
+def sample_texts(data: DataConfig, budget: int, progress: bool) -> tuple[Iterator[str], int]:
+    """Sample at most `budget` bytes of text to train a tokenizer on.
+
+    Of files, the pieces of documents with the smallest hashes: spread evenly over the corpus, and the same whatever the
+    order of documents and whoever reads them. Of a hub dataset, which may be of any length, its beginning.
+
+    Returns:
+        The pieces, and what all of their hashes are below and no other piece's is; of a hub dataset, how many bytes its
+        beginning has at most.
+
+    Raises:
+        BadInput: none of it can be used, or more of it is unusable than `data.max_bad` allows.
+    """
+    from tqdm import tqdm
+
+    from train.data.build import Sample, SampledUnit, sample_unit
+
+    if problems := corpus.check_tables(data):
+        raise BadInput(problems)
+    units = units_of(data)
+    sample, tallies, left = Sample(budget), dict[int, corpus.Tally](), iter(range(len(units)))
+    total = sum(part.size for unit in units for part in unit) or None
+    workers = max(1, min(data.workers or default_workers(), len(units)))
+    lock = threading.Lock()
+
+    def next_call() -> tuple[Any, ...] | None:
+        with lock:
+            index = next(left, None)
+        return None if index is None else (sample_unit, index, budget, sample.limit)
+
+    with tqdm(desc="sampling", total=total, file=sys.stderr, disable=not progress, unit="B", unit_scale=True) as bar:
+
+        def take(unit: SampledUnit) -> None:
+            tallies[unit.index] = unit.tally
+            sample.restrict(unit.limit)
+            for key, piece in unit.pieces:
+                sample.add(key, piece)
+            bar.update(unit.tally.bytes_read)
+
+        work_through((_pair, (data, units)), workers, next_call, take)
+    tally = joined(units, [tallies[index] for index in range(len(units))])
+    if problems := tally.problems(data.max_bad) or ([] if tally.documents else [corpus.no_documents(data, tally)]):
+        raise BadInput(problems)  # known here, before hours of tokenising
+    return (piece for _, piece in sample.pieces()), budget if data.source is Source.hub else sample.limit
+
+
+def _pair(data: DataConfig, units: list[Unit]) -> tuple[DataConfig, list[Unit]]:
+    return data, units

@@ -23,10 +23,19 @@ def ready(data: DataConfig, vocab_size: int = VOCAB, seq_len: int = 8):
     return prepare(data, vocab_size, seq_len, progress=False)
 
 
+def tokens_of(prepared, split: str) -> np.ndarray:
+    """All tokens of a split, shard after shard."""
+    sequences = getattr(prepared, split)(1)
+    tokens = sequences.stream.read(0, sequences.num_tokens)
+    assert len(tokens) == getattr(prepared, f"num_{split}_tokens")
+    ends = np.concatenate([np.empty(0, np.int64), *prepared.ends(split)])
+    assert np.array_equal(ends - 1, np.flatnonzero(tokens == prepared.eos_id))
+    return tokens
+
+
 def texts_of(prepared, split: str) -> list[str]:
     """The documents of a split, read back from its tokens."""
-    tokens = np.fromfile(prepared.folder / f"{split}.bin", prepared.dtype)
-    assert len(tokens) == getattr(prepared, f"num_{split}_tokens")
+    tokens = tokens_of(prepared, split)
     assert not len(tokens) or tokens[-1] == prepared.eos_id
     tokenizer = prepared.tokenizer()
     ends = np.flatnonzero(tokens == prepared.eos_id)

@@ -3,51 +3,20 @@ import os
 import numpy as np
 import pytest
 
-from train.data.packing import PackedSequences, TokenWriter
+from train.data import packing
+from train.data.packing import ChangedTokens, FileTokens, PackedSequences, TokenFile
 
 
-def write(path, documents, dtype="uint16", eos_id=9):
-    with TokenWriter(path, dtype, eos_id) as writer:
-        for document in documents:
-            writer.write(document)
-    return writer.num_tokens
-
-
-def test_documents_are_joined_by_the_end_token(tmp_path):
-    path = tmp_path / "t.bin"
-    assert write(path, [[1, 2, 3], np.array([], np.int64), np.array([4])]) == 7
-    assert np.fromfile(path, "uint16").tolist() == [1, 2, 3, 9, 9, 4, 9]
-
-
-def test_pieces_of_a_document_have_no_end_between(tmp_path):
-    with TokenWriter(tmp_path / "t.bin", "uint32", 9) as writer:
-        writer.write([1, 2], end=False)
-        writer.write([100_000])
-    assert np.fromfile(tmp_path / "t.bin", "uint32").tolist() == [1, 2, 100_000, 9]
-
-
-def test_an_id_that_does_not_fit_is_refused(tmp_path):
-    with TokenWriter(tmp_path / "t.bin", "uint16", 9) as writer:
-        writer.write([65_535])
-        for bad in (65_536, -1):
-            with pytest.raises(OverflowError, match="do not fit uint16"):
-                writer.write([bad])
-    assert writer.num_tokens == 2
-
-
-def test_close_brings_the_file_to_disk(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr("os.fsync", lambda handle: synced.append((tmp_path / "t.bin").stat().st_size))
-    write(tmp_path / "t.bin", [[1, 2, 3]])
-    assert synced == [8]
+def write(path, tokens, dtype="uint16"):
+    np.asarray(tokens, dtype).tofile(path)
+    return FileTokens([TokenFile(path, dtype)])
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 3, 5, 20])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_every_token_but_the_first_is_predicted_once(tmp_path, seq_len, dtype):
     path = tmp_path / "t.bin"
-    write(path, [range(20)], dtype)
-    sequences = PackedSequences(path, dtype, seq_len)
+    sequences = PackedSequences(write(path, [*range(20), 9], dtype), seq_len)
     assert len(sequences) == 20 // seq_len and sequences.num_tokens == 21
     rows = [sequences[i] for i in range(len(sequences))]
     assert all(row.shape == (seq_len + 1,) and row.dtype == np.int64 for row in rows)
@@ -58,27 +27,65 @@ def test_every_token_but_the_first_is_predicted_once(tmp_path, seq_len, dtype):
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
 def test_length(tmp_path, tokens, expected):
-    np.zeros(tokens, "uint16").tofile(tmp_path / "t.bin")
-    assert len(PackedSequences(tmp_path / "t.bin", "uint16", 4)) == expected
+    assert len(PackedSequences(write(tmp_path / "t.bin", [0] * tokens), 4)) == expected
 
 
 def test_out_of_range(tmp_path):
-    write(tmp_path / "t.bin", [range(8)])
-    sequences = PackedSequences(tmp_path / "t.bin", "uint16", 4)
+    stream = write(tmp_path / "t.bin", [*range(8), 9])
+    sequences = PackedSequences(stream, 4)
     for index in (-1, 2):
         with pytest.raises(IndexError):
             sequences[index]
     with pytest.raises(ValueError, match="at least one token"):
-        PackedSequences(tmp_path / "t.bin", "uint16", 0)
+        PackedSequences(stream, 0)
     with pytest.raises(FileNotFoundError):
-        PackedSequences(tmp_path / "none.bin", "uint16", 4)
+        TokenFile(tmp_path / "none.bin", "uint16")
 
 
 def test_reading_does_not_load_the_file(tmp_path):
-    write(tmp_path / "t.bin", [range(8)])
-    sequences = PackedSequences(tmp_path / "t.bin", "uint16", 4)
+    stream = write(tmp_path / "t.bin", [*range(8), 9])
+    sequences = PackedSequences(stream, 4)
     row = sequences[0]
     row[:] = 0  # a copy: writing to it reaches neither the file nor a later reader
     assert sequences[0].tolist() == [0, 1, 2, 3, 4]
     os.truncate(tmp_path / "t.bin", 1 << 40)  # a terabyte of holes
-    assert PackedSequences(tmp_path / "t.bin", "uint16", 4)[(1 << 37) - 1 >> 1].tolist() == [0] * 5
+    stream = FileTokens([TokenFile(tmp_path / "t.bin", "uint16")])
+    assert PackedSequences(stream, 4)[(1 << 37) - 1 >> 1].tolist() == [0] * 5
+
+
+def files_of(folder, tokens, rng, dtype="uint16"):
+    """Tokens cut anywhere into files, some of them empty and then not there."""
+    cuts = np.sort(rng.integers(0, len(tokens) + 1, 299))
+    made = []
+    for number, part in enumerate(np.split(tokens, cuts)):
+        if len(part):
+            part.astype(dtype).tofile(folder / f"{number}.bin")
+        made.append(TokenFile(folder / f"{number}.bin", dtype, len(part)))
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_many_files_are_one_stream_of_which_few_are_open(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(packing, "_MAX_OPEN", 5)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 60_000, 1001)
+    stream = FileTokens(files_of(tmp_path, tokens, rng, dtype))
+    before = len(os.listdir("/proc/self/fd"))
+    for seq_len in (1, 7, 100, 1000):
+        sequences = PackedSequences(stream, seq_len)
+        for index in rng.permutation(len(sequences)):
+            assert np.array_equal(sequences[index], tokens[index * seq_len : index * seq_len + seq_len + 1])
+    assert sequences.num_tokens == 1001 and len(os.listdir("/proc/self/fd")) <= before + 5
+    for start, count in rng.integers(0, 500, (200, 2)):
+        assert np.array_equal(stream.read(start, count), tokens[start : start + count])
+    del stream, sequences
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_token_beyond_the_vocabulary_is_named_with_its_file_and_place(tmp_path):
+    np.array([1, 2, 3], "uint16").tofile(tmp_path / "a.bin")
+    np.array([4, 500, 6], "uint16").tofile(tmp_path / "b.bin")
+    stream = FileTokens([TokenFile(tmp_path / f"{name}.bin", "uint16") for name in "ab"])
+    assert PackedSequences(stream, 2, vocab_size=501)[1].tolist() == [3, 4, 500]
+    with pytest.raises(ChangedTokens, match=r"b\.bin, token 1: holds id 500 in sequence 1, beyond .* of 500"):
+        PackedSequences(stream, 2, vocab_size=500)[1]

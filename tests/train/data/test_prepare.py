@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.train.data.helpers import VOCAB, corpus_texts, problems, ready, texts_of
-from train.data import build
+from tests.train.data.helpers import VOCAB, corpus_texts, problems, ready, texts_of, tokens_of
+from train.data import build, segments, tokenise, tokenizer_cache
+from train.data.shards import token_file
 from train.data.tokenizer import train_tokenizer
 
 
@@ -42,7 +43,7 @@ def test_a_larger_fraction_holds_out_more_of_the_same(jsonl, files_config):
 
 @pytest.mark.parametrize("fraction", [1e-30, 1 - 1e-9])
 def test_each_side_gets_a_document_and_its_copies(jsonl, files_config, monkeypatch, fraction):
-    monkeypatch.setattr(build, "_PIECE_CHARS", 16)  # documents of several pieces
+    monkeypatch.setattr(segments, "_BATCH_CHARS", 16)  # documents of several batches
     lines = jsonl.read_text().splitlines()
     jsonl.write_text("\n".join(lines * 2))
     prepared = ready(files_config(jsonl, val_fraction=fraction))
@@ -83,16 +84,16 @@ def test_long_documents_tokenise_as_if_whole(tmp_path, files_config, monkeypatch
     text = "".join(f"line {i}:\n    indented  {i}\n\n" for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     data = files_config(tmp_path / "a.txt", val_fraction=0.0)
-    whole = np.fromfile(ready(data).folder / "train.bin", "uint16")
-    monkeypatch.setattr(build, "_PIECE_CHARS", 60)
-    monkeypatch.setattr(build, "_BATCH_CHARS", 500)
+    whole = tokens_of(ready(data), "train")
+    monkeypatch.setattr(segments, "_PIECE_CHARS", 60)
+    monkeypatch.setattr(segments, "_BATCH_CHARS", 500)
     data.cache_dir += "2"
-    assert np.array_equal(np.fromfile(ready(data).folder / "train.bin", "uint16"), whole)
+    assert np.array_equal(tokens_of(ready(data), "train"), whole)
 
 
 @pytest.mark.parametrize("text", ["one two\n" * 50, "one two  three " * 40, "x" * 500, "語" * 500, "\n\n   \n" * 90])
 def test_cut(text):
-    pieces = list(build.cut(text, 64))
+    pieces = list(segments.cut(text, 64))
     assert "".join(pieces) == text and max(map(len, pieces)) <= 64 and min(map(len, pieces[:-1])) >= 32
     if "one" in text:
         assert all(piece.endswith("\n") or after.startswith(" ") for piece, after in pairwise(pieces))
@@ -102,13 +103,13 @@ def test_the_tokenizer_sample_is_bounded_and_even(tmp_path, files_config):
     root = tmp_path / "c"
     root.mkdir()
     for i in range(20):
-        (root / f"{i:02}.txt").write_text(f"{i:02} " * 50_000)  # 20 x 150 kB
-    sample = list(build.sample_texts(files_config(root), 10**6, progress=False))
-    sizes = np.bincount([int(piece.split()[0]) for piece in sample], [len(piece) for piece in sample], 20)
+        (root / f"{i:02}.txt").write_text(" ".join(f"{i:02}_{j:06}" for j in range(15_000)))  # 20 x 150 kB
+    sample = list(tokenizer_cache.sample_texts(files_config(root), 10**6, progress=False)[0])
+    sizes = np.bincount([int(piece[:3].strip(" _")) for piece in sample], [len(piece) for piece in sample], 20)
     assert 950_000 < sizes.sum() <= 1_000_000
     assert len(sizes) == 20 and (sizes > 0).sum() >= 15
-    everything = list(build.sample_texts(files_config(root), 4 * 10**6, progress=False))
-    assert sum(map(len, everything)) == 20 * 150_000
+    everything = list(tokenizer_cache.sample_texts(files_config(root), 4 * 10**6, progress=False)[0])
+    assert sum(map(len, everything)) == 20 * 149_999
 
 
 def test_an_existing_tokenizer(jsonl, files_config, folder_with_tokenizer):
@@ -132,7 +133,7 @@ def test_large_vocabularies_take_four_bytes(jsonl, files_config, tmp_path):
         prepared = ready(files_config(jsonl, tokenizer=str(tmp_path / "t.json")), 70_000)
         assert (prepared.dtype, prepared.eos_id) == (dtype, 7)
         bytes_each = 2 if dtype == "uint16" else 4
-        assert (prepared.folder / "train.bin").stat().st_size == prepared.num_train_tokens * bytes_each
+        assert token_file(prepared.folder, 0, "train").stat().st_size == prepared.num_train_tokens * bytes_each
 
 
 def test_settings_that_cannot_work_are_all_said(files_config, tmp_path):
@@ -216,10 +217,10 @@ def test_one_document_cannot_be_split(tmp_path, files_config):
 
 def test_threads_are_the_users_choice(jsonl, files_config, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    with build._threads():
+    with tokenise._threads(True):
         assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
     monkeypatch.delenv("TOKENIZERS_PARALLELISM")
-    with build._threads():
+    with tokenise._threads(True):
         assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
