@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from launch.help_texts import HELP
 from launch.manners import (
     ShowCompletion,
     ShowVersions,
@@ -68,7 +69,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     parser.add_argument("--completion", action=ShowCompletion, help="print a script that completes it in this shell")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     made = {}
-    for name, (run, summary, details) in VERBS.items():
+    for name, run in VERBS.items():
+        summary, details = HELP[name]
         verb = verbs.add_parser(
             name,
             help=summary,
@@ -112,7 +114,11 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         _options_of_overrides(verb)
     if name == "describe":
         a_path(verb, "--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
-    if name in ("describe", "inspect", "bench"):
+    if name == "tokenizer":
+        verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
+        verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
+        a_path(verb, "--out", metavar="FILE", help="the report as JSON")
+    if name in ("describe", "inspect", "bench", "tokenizer"):
         verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -158,8 +164,17 @@ def prepare(options: argparse.Namespace) -> int:
 def refine(options: argparse.Namespace) -> int:
     """Deduplicate and filter a corpus."""
     from launch.refine.run import run
+    from train.like import take_over
 
-    return run(options.overrides)
+    return run(take_over(options.overrides))
+
+
+def tokenizer(options: argparse.Namespace) -> int:
+    """Report on a tokenizer."""
+    from launch.tokenizer_report import run
+    from train.like import take_over
+
+    return run(take_over(options.overrides), options.against, options.out, options.json, options.sample_mb)
 
 
 def describe(options: argparse.Namespace) -> int:
@@ -270,113 +285,19 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 VERBS = {
-    "train": (
-        train,
-        "pretrain on this machine",
-        "Takes Hydra overrides.\n\n"
-        "  deepnarrow train model=tiny parallel.pp=2\n"
-        "  deepnarrow train model=7b parallel.pp=4 data=files data.path='/corpus/*.jsonl.zst' wandb.mode=online\n\n"
-        "The whole configuration is checked and the data prepared before any process is started. Then as many\n"
-        "ranks as the layout asks for run under DeepSpeed's launcher; none is left behind, and the exit code is\n"
-        "theirs. --cfg job prints the composed configuration.\n\n"
-        "The same command started again goes on from the newest sound checkpoint, on whatever layout it now has.\n"
-        "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and end it with 0; a second one ends it at once.\n\n"
-        "On several machines, use the launcher itself: deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES",
-    ),
-    "prepare": (
-        prepare,
-        "tokenise a corpus and keep it for every later run",
-        "Takes the overrides of the run that it is for.\n\n"
-        "  deepnarrow prepare model=7b data=files data.path='/corpus/*.jsonl.zst' data.tokenizer=tokenizer.json\n\n"
-        "A run prepares its data itself where nobody has; for a large corpus do it ahead, without holding GPUs.",
-    ),
-    "refine": (
-        refine,
-        "deduplicate a corpus, filter it, and say what went",
-        "Takes the overrides of the corpus, and refine.… of its own, which launch/refine/plan.py describes.\n\n"
-        "  deepnarrow refine data=files data.path='/raw/*.jsonl.zst' refine.out=/refined\n"
-        "  deepnarrow refine 'data.sources={web: {path: /web}, code: {path: /code}}' refine.out=/refined \\\n"
-        "      refine.unfiltered=[code] refine.executor=slurm refine.slurm='{partition: cpu, time: \"9:00:00\"}'\n\n"
-        "DeepSeek LLM's recipe (arXiv 2401.02954, section 2.1) through datatrove's blocks: one copy of each document\n"
-        "over all sources (the same text, then MinHash), filters of length, language, repetition and quality, and a\n"
-        "data.sources with the shares to paste. refine.json says what each step removed, removed.md shows samples.\n"
-        "The same command goes on after an interruption, and does nothing twice.",
-    ),
-    "describe": (
-        describe,
-        "print parameters, FLOPs, KV cache and the split into stages",
-        "Takes a preset or any Hydra overrides.\n\n"
-        "  deepnarrow describe 67b parallel.pp=12\n"
-        "  deepnarrow describe 7b model.n_kv_heads=8 --json",
-    ),
-    "export": (
-        export_weights,
-        "write a Hugging Face directory of a run's weights",
-        "transformers and vLLM load it as Llama. Ends by comparing its logits with the source's.\n\n"
-        "  deepnarrow export runs/7b-files-5e0c2f1 7b-hf --dtype bfloat16",
-    ),
-    "import": (
-        import_weights,
-        "take in a Llama-shaped Hugging Face directory",
-        "Writes weights without an optimizer's state, for init_from.\n\n  deepnarrow import deepseek-llm-7b-base 7b",
-    ),
-    "regroup": (
-        regroup,
-        "make fewer key/value heads of many: MHA to GQA or MQA",
-        "Takes a run, a checkpoint or a Hugging Face directory, and writes its weights in the format of the source.\n\n"
-        "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8",
-    ),
-    "gqa-study": (
-        gqa_study,
-        "measure what fewer key/value heads cost in quality and buy at inference",
-        "Pretrains a multi-head model, regroups it to fewer and fewer heads by each method, uptrains every one of\n"
-        "them, times decoding, and ends with tables, two pictures and which of the paper's orderings came out.\n\n"
-        "  deepnarrow gqa-study                              a model of 1.8 million parameters, minutes on two cores\n"
-        "  deepnarrow gqa-study init_from=runs/7b-files-5e0c2f1 parallel.pp=4 study.kv_heads=[8,4,1]\n\n"
-        "Takes overrides of the pretraining, and study.kv_heads, study.methods, study.alphas, study.alpha,\n"
-        "study.contexts, study.batches, study.dir. The same command goes on where it was stopped.",
-    ),
-    "generate": (
-        generate,
-        "complete prompts",
-        "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"
-        "  deepnarrow generate runs/tiny-stdlib-574187f --prompt 'def ' --temperature 0.7 --top-p 0.9\n"
-        "  deepnarrow generate runs/67b-files-f6aa340 --prompt 'def ' --pp 2 --tp 4\n\n"
-        "A model that is too large for one device is cut over --pp x --tp processes, which are started here, or which\n"
-        "a launcher has started: torchrun --nproc-per-node 8 --no-python deepnarrow generate RUN --tp 8 ...",
-    ),
-    "bench": (
-        bench,
-        "measure what things cost on this machine",
-        "Takes overrides, with a subject. Without one: the first five, minutes in all, findings in bench.json.\n\n"
-        "  deepnarrow bench stage           training a pipeline stage of the 7B and the 67B (on a CPU a smaller one):\n"
-        "                                   tokens/s, MFU, peak memory against what is predicted\n"
-        "  deepnarrow bench kernels         attention, loss, norms, rotary positions and SwiGLU, each way they run\n"
-        "  deepnarrow bench peers           a forward and backward pass, against transformers, litgpt and torchtitan\n"
-        "                                   where they are installed, by turns\n"
-        "  deepnarrow bench pipeline        two stages with a core each against one process with both, by turns, and\n"
-        "                                   what the bubble allows\n"
-        "  deepnarrow bench data            tokens/s of preparation and of loading, against a cluster's consumption\n"
-        "  deepnarrow bench checkpoint      seconds that training stands still for a save, in the background and\n"
-        "                                   waited for by turns; bytes per parameter on disk\n"
-        "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate\n"
-        "  deepnarrow bench schedules       every pipeline schedule by turns, and its bubble against theory\n"
-        "  deepnarrow bench start           seconds before the first step: of one process, measured, and an estimate\n"
-        "                                   for 512 and 4,096 with what it assumes",
-    ),
-    "timeline": (
-        timeline,
-        "draw what every stage of a pipeline did in a step, and what its schedule would have it do",
-        "Takes a run folder; train.timeline_at=[10,1000] says which steps a run keeps.\n\n"
-        "  deepnarrow timeline runs/tiny-stdlib-574187f --step 10 --out timeline.svg",
-    ),
-    "inspect": (
-        inspect,
-        "print what is in checkpoints and whether they are sound",
-        "Takes run folders or checkpoints; reads every file.\n\n"
-        "  deepnarrow inspect runs/67b-files-f6aa340\n"
-        "  deepnarrow inspect runs/67b-files-f6aa340/checkpoints/latest --json",
-    ),
+    "train": train,
+    "prepare": prepare,
+    "refine": refine,
+    "tokenizer": tokenizer,
+    "describe": describe,
+    "export": export_weights,
+    "import": import_weights,
+    "regroup": regroup,
+    "gqa-study": gqa_study,
+    "generate": generate,
+    "bench": bench,
+    "timeline": timeline,
+    "inspect": inspect,
 }
 
 

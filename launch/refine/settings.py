@@ -138,13 +138,13 @@ class Plan:
 
     def recipe(self) -> dict[str, Any]:
         """Describe all that decides the result, JSON-able."""
-        settings = {
+        settings: dict[str, Any] = {
             key: value.name if isinstance(value, Enum) else value
             for key, value in asdict(self.settings).items()
             if key not in ("out", "executor", "workers", "slurm")
         }
         settings["tasks"] = len(self.tasks)
-        minhash = settings.pop("minhash")
+        minhash: dict[str, Any] = settings.pop("minhash")
         keys = ("text_field", "document_separator", "name", "subset", "split", "revision")
         return {
             **{PREFIX + key: value for key, value in settings.items()},
