@@ -77,7 +77,7 @@ def test_other_ranks_take_over_what_rank_0_has_prepared_and_write_nothing(
     given = [*overrides, f"hydra.run.dir={tmp_path / 'run'}"]
     prepared = preflight.preflight(given)
     compositions.clear()
-    monkeypatch.setattr(preflight, "prepare", None)  # nor do they look at the corpus
+    monkeypatch.setattr(preflight, "prepare_run", None)  # nor do they look at the corpus
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))

@@ -135,7 +135,7 @@ def test_ctrl_c_while_data_is_prepared_is_no_traceback(overrides, monkeypatch, c
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preflight, "prepare", stop)
+    monkeypatch.setattr(preflight, "prepare_run", stop)
     assert cli.main(["train", *overrides]) == cli.main(["prepare", *overrides]) == 130
     assert "stopped" in capsys.readouterr().err
 

@@ -105,5 +105,8 @@ def test_an_engine_frames_what_it_is_given_and_opens_no_group(alone):
     assert engine.eval_batch(iter("b"), num_micro_batches=7) == 2.5
     assert seen == [("train", True, "a"), ("eval", False, "b", 7)]
     assert engine.train_batch_size() == 12 and engine.gradient_accumulation_steps() == 4
+    engine.set_train_batch_size(6)  # a step with half as many micro-batches
+    assert engine.train_batch_size() == 6 and engine.gradient_accumulation_steps() == engine.micro_batches == 2
+    assert engine.train_batch(iter("c")) == "stepped" and seen[-1] == ("train", True, "c")
     assert [*engine.module.parameters()] == [*layer.parameters()]
     assert engine.optimizer is None and not alone

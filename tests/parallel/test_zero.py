@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.train_settings import OptimizerConfig
+from parallel import zero as zero_module
 from parallel.build import Layer
 from parallel.memory import state_bytes_per_parameter
 from parallel.sharding import ParameterInfo, Shard
@@ -106,6 +107,23 @@ def test_gradients_are_taken_and_let_go_at_once_and_the_last_micro_batch_complet
     done = {id(slot.parameter) for bucket in reduced for slot in bucket.slots}
     assert done == {id(p) for layer in (middle, last) for p in layer.parameters()}  # while the first has yet to begin
     assert len(reduced) == len({id(bucket) for bucket in reduced}) < len(optimizer.buckets)
+
+
+def test_a_bucket_is_complete_with_the_last_micro_batch_of_a_step_however_many_it_has(monkeypatch):
+    model = layers()
+    optimizer, reduced = zero(model), []
+    reduce = zero_module.Bucket.reduce
+    monkeypatch.setattr(
+        zero_module.Bucket, "reduce", lambda bucket, replicas: (reduced.append(bucket), reduce(bucket, replicas))
+    )
+    for micro_batches in (3, 1, 1, 2):
+        optimizer.expect(micro_batches)
+        for micro_batch in range(micro_batches):
+            assert not reduced
+            backward(model, micro_batch)
+        assert len(reduced) == len(optimizer.buckets)
+        take_step(optimizer)
+        reduced.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
