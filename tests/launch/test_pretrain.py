@@ -16,6 +16,7 @@ from parallel.processes import free_port
 from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
+from tests.shapes import preset
 from train.timeline import MeasuredStep
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
@@ -28,7 +29,7 @@ def run(*command, **environment):
     )
 
 
-WATCHED = ["train.val_every=4", "sample.tokens=8", "train.max_steps=6"]
+WATCHED = ["train.val_every=4", "sample.tokens=8", "train.max_steps=6", "data.document_separator='='"]
 
 
 PIPELINED = {"bubble", "bubble_expected", "optimizer_seconds"} | {
@@ -74,13 +75,15 @@ def pipelined(overrides, tmp_path_factory):
 
 
 @pytest.mark.launch
-def test_every_step_is_one_object(pipelined):
+def test_every_step_is_one_object(pipelined, overrides):
     folder, _ = pipelined
-    records = metrics(folder)
+    records, shape = metrics(folder), preset("tiny", *(one for one in overrides if one.startswith("model."))).model
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     for record in records:
         assert {"step", "loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second"} <= set(record)
         assert record["tokens"] == record["step"] * 8 * 32
+        # In sequences of 32 tokens no document sees another: no step is without a border.
+        assert shape.flops_per_token(1) < record["flops_per_token"] < shape.flops_per_token(32)
         assert len(record["memory_gib"]) == 2 and min(record["memory_gib"]) > 0
         passes = [record[f"{what}_seconds"] for what in ("forward", "backward", "weight", "wait")]
         whole = [sum(of_rank) for of_rank in zip(*passes, strict=True)]

@@ -120,18 +120,13 @@ def trained_with_document_mask(start: Start) -> tuple[bool, str | None]:
     Args:
         start: from `find`.
     """
-    for path in start.candidates:
-        try:
-            found = manifest.read(path)
-        except (Damaged, BadInput):
-            continue
-        if recipe_fields(found.config)["data.document_mask"]:
-            return True, None
-        return False, (
-            f"data.document_mask=null: false, as the run was trained up to step {found.step:,}, so that documents of a "
-            "sequence see each other; data.document_mask=true would separate them from here on"
-        )
-    return True, None
+    found = newest(start)
+    if found is None or recipe_fields(found.config)["data.document_mask"] is not False:
+        return True, None
+    return False, (
+        f"data.document_mask=null: false, as the run was trained up to step {found.step:,}, so that documents of a "
+        "sequence see each other; data.document_mask=true would separate them from here on"
+    )
 
 
 def load_newest_sound(config: Config, start: Start, state: OptimizerState, group: dist.ProcessGroup) -> Manifest | None:

@@ -10,10 +10,13 @@ from tests.shapes import preset
 from train.checkpoint import manifest
 from train.checkpoint.folder import name_of
 from train.checkpoint.manifest import Damaged, Manifest
-from train.checkpoint.resume import Start, check, find, warnings
+from train.checkpoint.resume import Start, check, find, trained_with_document_mask, warnings
 
 
-def checkpoint(run_dir, step, config, origin=None):
+def checkpoint(run_dir, step, config, origin=None, older_than=()):
+    """A checkpoint without weights; `older_than` names keys of the data that its configuration lacks."""
+    settings = to_jsonable(asdict(config))
+    settings["data"] = {key: value for key, value in settings["data"].items() if key not in older_than}
     path = run_dir / "checkpoints" / name_of(step)
     path.mkdir(parents=True)
     (path / "tokenizer.json").write_text("{}")
@@ -25,7 +28,7 @@ def checkpoint(run_dir, step, config, origin=None):
             adam_step=step,
             tokens=step * 2048,
             data="corpus",
-            config=to_jsonable(asdict(config)),
+            config=settings,
             layout={},
             code="",
             written="",
@@ -126,6 +129,27 @@ def test_what_is_left_to_train_is_counted_from_what_was_trained_on(run_dir, tmp_
     assert "is of step 8 and the run ends with step 8, so that nothing is left to train" in problem
     # A ramp-up or stages that cannot be are said where the configuration is checked.
     assert check(preset("tiny", "train.global_batch='0:8 x'", "data.stages=[{until: -1}]"), start) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "older_than", "mask"),
+    [
+        (["data.document_mask=true"], (), True),
+        (["data.document_mask=false"], (), False),
+        ([], ("document_mask", "sources", "stages"), False),
+    ],
+)
+def test_documents_stay_apart_or_together_as_the_run_was_trained(settings, older_than, mask, tmp_path):
+    checkpoint(tmp_path / "run", 8, preset("tiny", *settings), older_than=older_than)
+    start = find("auto", tmp_path / "run")
+    found, said = trained_with_document_mask(start)
+    assert found is mask and (said is None) is mask
+    assert mask or ("up to step 8" in said and "data.document_mask=true would" in said)
+    then = manifest.read(start.candidates[0])
+    assert warnings(preset("tiny", f"data.document_mask={str(mask).lower()}"), then, "corpus") == []
+    (line,) = warnings(preset("tiny", f"data.document_mask={str(not mask).lower()}"), then, "corpus")
+    assert line.startswith(f"data.document_mask={not mask}: the run had {mask}")
+    assert trained_with_document_mask(Start()) == (True, None)
 
 
 def test_another_tokenizer_is_refused(run_dir, tmp_path):
