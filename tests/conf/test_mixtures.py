@@ -143,3 +143,8 @@ def test_what_is_never_reached_is_a_warning():
     found = warnings(config, validate(config, CPU)[0], CPU)
     assert [line.partition(":")[0] for line in found] == ["train.global_batch", "data.stages[1]"]
     assert all("is never reached, since the run ends with train.total_tokens=300000" in line for line in found)
+
+
+def test_a_run_is_named_by_the_mask_of_documents_that_it_was_told():
+    names = [preset("tiny", *said).name for said in ([], ["data.document_mask=true"], ["data.document_mask=false"])]
+    assert len(set(names)) == 3
