@@ -6,16 +6,17 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from conf.compose import compose_overrides
 from conf.paths import expanded, path_problems
 from conf.train_settings import DataConfig, SourceConfig, corpora
-from conf.train_settings import Source as Kind
-from launch.refine.settings import PREFIX, RECIPE, WORK, Executor, Part, Plan, RefineSettings
+from launch.refine.settings import PREFIX, RECIPE, WORK, Executor, Piece, Plan, RefineSettings, stamp_of
 from launch.settings import settings_of
 from model.problems import BadInput
 from train.data import corpus
-from train.data.columns import check_columns
+from train.data.units import Part, units_of
 
 _MAX_TASKS = 1000
 _PACKAGES = {"datatrove": "datatrove", "orjson": "orjson", "regex": "regex", "xxhash": "xxhash"}
@@ -38,46 +39,50 @@ def plan(overrides: Sequence[str]) -> Plan:
     data = composition.config.data
     sources = corpora(data)
     for name, each in sources.items():
-        problems += _of_source(data, name, corpus.check(each))
+        problems += corpus.of_source(sources, name, corpus.check(each))
     problems += _check(settings, sources)
     if problems:
         raise BadInput(problems)
-    parts: list[Part] = []
+    pieces: list[Piece] = []
+    number = 0
     for name, each in sources.items():
-        files = corpus.list_files(each)
-        if each.source is Kind.hub:
-            parts.append(Part(name, str(each.name), None))
-        problems += _of_source(data, name, check_columns(files, each.text_field))
-        for file, path in files:
-            found = path.stat()
-            parts.append(Part(name, file, str(path.absolute()), found.st_size, found.st_mtime_ns))
+        problems += corpus.of_source(sources, name, corpus.check_tables(each))
+        units = units_of(each)
+        number += len(units)
+        pieces += [Piece(name, _absolute(part), stamp_of(part.path)) for unit in units for part in unit]
     if problems:
         raise BadInput(problems)
     given = {name: of.weight for name, of in data.sources.items()}
     weights = given if any(weight != SourceConfig.weight for weight in given.values()) else None
-    made = Plan(settings, sources, weights, _dealt(parts, settings.tasks), expanded(str(settings.out)))
+    made = Plan(
+        settings,
+        sources,
+        weights,
+        _dealt(pieces, settings.tasks or min(number, _MAX_TASKS)),
+        expanded(str(settings.out)),
+    )
     if problem := _other_recipe(made):
         raise BadInput([problem])
     return made
 
 
-def _of_source(data: DataConfig, name: str, problems: Sequence[str]) -> list[str]:
-    return [problem.replace("data.", f"data.sources.{name}.") for problem in problems] if data.sources else [*problems]
+def _absolute(part: Part) -> Part:
+    return replace(part, path=part.path.absolute()) if isinstance(part.path, Path) else part
 
 
-def _dealt(parts: Sequence[Part], tasks: int | None) -> list[list[Part]]:
-    """Deal files to tasks in their order, each task about as many bytes; a dataset of the hub is a task of its own."""
-    number = max(1, min(tasks or _MAX_TASKS, len(parts)))
-    share = sum(part.size for part in parts) / number
-    dealt: list[list[Part]] = []
+def _dealt(pieces: Sequence[Piece], tasks: int) -> list[list[Piece]]:
+    """Deal pieces to tasks in their order, each task about as many bytes; a dataset of the hub is a task of its own."""
+    number = max(1, min(tasks, len(pieces)))
+    share = sum(piece.part.size for piece in pieces) / number
+    dealt: list[list[Piece]] = []
     before = 0
-    for at, part in enumerate(parts):
+    for at, piece in enumerate(pieces):
         left = number - len(dealt)
-        full = not dealt or part.path is None or dealt[-1][-1].path is None or before >= share * len(dealt)
-        if (full and left > 0) or len(parts) - at <= left:
+        alone = not dealt or piece.part.path is None or dealt[-1][-1].part.path is None
+        if ((alone or before >= share * len(dealt)) and left > 0) or len(pieces) - at <= left:
             dealt.append([])
-        dealt[-1].append(part)
-        before += part.size
+        dealt[-1].append(piece)
+        before += piece.part.size
     return dealt
 
 

@@ -15,6 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from launch.refine.settings import DOCUMENTS, REMOVED, REPORT, TEXT, Plan
 from launch.refine.steps import write_json
 from train.data.tally import Tally
+from train.data.units import Unit, joined
 
 _REASONS = 4
 """Reasons that a line of the table names."""
@@ -57,17 +58,13 @@ class Report(PipelineStep):
 
 
 def tallies(plan: Plan) -> dict[str, Tally]:
-    """Add up what reading each source met, of the tasks that have read it."""
-    sums = {name: Tally() for name in plan.data}
-    for file in sorted((plan.work / "read").glob("*.json")):
-        for name, account in json.loads(file.read_text("utf-8"))["read"].items():
-            for tally in account["tallies"]:
-                for key, value in tally.items():
-                    if isinstance(value, int):
-                        setattr(sums[name], key, getattr(sums[name], key) + value)
-                for kind, places in tally["places"].items():
-                    sums[name].places[kind] = (sums[name].places.get(kind, []) + places)[:3]
-    return sums
+    """Add up what reading each source met."""
+    met: dict[str, list[tuple[Unit, Tally]]] = {name: [] for name in plan.data}
+    for rank, task in enumerate(plan.tasks):
+        found = json.loads((plan.work / "read" / f"{rank:05d}.json").read_text("utf-8"))["tallies"]
+        for piece, tally in zip(task, found, strict=True):
+            met[piece.source].append(((piece.part,), Tally(**tally)))
+    return {name: joined([unit for unit, _ in each], [tally for _, tally in each]) for name, each in met.items()}
 
 
 def collect(plan: Plan, steps: Sequence[str]) -> dict[str, Any]:
@@ -82,10 +79,10 @@ def collect(plan: Plan, steps: Sequence[str]) -> dict[str, Any]:
     """
     read = {name: [0, 0] for name in plan.data}
     left = {name: [0, 0] for name in plan.data}
-    files: list[list[list[Any]]] = []
+    pieces: list[list[list[Any]]] = []
     for rank in range(len(plan.tasks)):
         account = json.loads((plan.work / "read" / f"{rank:05d}.json").read_text("utf-8"))
-        files.append(account["files"])
+        pieces.append(account["pieces"])
         for name, each in account["read"].items():
             _add(read[name], (each["documents"], each["bytes"]))
         for name, each in json.loads((plan.work / "kept" / f"{rank:05d}.json").read_text("utf-8")).items():
@@ -107,7 +104,7 @@ def collect(plan: Plan, steps: Sequence[str]) -> dict[str, Any]:
                                    f"{gone} removed")  # fmt: skip
     for step in steps:
         samples[step] = sorted(samples[step], key=lambda sample: sample["order"])[: plan.settings.samples]
-        _resolve(plan, step, samples[step], files)
+        _resolve(plan, step, samples[step], pieces)
     shares = _shares(plan, left)
     return {
         "recipe": {key: value for key, value in plan.recipe().items() if key != "the files"},
@@ -126,7 +123,7 @@ def _add(total: list[int], more: Sequence[int]) -> None:
         total[at] += value
 
 
-def _resolve(plan: Plan, step: str, samples: list[dict[str, Any]], files: list[list[list[Any]]]) -> None:
+def _resolve(plan: Plan, step: str, samples: list[dict[str, Any]], pieces: list[list[list[Any]]]) -> None:
     """Say of each sample which document stays in its place, where it was a copy."""
     wanted: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:
@@ -135,9 +132,9 @@ def _resolve(plan: Plan, step: str, samples: list[dict[str, Any]], files: list[l
     for rank in range(len(plan.tasks) if wanted else 0):
         rows = np.load(plan.work / "originals" / step / f"{rank:05d}.npy")
         for key, number in rows[np.isin(rows[:, 0], np.array(list(wanted), dtype=np.uint64))].tolist():
-            at = bisect_right([first for _, first in files[rank]], number) - 1
+            at = bisect_right([first for _, first in pieces[rank]], number) - 1
             for sample in wanted[key]:
-                sample["copy_of"] = f"{files[rank][at][0]}#{number - files[rank][at][1] + 1}"
+                sample["copy_of"] = f"{pieces[rank][at][0]}#{number - pieces[rank][at][1] + 1}"
     for sample in samples:
         sample.pop("key", None)
         sample.pop("order")
@@ -181,7 +178,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"{name:12}{documents:>16,}{shares[0]}{size:>20,}{shares[1]}  {why}".rstrip())
     for name, tally in found["skipped"].items():
         lines.append(f"{name}: {Tally(**tally).summary()}")
-    for name, share in found["shares"].items():
+    for name, share in found["shares"].items() if len(found["left"]) > 1 else ():
         before, after = found["read"][name], found["left"][name]
         times = share["trained"] / share["left"] if share["left"] else 0
         again = "" if abs(times - 1) < 1e-9 else f": {times:.2f} times as often"
@@ -191,7 +188,7 @@ def as_text(found: dict[str, Any]) -> str:
         )
     if gone := [name for name in found["left"] if name not in found["shares"]]:
         lines.append(f"nothing is left of {', '.join(gone)}")
-    return "\n".join([*lines, f"train on it with  {found['override']}"])
+    return "\n".join([*lines, *([f"train on it with  {found['override']}"] if found["shares"] else [])])
 
 
 def samples_text(found: dict[str, Any]) -> str:

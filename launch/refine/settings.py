@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.train_settings import DataConfig
+from train.data.columns import CorpusPath
+from train.data.formats.remote import RemotePath
+from train.data.units import Part
 
 PREFIX = "refine."
 WORK, RECIPE, REPORT, TEXT, REMOVED, DOCUMENTS = (
@@ -95,22 +98,36 @@ class RefineSettings:
     workers: int | None = None
     """Tasks that run at a time; null is one for each core, or on a cluster as many as it gives."""
     tasks: int | None = None
-    """Pieces that the files are dealt into, of about the same size; null is one for each file, at most 1000. A file is
-    one worker's, so one large file gives one task; a hub dataset is one as well."""
+    """Pieces that the corpus is dealt into, of about the same size; null is one for each 4 MiB of a small corpus, and
+    at most 1000. Files are cut between documents; a compressed one is one worker's, as is a dataset of the hub."""
     slurm: dict[str, Any] = field(default_factory=dict)
     """Arguments of datatrove's SlurmPipelineExecutor: partition and time, and if need be qos, mem_per_cpu_gb,
     env_command, sbatch_args, tasks_per_job, …"""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A file of a source, as it was when the refinement began; `path` is None for a dataset of the hub."""
+class Piece:
+    """A file of a source, a span of one, or a dataset of the hub, as it was when the refinement began."""
 
     source: str
-    name: str
-    path: str | None
-    size: int = 0
-    modified: int = 0
+    part: Part
+    stamp: str
+    """What changes when the file does."""
+
+    @property
+    def id(self) -> str:
+        """Name it, as ``web/a.jsonl`` or, from a byte on, ``web/a.jsonl@4194304``."""
+        return f"{self.source}/{self.part.name}" + (f"@{self.part.span[0]}" if self.part.span else "")
+
+
+def stamp_of(path: CorpusPath | None) -> str:
+    """Say what changes when a file does; of a file elsewhere, what it was when it was listed."""
+    if path is None:
+        return ""
+    if isinstance(path, RemotePath):
+        return path.stamp
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -121,14 +138,14 @@ class Plan:
         settings: its settings.
         data: the settings of each source.
         weights: the weight of each source, where one was given.
-        tasks: the files of each task, in the corpus's order.
+        tasks: what each task reads, in the corpus's order.
         folder: `refine.out`.
     """
 
     settings: RefineSettings
     data: Mapping[str, DataConfig]
     weights: Mapping[str, float] | None
-    tasks: Sequence[Sequence[Part]]
+    tasks: Sequence[Sequence[Piece]]
     folder: Path
 
     @property
@@ -150,5 +167,9 @@ class Plan:
             **{PREFIX + key: value for key, value in settings.items()},
             **{f"{PREFIX}minhash.{key}": value for key, value in minhash.items()},
             "the sources": {name: [getattr(data, key) for key in keys] for name, data in self.data.items()},
-            "the files": [[asdict(part) for part in task] for task in self.tasks],
+            "the files": [
+                [piece.id, str(piece.part.path), piece.part.size, piece.part.span, piece.stamp]
+                for task in self.tasks
+                for piece in task
+            ],
         }

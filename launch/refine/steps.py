@@ -7,7 +7,7 @@ its task, written once the task has gone through, and the report adds them up.
 import heapq
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.utils.text import ngrams, simplify_text
 
 from conf.train_settings import DataConfig
-from conf.train_settings import Source as Kind
 from launch.refine.languages import WORDS, language_of
-from launch.refine.settings import Part
-from train.data.corpus import documents
-from train.data.readers import read_file
+from launch.refine.settings import Piece, stamp_of
 from train.data.tally import Tally
+from train.data.units import documents_of
 
 _HEAD = 400
 """Characters of a sample that the report shows."""
@@ -53,10 +51,11 @@ def num_bytes(document: Document) -> int:
 class Read(PipelineStep):
     """Reads the files of a task as a run would read them, with their documents numbered.
 
-    A document's id is ``SOURCE/FILE#n``, the n-th usable one of its file, from 1.
+    A document's id is ``SOURCE/FILE#n``, the n-th usable one of its file, from 1; of a file that is cut, from a byte
+    on, ``SOURCE/FILE@BYTE#n``.
 
     Args:
-        tasks: the files of each task.
+        tasks: what each task reads.
         data: the settings of each source.
         folder: where each task's account of what it read goes.
     """
@@ -64,7 +63,7 @@ class Read(PipelineStep):
     type = "📖 - READER"
     name = "the corpus, as training reads it"
 
-    def __init__(self, tasks: Sequence[Sequence[Part]], data: Mapping[str, DataConfig], folder: Path):
+    def __init__(self, tasks: Sequence[Sequence[Piece]], data: Mapping[str, DataConfig], folder: Path):
         super().__init__()
         self.tasks, self.data, self.folder = tasks, data, folder
 
@@ -75,39 +74,29 @@ class Read(PipelineStep):
             Changed: a file is not as large or as old as it was.
         """
         read: dict[str, dict[str, Any]] = {}
-        files = []
+        pieces, tallies = [], []
         number = 0
-        for part in self.tasks[rank]:
+        for piece in self.tasks[rank]:
             tally = Tally()
-            account = read.setdefault(part.source, {"documents": 0, "bytes": 0, "tallies": []})
-            files.append([f"{part.source}/{part.name}", number])
-            for at, text in enumerate(self._texts(part, tally), 1):
-                document = Document(text=text, id=f"{part.source}/{part.name}#{at}")
-                document.metadata = {"source": part.source, "number": number}
+            account = read.setdefault(piece.source, {"documents": 0, "bytes": 0})
+            pieces.append([piece.id, number])
+            _check(piece)
+            for at, text in enumerate(documents_of(self.data[piece.source], (piece.part,), tally), 1):
+                document = Document(text=text, id=f"{piece.id}#{at}")
+                document.metadata = {"source": piece.source, "number": number}
                 account["documents"] += 1
                 account["bytes"] += num_bytes(document)
                 number += 1
                 yield document
-            self._check(part)
-            account["tallies"].append(tally.as_dict())
-        write_json(self.folder / f"{rank:05d}.json", {"read": read, "files": files})
+            _check(piece)
+            tallies.append(tally.as_dict())
+        write_json(self.folder / f"{rank:05d}.json", {"read": read, "pieces": pieces, "tallies": tallies})
 
-    def _texts(self, part: Part, tally: Tally) -> Iterator[str]:
-        data = self.data[part.source]
-        if part.path is None:
-            return documents(data, tally)
-        self._check(part)
-        separator = data.document_separator if data.source is Kind.files else None
-        # As the command line leaves them.
-        separator = separator and separator.replace("\\n", "\n").replace("\\t", "\t")
-        return read_file(Path(part.path), part.name, data.text_field, separator, tally)
 
-    def _check(self, part: Part) -> None:
-        if part.path is None:
-            return
-        found = os.stat(part.path) if os.path.exists(part.path) else None
-        if found is None or (found.st_size, found.st_mtime_ns) != (part.size, part.modified):
-            raise Changed(f"{part.path} has changed while the corpus was refined")
+def _check(piece: Piece) -> None:
+    path = piece.part.path
+    if path is not None and (not path.exists() or stamp_of(path) != piece.stamp):
+        raise Changed(f"{path} has changed while the corpus was refined")
 
 
 class Removed:

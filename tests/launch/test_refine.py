@@ -25,10 +25,11 @@ from launch.cli import main
 from launch.refine.languages import UnicodeWords
 from launch.refine.plan import _dealt
 from launch.refine.report import collect
-from launch.refine.settings import Part
+from launch.refine.settings import Piece, stamp_of
 from launch.refine.steps import _SHINGLES, Changed, Read, Signature
 from train.data.corpus import documents
 from train.data.tally import Tally
+from train.data.units import Part
 
 
 def _words(text: str) -> list[str]:
@@ -220,6 +221,20 @@ def test_a_killed_refinement_goes_on_and_ends_with_the_same_documents(corpus, re
         assert texts(out / "documents" / source) == texts(refined / "documents" / source)
 
 
+def test_a_large_file_is_cut_into_tasks_and_gives_the_same_documents(tmp_path, monkeypatch):
+    (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": prose(seed % 30)}) for seed in range(50)))
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", "refine.dedup=exact", "refine.workers=1"]
+    monkeypatch.setattr("train.data.units.SMALLEST", 8000)
+    assert main(["refine", *overrides, f"refine.out={tmp_path}/out"]) == 0
+    report = json.loads((tmp_path / "out" / "refine.json").read_text())
+    assert report["recipe"]["refine.tasks"] > 4 and report["read"]["files"][0] == 50
+    assert sorted(texts(tmp_path / "out" / "documents" / "files")) == sorted(prose(seed) for seed in range(30))
+    by_id = {line["id"]: line["text"] for line in lines_of(tmp_path / "out")}
+    assert any("@" in name for name in by_id)
+    for sample in report["samples"]["exact"]:
+        assert by_id[sample["copy_of"]].startswith(sample["head"])
+
+
 FAKE_SLURM = {
     # Runs the array's tasks one after another, as its environment tells each which it is.
     "sbatch": """#!/bin/bash
@@ -324,9 +339,8 @@ def test_a_corpus_of_which_too_much_is_unusable_is_refused(tmp_path, capsys):
 def test_a_file_that_changed_between_two_passes_ends_it(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("text")
-    found = file.stat()
-    part = Part("files", "a.txt", str(file), found.st_size, found.st_mtime_ns)
-    read = Read([[part]], {"files": DataConfig(source=Source.files)}, tmp_path / "read")
+    piece = Piece("files", Part("a.txt", file, 4), stamp_of(file))
+    read = Read([[piece]], {"files": DataConfig(source=Source.files)}, tmp_path / "read")
     assert [document.text for document in read(None, 0, 1)] == ["text"]
     file.write_text("other text")
     with pytest.raises(Changed, match=r"a\.txt has changed while"):
@@ -365,10 +379,11 @@ def test_words_are_found_in_every_script():
     assert words("안녕하세요 세계") == ["안녕하세요", "세계"]
 
 
-@pytest.mark.parametrize("tasks", [None, 1, 3, 7, 50])
+@pytest.mark.parametrize("tasks", [1, 3, 7, 50])
 def test_files_are_dealt_in_order_into_as_many_tasks_as_are_asked_for(tasks):
     draw = random.Random(5)
-    parts = [Part("s", str(n), f"/{n}", draw.choice([0, 1, 10, 10_000])) for n in range(23)]
-    dealt = _dealt(parts, tasks)
-    assert [part for task in dealt for part in task] == parts
-    assert len(dealt) == min(tasks or 23, 23) and all(dealt)
+    sizes = [draw.choice([0, 1, 10, 10_000]) for _ in range(23)]
+    pieces = [Piece("s", Part(str(n), Path(f"/{n}"), size), "") for n, size in enumerate(sizes)]
+    dealt = _dealt(pieces, tasks)
+    assert [piece for task in dealt for piece in task] == pieces
+    assert len(dealt) == min(tasks, 23) and all(dealt)
