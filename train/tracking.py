@@ -137,7 +137,9 @@ class Tracker:
     def _log(self, record: dict[str, Any]) -> None:
         if record["step"] <= self._logged:  # taken and logged before, then lost with the process
             return
-        flat = {key: value for key, value in record.items() if not isinstance(value, list)}
+        flat = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
+        of_sources = {key: value for key, value in record.items() if isinstance(value, dict)}
+        flat |= {f"{key}/{name}": one for key, values in of_sources.items() for name, one in values.items()}
         by_stage = {key: value for key, value in record.items() if isinstance(value, list)}
         flat |= {f"{key}/stage{i}": one for key, values in by_stage.items() for i, one in enumerate(values)}
         self._tell_wandb(lambda run: run.log(flat, step=record["step"], commit=True))
@@ -312,7 +314,7 @@ def diverged_before(run_dir: Path) -> str | None:
 
 def _needed_to_resume(run_dir: Path) -> list[Path]:
     """List the small files of a run folder without which a run is not the same when it goes on."""
-    return [path for path in (*run_dir.glob(".hydra/*.yaml"), run_dir / "wandb" / "run-id") if path.is_file()]
+    return [path for path in (*run_dir.glob(".hydra/*.yaml"), *run_dir.glob("wandb/*id")) if path.is_file()]
 
 
 def _records(metrics: Path) -> Iterator[dict[str, Any]]:

@@ -16,16 +16,19 @@ from conf.train_settings import WandbConfig, WandbMode
 
 log = logging.getLogger(__name__)
 
+ID_FILE = "id"
+"""In the folder of W&B, the id of the run there. Earlier runs have it in run-id, which wandb takes for a run."""
 INIT_TIMEOUT = 20.0
 """Seconds that W&B's server has to answer at the start of a run."""
 
 
 def wandb_id(run_dir: Path) -> str:
     """Read or make the id of a folder's W&B run; the folder keeps it, so that the run goes on in W&B too."""
-    path = run_dir / "wandb" / "run-id"
-    with suppress(OSError):
-        if known := path.read_text("utf-8").strip():
-            return known
+    for name in (ID_FILE, "run-id"):
+        with suppress(OSError):
+            if known := (run_dir / "wandb" / name).read_text("utf-8").strip():
+                return known
+    path = run_dir / "wandb" / ID_FILE
     made = secrets.token_hex(4)
     try:
         path.parent.mkdir(exist_ok=True)

@@ -227,5 +227,5 @@ def test_a4_a_run_folder_that_is_deleted_is_made_again_and_the_exit_code_tells(o
     assert all(log.count(f"step {step}/{STEPS} ") == 1 for step in range(1, STEPS + 1))
     assert {path.name for path in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     assert steps_saved(folder) == [11, 16, 20] and summary(folder)["complete"]
-    run_id = (folder / "wandb" / "run-id").read_text().strip()
+    run_id = (folder / "wandb" / "id").read_text().strip()
     assert last_offline_step(folder / "wandb", run_id) == STEPS

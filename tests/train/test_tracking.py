@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_p
     (tmp_path / METRICS).write_text("".join(lines) + '{"step": 10, "lo')
     (tmp_path / SUMMARY).write_text("{}")
     (tmp_path / "wandb").mkdir()
-    (tmp_path / "wandb" / "run-id").write_text("abc\n")
+    (tmp_path / "wandb" / "id").write_text("abc\n")
     run, asked = Online(starting_step=6), []  # it was killed before W&B had step 6
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(wandb, "init", lambda **given: asked.append(given) or run)
