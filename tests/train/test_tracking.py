@@ -104,6 +104,21 @@ def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_p
     assert ahead.steps == [12]
 
 
+def test_figures_of_stages_and_of_sources_have_a_curve_each(monkeypatch, tmp_path):
+    class Curves(Online):
+        def log(self, values, **how):
+            curves.update(values)
+
+    curves = {}
+    monkeypatch.setattr(wandb, "init", lambda **given: Curves(0))
+    tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=1, facts={})
+    tracker.step(record(1) | {"memory_gib": [1.0, 2.0], "source_tokens": {"web": 5, "code": 3}})
+    assert (curves["memory_gib/stage1"], curves["source_tokens/web"], curves["source_tokens/code"]) == (2.0, 5, 3)
+    assert "source_tokens" not in curves
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    assert json.loads(line)["source_tokens"] == {"web": 5, "code": 3}
+
+
 def test_a_run_that_began_offline_stays_offline(monkeypatch, tmp_path, caplog):
     part = tmp_path / "wandb" / "offline-run-20260101_000000-abc"
     part.mkdir(parents=True)

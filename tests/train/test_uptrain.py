@@ -95,3 +95,32 @@ def test_another_shape_and_a_share_of_nothing_are_problems():
     nobody = Source(Path("/hf"), source().weights, None, None)
     with pytest.raises(BadInput, match="does not say what recipe made it"):
         composed(nobody, "uptrain.alpha=0.1")
+
+
+MIXTURE = ["data=stdlib", "data.path=null", "data.sources={web: {path: '/we b', weight: 3}, code: {name: a/b}}"]
+STAGES = "data.stages=[{until: 1e6}, {until: 1e13, weights: {code: 1}, seq_len: 128}]"
+
+
+def test_a_mixture_is_taken_over_and_goes_on_with_the_batch_that_it_ended_with():
+    now = composed(source(*MIXTURE, "train.global_batch='0:8 1e6:16'"), "uptrain.alpha=0.05")
+    assert {name: (one.path, one.name, one.weight) for name, one in now.data.sources.items()} == {
+        "web": ("/we b", None, 3.0),
+        "code": (None, "a/b", 1.0),
+    }
+    assert (now.train.global_batch, now.train.seq_len, now.data.stages) == (16, 256, [])
+    assert now.train.skip_samples == 4_096_000 // 256
+    assert now.optimizer.lr == pytest.approx(0.0002)
+    halfway = composed(source(*MIXTURE, "train.global_batch='0:8 1e6:16'", tokens=500_000), "uptrain.alpha=0.05")
+    assert halfway.train.global_batch == 8
+
+
+def test_the_last_stage_of_a_run_is_the_only_one_of_its_uptraining():
+    now = composed(source(*MIXTURE, STAGES), "uptrain.alpha=0.05")
+    assert {name: one.weight for name, one in now.data.sources.items()} == {"web": 0.0, "code": 1.0}
+    assert (now.data.stages, now.train.seq_len, now.train.skip_samples) == ([], 128, 4_096_000 // 128)
+    # A command may set a key of a source that it does not name itself.
+    own = ["init_from=/weights", "uptrain.alpha=0.05", "data.sources.web.weight=5"]
+    found = implied(preset("model=tiny", *own[:2]), source(*MIXTURE, STAGES, tokens=900_000), own)
+    first = compose_overrides([*found, *own]).config
+    assert {name: one.weight for name, one in first.data.sources.items()} == {"web": 5.0, "code": 1.0}
+    assert (first.data.stages, first.train.seq_len) == ([], 256)

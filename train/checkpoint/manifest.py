@@ -17,8 +17,11 @@ from model.problems import BadInput
 from train import strict_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-"""Raise it when the meaning of a checkpoint's files changes."""
+FORMAT = 2
+"""Raise it when the meaning of a checkpoint's files changes. A version that reads format 1 alone would count samples by
+steps, which is wrong once batches change."""
+READ = (1, 2)
+"""Formats that are read; format 1 has no history."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def read(folder: Path) -> Manifest:
         body = json.loads((folder / MANIFEST).read_text("utf-8"))
         if body.pop("sha256") != _digest(body):
             raise Damaged(f"{MANIFEST} was changed")
-        if body["format"] != FORMAT:
-            reads = f"this version of deepnarrow reads format {FORMAT}"
+        if body["format"] not in READ:
+            reads = f"this version of deepnarrow reads formats {' and '.join(map(str, READ))}"
             raise BadInput(
                 [f"{folder}: written in format {body['format']}, and {reads}; the version that wrote it would"]
             )

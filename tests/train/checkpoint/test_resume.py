@@ -1,5 +1,6 @@
 """Which checkpoint, and whether it fits: decided before a process is started."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -203,6 +204,18 @@ def test_a_manifest_may_not_lead_outside_its_folder(name, run_dir):
 
 
 def test_another_format_is_refused_and_not_called_damaged(run_dir, monkeypatch):
-    monkeypatch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
-    with pytest.raises(BadInput, match="written in format 1"):
+    monkeypatch.setattr(manifest, "READ", (manifest.FORMAT + 1,))
+    with pytest.raises(BadInput, match=f"written in format {manifest.FORMAT}"):
         check(preset("tiny"), Start((run_dir / "checkpoints" / name_of(8),), own=True))
+
+
+def test_checkpoints_of_the_first_format_are_read(run_dir):
+    """They have no history: one batch and one length all along."""
+    path = run_dir / "checkpoints" / name_of(8)
+    body = asdict(manifest.read(path))
+    del body["history"]
+    lines = {"sha256": manifest._digest({**body, "format": 1}), **body, "format": 1}
+    (path / "manifest.json").write_text(json.dumps(lines))
+    found = manifest.read(path)
+    assert (found.format, found.history, found.step) == (1, None, 8)
+    assert check(preset("tiny"), Start((path,), own=True)) == []
