@@ -70,7 +70,7 @@ def unknown_verb(arguments: Sequence[str], parser: argparse.ArgumentParser, verb
 
 def unknown_options(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """Say of each option that is not known which one it may have been meant to be."""
-    known = [*parser._option_string_actions]
+    known = [name for name, action in parser._option_string_actions.items() if action.help != argparse.SUPPRESS]
     said = []
     for word in words:
         option = word.partition("=")[0]
