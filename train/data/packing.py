@@ -213,8 +213,15 @@ class PackedSequences:
             ChangedTokens: a file has been cut short since it was prepared, cannot be read any more, or holds ids
                 beyond the vocabulary.
         """
-        start = self._start(index)
-        tokens = self.stream.read(start, self.seq_len + 1)
+        return self.read(self._start(index), self.seq_len + 1, index)
+
+    def read(self, start: int, count: int, index: int) -> NDArray[np.int64]:
+        """Return tokens of the stream for sequence `index`, int64 (count,).
+
+        Raises:
+            ChangedTokens: as for `__getitem__`.
+        """
+        tokens = self.stream.read(start, count)
         if self._vocab_size is not None:
             wrong = (tokens >= self._vocab_size) | (tokens < 0)
             if wrong.any():
