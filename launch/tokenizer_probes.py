@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import regex
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _SURROGATES = range(0xD800, 0xE000)
 _PIECE = 256
 """Characters of a text in which all of Unicode is gone through."""
-_RANDOM_TEXTS, _RANDOM_LENGTH = 2000, 64
+_RANDOM_LENGTH = 64
 _MAX_NAMED = 5
 _PROSE = {  # Universal Declaration of Human Rights, article 1
     "Chinese": "人人生而自由,在尊严和权利上一律平等。他们赋有理性和良心,并应以兄弟关系的精神相对待。",
@@ -51,7 +51,7 @@ def probes(tokenizer: "Tokenizer", encoder: Encoder, special: dict[int, str]) ->
         `cjk`.
     """
     return {
-        "round_trip": round_trip(tokenizer, encoder, every_character()),
+        "round_trip": round_trip(tokenizer, encoder, [*every_character(), *random_texts()]),
         "spelled": spelled(tokenizer, encoder, special),
         "digits": {text: len(encoder.encode(text)) for text in _NUMBERS},
         "white_space": white_space(encoder),
@@ -66,29 +66,33 @@ def every_character() -> Iterator[str]:
             yield "".join(map(chr, range(start, start + _PIECE)))
 
 
-def round_trip(tokenizer: "Tokenizer", encoder: Encoder, texts: Iterable[str], seed: int = 1) -> dict[str, Any]:
-    """Encode and decode texts and random ones, of all planes, with combining and control characters and white space.
+def round_trip(tokenizer: "Tokenizer", encoder: Encoder, texts: Sequence[str]) -> dict[str, Any]:
+    """Encode and decode texts.
 
     Returns:
         How many texts and characters were tried, how many texts came back otherwise, and the first few of these.
     """
-    draw = random.Random(seed)
-    mixed = [_random_text(draw) for _ in range(_RANDOM_TEXTS)]
-    all_of = [*texts, *mixed]
     failed = []
-    for start in range(0, len(all_of), _PIECE):
-        batch = all_of[start : start + _PIECE]
+    for start in range(0, len(texts), _PIECE):
+        batch = texts[start : start + _PIECE]
         ids = encoder.encode_batch([("", text) for text in batch])
         backs = tokenizer.decode_batch([each.tolist() for each in ids], skip_special_tokens=False)
         for text, back in zip(batch, backs, strict=True):
             if text != back:
                 failed.append((text, back))
     return {
-        "texts": len(all_of),
-        "characters": sum(map(len, all_of)),
+        "texts": len(texts),
+        "characters": sum(map(len, texts)),
         "failed": len(failed),
         "examples": [_difference(*pair) for pair in failed[:_MAX_NAMED]],
     }
+
+
+def random_texts(number: int = 2000, seed: int = 1) -> Iterator[str]:
+    """Draw texts of characters of all planes, with combining and control characters and runs of white space."""
+    draw = random.Random(seed)
+    for _ in range(number):
+        yield _random_text(draw)
 
 
 def _random_text(draw: random.Random) -> str:
@@ -124,14 +128,15 @@ def spelled(tokenizer: "Tokenizer", encoder: Encoder, special: dict[int, str]) -
 
 
 def white_space(encoder: Encoder) -> dict[str, Any]:
-    """Count tokens of runs of white space before a word, as indented code has them.
+    """Count tokens of white space before a word, as indented code has it.
 
     Returns:
-        Tokens of an indentation of 4, 8, 16 and 32 spaces and of 1 and 4 tabs, without the word; and of 2 newlines.
+        Tokens that an indentation of 4, 8, 16 and 32 spaces adds to a word after one space, that 1 and 4 tabs add to a
+        word, and those of 2 newlines.
     """
-    word = len(encoder.encode(" x"))
-    found = {f"{n} spaces": len(encoder.encode(" " * n + " x")) - word for n in (4, 8, 16, 32)}
-    found |= {f"{n} tab{'s' * (n > 1)}": len(encoder.encode("\t" * n + "x")) - len(encoder.encode("x")) for n in (1, 4)}
+    after_space, alone = len(encoder.encode(" return")), len(encoder.encode("return"))
+    found = {f"{n} spaces": len(encoder.encode(" " * n + "return")) - after_space for n in (4, 8, 16, 32)}
+    found |= {f"{n} tab{'s' * (n > 1)}": len(encoder.encode("\t" * n + "return")) - alone for n in (1, 4)}
     return {**found, "2 newlines": len(encoder.encode("\n\n"))}
 
 

@@ -227,7 +227,7 @@ def _load(given: str) -> "Tokenizer":
             return made
     if tokenizer_file(path).is_file():
         return load_tokenizer(path)
-    if path.exists() or "/" in given.strip("/").replace("/", "", 1) or given.endswith(".json"):
+    if path.exists() or given.startswith(("/", "~", ".")) or given.count("/") > 1 or given.endswith(".json"):
         raise BadInput(["no tokenizer is there"])
     loaded = Tokenizer.from_pretrained(given)
     loaded.no_truncation()
