@@ -102,6 +102,16 @@ def test_the_loss_on_what_a_run_held_out_is_its_validation_loss(loaded, run_dir)
     assert deepnarrow.evaluate(*deepnarrow.load(earlier), held_out=run_dir).loss > found.loss
 
 
+@pytest.mark.gpu
+@pytest.mark.launch
+def test_on_a_gpu_it_is_the_same_to_the_rounding_of_bf16(loaded, run_dir):
+    model, tokenizer = deepnarrow.load(run_dir)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cuda", torch.bfloat16)}
+    assert deepnarrow.generate(model, tokenizer, "def ", max_tokens=5).startswith("def ")
+    there, here = (deepnarrow.evaluate(*of, held_out=run_dir) for of in ((model, tokenizer), loaded))
+    assert there.num_tokens == here.num_tokens and there.loss == pytest.approx(here.loss, rel=0.01)
+
+
 @pytest.mark.launch
 def test_what_cannot_be_is_said_by_argument(loaded, run_dir, tmp_path):
     for call, said in [

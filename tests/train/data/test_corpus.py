@@ -189,7 +189,8 @@ def test_stdlib():
     assert "os.py" in names and "json/decoder.py" in names and len(names) > 500
     assert names == sorted(names)
     assert not any("site-packages" in n or "__pycache__" in n or not n.endswith(".py") for n in names)
-    root = Path(sysconfig.get_path("stdlib"))  # tables that programs have made teach a small model box-drawing characters
+    # Tables that programs have made teach a small model box-drawing characters.
+    root = Path(sysconfig.get_path("stdlib"))
     assert (root / "encodings" / "cp437.py").exists() and (root / "pydoc_data" / "topics.py").exists()
     assert not any(n.startswith(("encodings/", "pydoc_data/")) for n in names)
     texts = documents(DataConfig(), tally := Tally())
