@@ -14,6 +14,9 @@ class BadInput(Exception):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type["BadInput"], tuple[list[str]]]:
+        return BadInput, (self.problems,)  # what an exception is made of again by default is its text
+
 
 def not_utf8(key: str, text: str) -> list[str]:
     """Say that a text has no UTF-8 form, as what a terminal of another encoding sends has none.

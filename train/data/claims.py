@@ -94,7 +94,7 @@ class Claims:
             holder = (self._claims / name).read_text()
         except FileNotFoundError:
             return self.take(name)
-        if holder == self._own or not self._is_dead(holder or name):
+        if holder == self._own or not self._is_dead(holder, name):
             return False
         away = self._claims / f".{name}-{self._own}"
         with suppress(FileNotFoundError):  # of several that see it dead, one finds it here
@@ -117,16 +117,20 @@ class Claims:
         while not self._over.wait(self._beat):
             self.count()
 
-    def _is_dead(self, holder: str) -> bool:
-        try:
-            shown = (self._alive / holder).read_bytes()
-        except OSError:
-            shown = b""
+    def _is_dead(self, holder: str, name: str) -> bool:
+        shown = b""
+        if holder:  # else it was killed, or is about to write its number
+            try:
+                shown = (self._alive / holder).read_bytes()
+            except FileNotFoundError:  # made before its first claim, and taken away when it left
+                return True
+            except OSError:
+                pass
         if _is_gone(shown):
             return True
-        seen, since = self._seen.get(holder, (None, 0.0))
+        seen, since = self._seen.get(holder or name, (None, 0.0))
         if seen != shown:
-            self._seen[holder] = (shown, self._clock())
+            self._seen[holder or name] = (shown, self._clock())
             return False
         return self._clock() - since >= PATIENCE
 

@@ -247,7 +247,7 @@ def _record_start(file: Any, separator: bytes, at: int, limit: int | None) -> in
                 return position + len(separator)
             last = position
             found = held.find(separator, found + 1)
-        kept = len(separator) - 1
+        kept = min(len(separator) - 1, len(held))
         base, held = base + len(held) - kept, held[len(held) - kept :]
         if limit is not None and base >= limit:
             return None

@@ -126,7 +126,7 @@ def _read(source: BinaryIO, messages: "queue.Queue[Any]") -> None:
 def _portable(error: Exception) -> Exception:
     """An error as another process can take it in; whatever it does not know of it stands in its text."""
     if isinstance(error, BadInput):
-        return BadInput(error.problems)
+        return error
     if isinstance(error, OSError) and error.errno is not None:
         return type(error)(error.errno, error.strerror, error.filename)
     return RuntimeError(f"{type(error).__name__}: {error}")
