@@ -19,6 +19,13 @@ class Source(Enum):
     """A dataset by its hub name."""
 
 
+class Packing(Enum):
+    """How documents are put into sequences."""
+
+    concat = "concat"
+    best_fit = "best_fit"
+
+
 @dataclass
 class CorpusConfig:
     """What tells one corpus from another: where its documents lie, and how they are found there."""
@@ -97,6 +104,12 @@ class DataConfig(CorpusConfig):
     new run; a run whose checkpoint says false, or is older than this key, goes on as it was trained. Llama 3 (arXiv
     2407.21783, section 3.2) and SmolLM3 train so, and arXiv 2402.13991 finds losses and downstream tasks better for it;
     DeepSeek-V3 (arXiv 2412.19437, section 4.1) does not, nor does Megatron-LM by default. Less is computed with it."""
+    packing: Packing = Packing.concat
+    """How training documents are put into sequences: concat or best_fit. concat lays them one after another and cuts
+    the whole into sequences, without padding. best_fit cuts none that fits a sequence (`train/data/best_fit.py`); tests
+    in arXiv 2404.10830 gain by it, most of all where answers hang on a context. It pads the room that is left, which
+    counts as tokens trained on and is printed beside the share of documents that are cut. Held-out documents are
+    concatenated in either case, so that validation losses compare."""
     max_bad: float = 0.05
     """The largest share of the records, or of the files' bytes, that may be unusable (not UTF-8, not JSON, without
     text, damaged); a corpus with more is refused, since it is not what its settings say."""

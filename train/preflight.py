@@ -162,6 +162,7 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
             data = prepare_run(config)
         if data.fingerprint != prepared.data.fingerprint:
             problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
+        data.packed(config)
     except BadInput as error:
         problems += error.problems
     if problems:

@@ -357,6 +357,8 @@ def _announce(
     log.info("%s", header(prepared, facts, held_out, length_of(config, begun)))
     if len(prepared.data.by_name) > 1 or config.data.stages:
         log.info("%s", table(shares(config, prepared.data, begun)))
+    for line in prepared.data.packed(config):
+        log.info("%s", line)
     log.info("%s", stage_table(stage_rows(config.model, stages, config.parallel.placement)))
     if past:
         log.info("%s", f"going on after step {past.step:,}")

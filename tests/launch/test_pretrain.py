@@ -30,6 +30,7 @@ def run(*command, **environment):
 
 
 WATCHED = ["train.val_every=4", "sample.tokens=8", "train.max_steps=6", "data.document_separator='='"]
+WATCHED += ["data.packing=best_fit"]
 
 
 PIPELINED = {"bubble", "bubble_expected", "optimizer_seconds"} | {
@@ -108,7 +109,16 @@ def test_the_run_folder_is_complete_and_written_by_one_rank(pipelined):
     summary = json.loads((folder / "summary.json").read_text())
     records = metrics(folder)
     assert summary["loss_last"] == records[-1]["loss"] and summary["val_loss"] == records[-1]["val_loss"]
-    for said in ("wandb leet", "wandb sync", str(folder), "sample 3", "head  ", "rank"):
+    for said in (
+        "wandb leet",
+        "wandb sync",
+        str(folder),
+        "sample 3",
+        "head  ",
+        "rank",
+        "best-fit packing: ",
+        "documents one after another (",
+    ):
         assert result.stderr.count(said) >= 1, said
     assert result.stderr.count("speed   ") == 1
     logged = re.findall(r"^\[[-\d]{10} [\d:,]+\]\[([\w.]+)\]", (folder / "pretrain.log").read_text(), re.MULTILINE)

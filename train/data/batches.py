@@ -142,4 +142,9 @@ def eval_micro_batches(
 
 def _batch(located: Located, eos_id: int | None, document_mask: bool) -> Batch:
     rows = np.stack([sequences[index] for sequences, index in located])
+    starts = [sequences.starts(index) for sequences, index in located]
+    if any(one is not None for one in starts):
+        none = np.zeros(rows.shape[1], dtype=np.bool_)
+        marks = np.stack([none if one is None else one for one in starts])
+        return batch_of(rows, eos_id=eos_id, document_mask=document_mask, starts=marks)
     return batch_of(rows, eos_id=eos_id, document_mask=document_mask)

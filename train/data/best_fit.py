@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.loss import IGNORED
 from train.data import cache
-from train.data.packing import FileTokens, PackedSequences, TokenFile
+from train.data.packing import PADDING, FileTokens, PackedSequences, TokenFile
 
 _VERSION = 1
 """Raise it when the plan of the same lengths, or the file of the places, becomes another."""
@@ -136,7 +135,7 @@ class BestFitSequences:
         self._starts = [group.start for group in self._groups]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """Number of the first piece of each length in the file of the places."""
-        self._places = FileTokens([TokenFile(places, np.int64, int(counts.sum()))])
+        self._places = FileTokens([TokenFile(places, "int64", int(counts.sum()))])
 
     def __len__(self) -> int:
         return self._groups[-1].stop if self._groups else 0
@@ -160,7 +159,7 @@ class BestFitSequences:
         return found
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sequence `index`: int64 (seq_len + 1,), the tokens that are inputs, and `IGNORED` for padding.
+        """Sequence `index`: int64 (seq_len + 1,), the tokens that are inputs, and `PADDING` for padding.
 
         Labels are the tokens after the inputs, but where a piece begins in the middle of a document (`starts`): the
         label before it is the end token.
@@ -169,7 +168,7 @@ class BestFitSequences:
             IndexError: not from 0 to len - 1.
             ChangedTokens: a file has been changed since it was prepared.
         """
-        row = np.full(self.seq_len + 1, IGNORED, dtype=np.int64)
+        row = np.full(self.seq_len + 1, PADDING, dtype=np.int64)
         at = 0
         for place, length in self.pieces(index):
             if place:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model.batch import Batch
 from model.documents import documents_of
 from model.loss import IGNORED
+from train.data.packing import PADDING
 
 
 def batch_of(
@@ -31,7 +32,7 @@ def batch_of(
     """Make a micro-batch of rows of tokens.
 
     Args:
-        rows: int64 (B, L + 1); inputs are [:, :-1], labels [:, 1:]. `IGNORED` stands where a row is padded, at its end.
+        rows: int64 (B, L + 1); inputs are [:, :-1], labels [:, 1:]. `PADDING` stands where a row is padded, at its end.
         eos_id: the token after each document; None where there is none.
         document_mask: whether attention and positions stop at the borders of documents.
         starts: bool (B, L + 1), whether a document, or the rest of one, begins at a token without an end token before
@@ -41,15 +42,14 @@ def batch_of(
         The micro-batch (B, L) on the CPU. Padding is a document of its own whose labels are ignored.
     """
     tokens, labels = rows[:, :-1], rows[:, 1:]
-    padding = tokens == IGNORED
+    padding = tokens == PADDING
     begins = np.zeros_like(padding) if eos_id is None else tokens == eos_id
     begins[:, 1:] |= padding[:, 1:] & ~padding[:, :-1]
     if starts is not None:
         begins |= starts[:, :-1]
-        ends = starts[:, 1:] & (labels != IGNORED)
-        labels = np.where(ends, IGNORED if eos_id is None else eos_id, labels)
+        labels = np.where(starts[:, 1:], PADDING if eos_id is None else eos_id, labels)
     return Batch(
         torch.from_numpy(np.where(padding, eos_id or 0, tokens)),
-        torch.from_numpy(np.ascontiguousarray(labels)),
+        torch.from_numpy(np.where(labels == PADDING, IGNORED, labels)),
         documents_of(torch.from_numpy(begins)) if document_mask else None,
     )

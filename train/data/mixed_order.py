@@ -15,11 +15,11 @@ from conf.schema import Config
 from conf.train_settings import DataConfig, corpora
 from train.data.mixture import Mixture
 from train.data.order import SampleOrder
-from train.data.packing import PackedSequences
+from train.data.packing import Sequences
 from train.data.prepare import PreparedData
 from train.length import Consumed, Length
 
-Located = list[tuple[PackedSequences, int]]
+Located = list[tuple[Sequences, int]]
 """Samples: for each the sequences of a source, and which of them it is."""
 
 
@@ -122,7 +122,7 @@ class TrainSamples:
 
     def __init__(self, order: MixedOrder, data: Mapping[str, PreparedData], seed: int):
         self._order, self._data, self._seed = order, data, seed
-        self._opened: dict[tuple[int, str], tuple[PackedSequences, SampleOrder]] = {}
+        self._opened: dict[tuple[int, str], tuple[Sequences, SampleOrder]] = {}
 
     def locate(self, samples: ArrayLike) -> Located:
         """Find samples, all of one stage, by their numbers in the run, (n,)."""
@@ -133,7 +133,7 @@ class TrainSamples:
             indices[chosen] = self._open(seq_len, name)[1].take(places[chosen])
         return [(self._open(seq_len, name)[0], int(index)) for name, index in zip(names, indices, strict=True)]
 
-    def _open(self, seq_len: int, name: str) -> tuple[PackedSequences, SampleOrder]:
+    def _open(self, seq_len: int, name: str) -> tuple[Sequences, SampleOrder]:
         if (seq_len, name) not in self._opened:
             sequences = self._data[name].train(seq_len)
             self._opened[seq_len, name] = sequences, SampleOrder(len(sequences), self._seed)
@@ -150,7 +150,7 @@ class HeldOutSamples:
         mixture: of the sources.
     """
 
-    def __init__(self, sequences: Mapping[str, PackedSequences], mixture: Mixture):
+    def __init__(self, sequences: Mapping[str, Sequences], mixture: Mixture):
         self._sequences, self._mixture = [sequences[name] for name in mixture.names], mixture
         self._ends = {name: mixture.index_of(k, len(sequences[name])) for k, name in enumerate(mixture.names)}
 

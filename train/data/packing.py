@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+PADDING = -1
+"""Stands in a sequence where there is no token."""
 _MAX_OPEN = 64
 """Files of a stream that are open at once."""
 
@@ -42,6 +44,26 @@ class TokenStream(Protocol):
 
     def place(self, position: int) -> str:
         """Say which file a token lies in, and at which token of it, for messages."""
+
+
+class Sequences(Protocol):
+    """A stream of tokens cut into sequences of one length, each of which is read by its number."""
+
+    seq_len: int
+    """Predictions of a sequence."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Return the tokens of a sequence, int64 (seq_len + 1,): `PADDING` where there is none.
+
+        Raises:
+            IndexError: not from 0 to len - 1.
+            ChangedTokens: a file has been changed since it was prepared.
+        """
+
+    def starts(self, index: int) -> NDArray[np.bool_] | None:
+        """Tell which tokens begin a document, or the rest of one, without an end token before it; None for none."""
 
 
 class ByteSource(Protocol):

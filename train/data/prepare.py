@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.paths import expanded
-from conf.train_settings import DataConfig
+from conf.train_settings import DataConfig, Packing
 from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
-from train.data.packing import FileTokens, PackedSequences, TokenFile
+from train.data.best_fit import BestFitSequences, Cut, open_best_fit
+from train.data.packing import FileTokens, PackedSequences, Sequences, TokenFile
 from train.data.shards import SPLITS, ends_file, token_file
 from train.data.tokenise import INDEX, reopen, tokenise_corpus
 from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer, rounded
@@ -49,10 +51,17 @@ class PreparedData:
     """Held-out tokens, end tokens included; 0 when data.val_fraction is 0."""
     tally: dict[str, Any]
     """What was read and skipped: the fields of `Tally`."""
+    packing: Packing = Packing.concat
+    """How training documents are put into sequences."""
 
-    def train(self, seq_len: int) -> PackedSequences:
+    def train(self, seq_len: int) -> Sequences:
         """Open the training tokens as sequences of `seq_len` predictions."""
-        return self._sequences("train", seq_len)
+        return self._sequences("train", seq_len) if self.packing is Packing.concat else self.best_fit(seq_len)[0]
+
+    def best_fit(self, seq_len: int) -> tuple[BestFitSequences, Cut]:
+        """Open the training tokens best-fit packed, which is made and kept when it is asked for first."""
+        concatenated, ends = self._sequences("train", seq_len), partial(self.ends, "train")
+        return open_best_fit(concatenated, ends, self.eos_id, self.fingerprint, self.folder.parent)
 
     def val(self, seq_len: int) -> PackedSequences:
         """Open the held-out tokens as sequences of `seq_len` predictions."""
@@ -187,6 +196,7 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
         num_train_tokens=meta["tokens"]["train"],
         num_val_tokens=meta["tokens"]["val"],
         tally=meta["tally"],
+        packing=data.packing,
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.schema import Config
-from conf.train_settings import corpora
+from conf.train_settings import Packing, corpora
 from model.problems import BadInput
+from train.data.best_fit import summary
 from train.data.mixed_order import HeldOutSamples, MixedOrder, held_out_mixture, mixtures_of, own_weights
 from train.data.prepare import PreparedData, prepare_sources
 from train.learning_rate import length_key
@@ -74,6 +75,16 @@ class PreparedSources:
         mixture = held_out_mixture(config)
         return HeldOutSamples({name: self.by_name[name].val(config.train.seq_len) for name in mixture.names}, mixture)
 
+    def packed(self, config: Config) -> list[str]:
+        """Pack the documents of a run, where that is more than to concatenate them; say what came of it, by source."""
+        said = []
+        lengths = dict.fromkeys(stage_seq_len(config, stage) for stage in range(max(1, len(config.data.stages))))
+        for name, data in self.by_name.items():
+            if data.packing is Packing.best_fit:
+                of = f"{name}: " if len(self.by_name) > 1 else ""
+                said += [of + summary(*data.best_fit(seq_len)) for seq_len in lengths]
+        return said
+
     def below(self, cache: Path) -> "PreparedSources":
         """Return the same as they lie in another folder of prepared corpora."""
 
@@ -118,6 +129,7 @@ def prepare_run(config: Config, *, progress: bool = True, verify: bool = False) 
             )
     if problems:
         raise BadInput(problems)
+    prepared.packed(config)
     return prepared
 
 
@@ -156,7 +168,7 @@ def shares(config: Config, data: PreparedSources, begun: Consumed | None = None)
     found = []
     for name, corpus in data.by_name.items():
         epochs = sum(
-            places[name] / max(1, (corpus.num_train_tokens - 1) // seq_len)
+            places[name] / max(1, len(corpus.train(seq_len)))
             for seq_len, places in positions.items()
             if places.get(name)
         )

@@ -15,10 +15,10 @@ SEQ = 4
 
 
 class Sequences:
-    """Packed sequences in memory."""
+    """Packed sequences in memory, of which those at `broken` have a border before their third token."""
 
-    def __init__(self, tokens, seq_len):
-        self._tokens, self._seq_len = tokens, seq_len
+    def __init__(self, tokens, seq_len, broken=()):
+        self._tokens, self._seq_len, self._broken = tokens, seq_len, broken
 
     def __len__(self):
         return (len(self._tokens) - 1) // self._seq_len
@@ -26,6 +26,9 @@ class Sequences:
     def __getitem__(self, index):
         assert 0 <= index < len(self)
         return self._tokens[index * self._seq_len :][: self._seq_len + 1]
+
+    def starts(self, index):
+        return np.arange(self._seq_len + 1) == 2 if index in self._broken else None
 
 
 class Corpus:
@@ -152,6 +155,18 @@ def test_held_out_sequences_have_the_shares_of_the_mixture_and_end_with_its_firs
     starts = [int(batch.tokens[0, 0]) for batch in batches]
     assert [start for start in starts if start >= 1000] == [1000, 1004, 1008, 1012]
     assert [start for start in starts if start < 1000] == [*range(0, SEQ * (len(held_out) - 4), SEQ)]
+
+
+def test_borders_are_those_of_end_tokens_and_those_that_a_source_knows():
+    corpus = Sequences(np.arange(9 * SEQ + 1), SEQ, broken=(1,))
+    held_out = HeldOutSamples({"it": corpus}, Mixture({"it": 1}))
+    reading = {"micro_batch": 3, "dp_rank": 0, "dp_size": 1, "eos_id": 2 * SEQ + 1}
+    batches, _ = eval_micro_batches(held_out, 9, document_mask=True, **reading)
+    first = next(iter(batches))
+    assert first.documents.positions_BL.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2]]
+    assert first.labels[1].tolist() == [5, 2 * SEQ + 1, 7, 8]  # the token before the border ends a document
+    batches, _ = eval_micro_batches(held_out, 9, document_mask=False, **reading)
+    assert next(iter(batches)).documents is None
 
 
 @pytest.mark.parametrize(("limit", "micro_batch", "dp_size"), [(7, 2, 1), (7, 2, 3), (8, 4, 2), (1, 4, 4), (99, 3, 2)])

@@ -2,15 +2,18 @@
 
 from bisect import bisect_left, insort
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from conf.train_settings import Packing
 from model.loss import IGNORED
+from tests.train.data.helpers import ready, texts_of
 from train.data import best_fit
-from train.data.best_fit import Cut, open_best_fit, plan, summary
+from train.data.best_fit import BestFitSequences, Cut, open_best_fit, plan, summary
 from train.data.documents import batch_of
-from train.data.packing import ChangedTokens, FileTokens, PackedSequences, TokenFile
+from train.data.packing import PADDING, ChangedTokens, FileTokens, PackedSequences, TokenFile
 
 EOS, SEQ = 7, 16
 
@@ -133,7 +136,7 @@ def test_the_same_packing_whatever_is_looked_at_together(documents, tmp_path, mo
 def test_a_corpus_of_one_empty_document(tmp_path):
     sequences, cut = opened([np.array([], dtype=int)], tmp_path, parts=1)
     assert len(sequences) == 1 and cut == Cut(1, 0, 0)
-    assert sequences[0].tolist() == [EOS, EOS, *[IGNORED] * (SEQ - 1)]
+    assert sequences[0].tolist() == [EOS, EOS, *[PADDING] * (SEQ - 1)]
 
 
 def test_tokens_that_were_changed_are_named(documents, tmp_path):
@@ -144,3 +147,19 @@ def test_tokens_that_were_changed_are_named(documents, tmp_path):
     with pytest.raises(ChangedTokens, match=r"tokens.bin, token .* holds id 999"):
         for index in range(len(sequences)):
             sequences[index]
+
+
+def test_prepared_documents_are_packed_for_training_and_concatenated_for_validation(jsonl, files_config):
+    data = files_config(jsonl, packing=Packing.best_fit)
+    packed, plain = ready(data, seq_len=64), ready(replace(data, packing=Packing.concat), seq_len=64)
+    assert packed.fingerprint == plain.fingerprint  # the tokens are prepared once
+    sequences, texts = packed.train(64), []
+    assert isinstance(sequences, BestFitSequences) and isinstance(plain.train(64), PackedSequences)
+    for index in range(len(sequences)):
+        row = sequences[index][sequences[index] != PADDING]
+        documents = np.split(row, np.flatnonzero(row == packed.eos_id))
+        texts += [document[1:] for document in documents if len(document) > 1]
+    decoded = sorted(packed.tokenizer().decode(text.tolist()) for text in texts)
+    assert decoded == sorted(texts_of(plain, "train"))
+    held_out = packed.val(64), plain.val(64)
+    assert all(np.array_equal(held_out[0][index], held_out[1][index]) for index in range(len(held_out[1])))

@@ -12,6 +12,7 @@ from model.loss import IGNORED, cross_entropy
 from model.transformer import Transformer
 from tests.shapes import small
 from train.data.documents import batch_of
+from train.data.packing import PADDING
 
 EOS = 9
 
@@ -53,7 +54,7 @@ def test_borders_that_are_given_end_a_document_in_the_end_token_or_in_nothing(eo
 
 @pytest.mark.parametrize("eos_id", [None, EOS])
 def test_padding_is_a_document_without_labels(eos_id):
-    row = [1, 2, 3, IGNORED, IGNORED, IGNORED]
+    row = [1, 2, 3, PADDING, PADDING, PADDING]
     batch = batch_of(rows(row), eos_id=eos_id, document_mask=True)
     assert batch.labels.tolist() == [[2, 3, IGNORED, IGNORED, IGNORED]]
     assert batch.tokens[0, :3].tolist() == [1, 2, 3] and (batch.tokens >= 0).all()
