@@ -1,5 +1,6 @@
 """The package `deepnarrow`, as a notebook uses it, on a real run."""
 
+import inspect
 import json
 import math
 import subprocess
@@ -110,6 +111,17 @@ def test_on_a_gpu_it_is_the_same_to_the_rounding_of_bf16(loaded, run_dir):
     assert deepnarrow.generate(model, tokenizer, "def ", max_tokens=5).startswith("def ")
     there, here = (deepnarrow.evaluate(*of, held_out=run_dir) for of in ((model, tokenizer), loaded))
     assert there.num_tokens == here.num_tokens and there.loss == pytest.approx(here.loss, rel=0.01)
+
+
+@pytest.mark.launch
+def test_the_examples_of_the_docstrings_run(loaded, run_dir):
+    names = {"torch": torch, "deepnarrow": deepnarrow, "model": loaded[0], "tokenizer": loaded[1]}
+    for documented in (deepnarrow, deepnarrow.load, deepnarrow.generate, deepnarrow.evaluate):
+        before_args = inspect.getdoc(documented).partition("\nArgs:")[0]
+        example = [line[4:] for line in before_args.splitlines() if line.startswith("    ")]
+        assert example
+        exec("\n".join(example).replace("runs/tiny-stdlib-574187f", str(run_dir)), names)
+    assert names["logits_BLV"].shape[0] == 1 and names["logits_BLV"].shape[-1] == 400
 
 
 @pytest.mark.launch
