@@ -121,6 +121,8 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     for action in _actions(parser):
         if hasattr(action, _IS_PATH):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif action.dest in ("like", "config_dir"):
+            action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         elif hasattr(action, _IS_OVERRIDE):
             action.complete = dict.fromkeys(_SHELLS, "_deepnarrow_overrides")  # type: ignore[attr-defined]
     words = " ".join(_overrides())

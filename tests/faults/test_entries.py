@@ -195,6 +195,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["deepnarrow", "generate", "--te"], {"--temperature"}),
         (["deepnarrow", "export", "--dtype", "b"], {"bfloat16"}),
         (["deepnarrow", "inspect", "conf/va"], {"conf/validate.py"}),
+        (["deepnarrow", "train", "--config-dir", "conf/sch"], {"conf/schedule"}),
         (["deepnarrow", "train", "model", "=", "6"], {"67b"}),  # what a bash makes of model=6
         (["deepnarrow", "prepare", "data", "=", ""], {"stdlib", "files", "hub"}),
         (["deepnarrow", "describe", "model", "=", "7b", "parallel.p"], {"parallel.pp="}),
