@@ -197,7 +197,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["deepnarrow", "inspect", "conf/va"], {"conf/validate.py"}),
         (["deepnarrow", "train", "--config-dir", "conf/sch"], {"conf/schedule"}),
         (["deepnarrow", "train", "model", "=", "6"], {"67b"}),  # what a bash makes of model=6
-        (["deepnarrow", "prepare", "data", "=", ""], {"stdlib", "files", "hub"}),
+        (["deepnarrow", "prepare", "data", "=", ""], {path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")}),
         (["deepnarrow", "describe", "model", "=", "7b", "parallel.p"], {"parallel.pp="}),
     ],
     ids=" ".join,
