@@ -79,6 +79,8 @@ def test_what_was_trained_on_stays_and_the_settings_decide_the_rest():
     walked(length)
     assert length.first_planned == 5 and [span.step for span in length.planned()] == [5, 7]
     assert length.taken(6) == (Steps(3, 2, 100), Steps(1, 5, 40), Steps(2, 2, 100))
+    unchanged = planned("train.total_tokens=2000", "train.global_batch=2", begun=Consumed((Steps(3, 2, 100),)))
+    assert unchanged.taken(5) == (Steps(5, 2, 100),)  # a run that is resumed often has a short history
     assert Consumed.from_json(json.loads(json.dumps(begun.as_json()))) == begun
 
 

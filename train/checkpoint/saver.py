@@ -101,13 +101,13 @@ class Saver:
         """Whether this rank is still writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, *, tokens: int, history: dict[str, Any]) -> None:
+    def save(self, step: int, *, tokens: int, history: dict[str, Any] | None = None) -> None:
         """Copy the state after `step`, and write it in the background. The save before has been waited for.
 
         Args:
             step: optimizer steps taken.
             tokens: trained on so far.
-            history: of what they were, see `train.checkpoint.history`.
+            history: of what they were, see `train.checkpoint.history`; None where nothing goes on from the checkpoint.
         """
         assert self._thread is None
         self._wanted = False
