@@ -59,7 +59,13 @@ _NOT_RECIPE = {
     | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
 }
 # What came later, with the value that runs of before were trained with.
-_BEFORE = {"data.sources": {}, "data.stages": [], "data.document_mask": False, "data.packing": "concat"}
+_BEFORE: dict[str, Any] = {
+    "data.sources": {},
+    "data.stages": [],
+    "data.token_dtype": None,
+    "data.document_mask": False,
+    "data.packing": "concat",
+}
 # Values that do not name a run, so that the commands of those runs find them again.
 _UNNAMED = {**_BEFORE, "data.document_mask": None}
 

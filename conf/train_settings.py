@@ -17,6 +17,8 @@ class Source(Enum):
     """Local text, JSONL (also .gz or .zst), Parquet or Arrow."""
     hub = "hub"
     """A dataset by its hub name."""
+    tokens = "tokens"
+    """Files of token ids: Megatron's .bin with .idx, datatrove's .ds, .npy, plain .bin."""
 
 
 class Packing(Enum):
@@ -33,7 +35,12 @@ class CorpusConfig:
     path: str | None = None
     """files: a file, a folder (searched recursively) or a glob. .jsonl/.ndjson/.jsonlines/.json(.gz/.zst) hold a
     document per line, .parquet and .arrow one per row (a folder of datasets' save_to_disk is read as such); every
-    other file is one document of plain text (.gz and .zst too)."""
+    other file is one document of plain text (.gz and .zst too). A URL is read where it lies (s3://, gs://, hf:// and
+    all that fsspec has a package for).
+    tokens: the same of .bin with .idx (or what stands before both endings), .ds, .npy and .bin; they are read in place,
+    a URL by ranges of which this machine keeps what it has read under cache_dir. The end of each file is held out."""
+    token_dtype: str | None = None
+    """tokens: the type of the ids in .bin files without an .idx: uint16, uint32, int32, uint8 or int64."""
     name: str | None = None
     """hub: the dataset's name, such as HuggingFaceFW/fineweb-edu."""
     subset: str | None = None
@@ -53,7 +60,7 @@ class SourceConfig(CorpusConfig):
     """A corpus of a mixture: one of `data.sources`."""
 
     source: Source | None = None
-    """stdlib, files or hub; null is files where `path` is given, and hub where `name` is."""
+    """stdlib, files, hub or tokens; null is files where `path` is given, and hub where `name` is."""
     weight: float = 1.0
     """The source's share of the tokens, in proportion to the weights of the others; 0 leaves it out."""
     max_epochs: float | None = None
@@ -80,7 +87,7 @@ class DataConfig(CorpusConfig):
     """Corpus or mixture of corpora, tokenizer, and the split into training and held-out documents."""
 
     source: Source = Source.stdlib
-    """stdlib, files or hub: the kind of the one corpus, where there are no `sources`."""
+    """stdlib, files, hub or tokens: the kind of the one corpus, where there are no `sources`."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """A mixture of several corpora by name, such as {web: {path: /web, weight: 0.7}, code: {path: /code, weight: 0.3}}.
     They share the tokenizer and all keys below; path, name and the like are then each source's. Which source and which
@@ -90,7 +97,8 @@ class DataConfig(CorpusConfig):
     """Stages one after another, such as [{until: 1.6e12}, {until: 2e12, weights: {books: 1, code: 1}}]; none means
     that the whole run is one, with the sources' own weights and train.seq_len."""
     tokenizer: str | None = None
-    """An existing tokenizer.json (or a folder with one); null trains a byte-level BPE on the corpus."""
+    """An existing tokenizer.json (or a folder with one), for tokens the one that made them; null trains a byte-level
+    BPE on the corpus."""
     tokenizer_vocab_size: int | None = None
     """Size of the tokenizer trained here, special tokens included; null makes it min(model.vocab_size, 100015),
     DeepSeek LLM's 100,000 tokens and 15 special ones (arXiv 2401.02954, section 2.1)."""
