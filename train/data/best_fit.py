@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.problems import BadInput
 from train.data import cache
-from train.data.packing import PADDING, FileTokens, PackedSequences, TokenFile
+from train.data.packing import PADDING, ChangedTokens, FileTokens, PackedSequences, TokenFile, TokenStream
 
 _VERSION = 1
 """Raise it when the plan of the same lengths, or the file of the places, becomes another."""
 _PLACES = "places.bin"
+_WORKS = "data.packing=concat, or a tokenizer whose end token follows every document, would work"
 _CHUNK = 1 << 22
 """Documents that are looked at together: some hundred MB."""
 
@@ -169,13 +171,16 @@ class BestFitSequences:
             ChangedTokens: a file has been changed since it was prepared.
         """
         row = np.full(self.seq_len + 1, PADDING, dtype=np.int64)
-        at = 0
+        at, eos_id = 0, self._eos_id
         for place, length in self.pieces(index):
             if place:
                 row[at : at + length + 1] = self._tokens.read(place - 1, length + 1, index)
             else:  # nothing stands before the first document
-                row[at], row[at + 1 : at + length + 1] = self._eos_id, self._tokens.read(0, length, index)
+                row[at], row[at + 1 : at + length + 1] = eos_id, self._tokens.read(0, length, index)
             at += length
+            if length < self.seq_len and row[at] != eos_id:
+                where = self._tokens.stream.place(place + length - 1)
+                raise ChangedTokens(f"{where}: a document ends here, and not in the end token {eos_id}; {_WORKS}")
         return row
 
     def starts(self, index: int) -> NDArray[np.bool_]:
@@ -220,11 +225,14 @@ def open_best_fit(
         eos_id: the token after each document.
         fingerprint: of the stream's content.
         cache_dir: where the places are kept.
+
+    Raises:
+        BadInput: documents do not end in the end token.
     """
     seq_len = concatenated.seq_len
     of = {"packing": "best_fit", "version": _VERSION, "stream": fingerprint, "seq_len": seq_len}
     folder = cache_dir / cache.fingerprint(of)
-    meta = cache.cached(folder, partial(_build, ends, seq_len))
+    meta = cache.cached(folder, partial(_build, concatenated.stream, ends, eos_id, seq_len))
     counts = np.array(meta["counts"], dtype=np.int64)
     return BestFitSequences(concatenated, eos_id, folder / _PLACES, counts), Cut(**meta["cut"])
 
@@ -239,10 +247,14 @@ def summary(sequences: BestFitSequences, cut: Cut) -> str:
     )
 
 
-def _build(ends: Ends, seq_len: int, folder: Path) -> dict[str, Any]:
+def _build(stream: TokenStream, ends: Ends, eos_id: int, seq_len: int, folder: Path) -> dict[str, Any]:
     """Write the places of all pieces; return how many there are of each length, and what is cut."""
     counts, cut = np.zeros(seq_len + 1, dtype=np.int64), Cut(0, 0, 0)
     for starts, lengths in _documents(ends):
+        end = int(starts[0] + lengths[0]) - 1  # of one in some millions; the others are looked at when they are read
+        if stream.read(end, 1)[0] != eos_id:
+            raise BadInput([f"data.packing=best_fit: {stream.place(end)} ends a document, and not in the end token "
+                            f"{eos_id}; {_WORKS}"])  # fmt: skip
         whole, rest = np.divmod(lengths, seq_len)
         counts += np.bincount(rest[rest > 0], minlength=seq_len + 1)
         counts[seq_len] += whole.sum()

@@ -9,6 +9,7 @@ import pytest
 
 from conf.train_settings import Packing
 from model.loss import IGNORED
+from model.problems import BadInput
 from tests.train.data.helpers import ready, texts_of
 from train.data import best_fit
 from train.data.best_fit import BestFitSequences, Cut, open_best_fit, plan, summary
@@ -137,6 +138,19 @@ def test_a_corpus_of_one_empty_document(tmp_path):
     sequences, cut = opened([np.array([], dtype=int)], tmp_path, parts=1)
     assert len(sequences) == 1 and cut == Cut(1, 0, 0)
     assert sequences[0].tolist() == [EOS, EOS, *[PADDING] * (SEQ - 1)]
+
+
+def test_documents_without_their_end_token_are_refused_before_a_run_or_as_they_are_read(documents, tmp_path):
+    sequences, _ = opened(documents, tmp_path)
+    tokens = np.fromfile(tmp_path / "tokens.bin", np.uint16)
+    tokens[tokens == EOS] = 8
+    tokens.tofile(tmp_path / "tokens.bin")
+    with pytest.raises(ChangedTokens, match=r"tokens.bin, token .*: a document ends here, and not in the end token 7"):
+        for index in range(len(sequences)):
+            sequences[index]
+    stream = PackedSequences(FileTokens([TokenFile(tmp_path / "tokens.bin", "uint16")]), SEQ, vocab_size=300)
+    with pytest.raises(BadInput, match=r"data.packing=best_fit: .*tokens.bin, token 1 ends .*; data.packing=concat"):
+        open_best_fit(stream, lambda: [np.array([2, 3])], EOS, "of other tokens", tmp_path / "cache")
 
 
 def test_tokens_that_were_changed_are_named(documents, tmp_path):
