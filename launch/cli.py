@@ -50,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise BadInput(problems)
         return known.run(known)
     except BadInput as error:
-        print("\n".join(error.problems), file=sys.stderr)
+        from parallel.processes import a_later_rank
+
+        if not a_later_rank(os.environ):  # of the ranks of a launcher, one says it
+            print("\n".join(error.problems), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
         print("stopped", file=sys.stderr)

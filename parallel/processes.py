@@ -84,6 +84,12 @@ def forget_launcher(environment: MutableMapping[str, str]) -> None:
         environment.pop(key, None)
 
 
+def a_later_rank(environment: Mapping[str, str]) -> bool:
+    """Tell whether a launcher has started this process as another rank than 0; a RANK left over alone tells nothing."""
+    names = {*OF_A_LAUNCHER[:3], "MASTER_ADDR", "MASTER_PORT"}
+    return names <= environment.keys() and environment["RANK"] != "0"
+
+
 def _translate(environment: MutableMapping[str, str]) -> bool:
     """Say what another launcher's variables say by PyTorch's names; whether it has started several processes."""
     for names in _OTHERS:

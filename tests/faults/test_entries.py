@@ -151,6 +151,15 @@ def test_paths_and_names_that_cannot_be_are_refused_by_key(command, said, home, 
     assert os.listdir(home.parent / "here") == []
 
 
+def test_one_of_the_ranks_of_a_launcher_says_what_cannot_be(monkeypatch, capsys):
+    for rank, others, lines in (("0", True, 1), ("3", False, 1), ("3", True, 0)):
+        monkeypatch.setenv("RANK", rank)
+        for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "4") if others else monkeypatch.delenv(name, raising=False)
+        assert main(["generate", "~no-one/run", "--prompt", "a"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_a_mistyped_word_is_said_with_what_it_may_have_been(capsys):
     for command, said in [
         (["trian"], "trian: no such verb; did you mean train? deepnarrow has train, prepare,"),
