@@ -8,6 +8,7 @@ from torch.nn.attention import activate_flash_attention_impl, current_flash_atte
 
 from model import kernels
 from model.config import AttentionBackend
+from model.documents import documents_of
 from model.kernels import FLASH, causal_attention, chosen, obstacle
 
 SHAPES = [(2, 17, 4, 4, 16), (2, 64, 6, 2, 32), (1, 130, 8, 1, 64), (3, 1, 4, 2, 16)]
@@ -137,19 +138,27 @@ def test_where_algorithms_must_be_deterministic_attention_is_asked_to_be(pretend
     def flash_attn_func(q, k, v, **options):
         asked["flash2"] = options["deterministic"]
 
+    def flash_attn_varlen_func(q, k, v, *borders, **options):
+        asked["flash2, documents"] = options["deterministic"]
+        assert options["causal"] and borders == (documents.borders, documents.borders, 5, 5)
+        return q
+
     def pytorchs(q, *given, **options):
         asked["sdpa"] = not torch.backends.cuda.cudnn_sdp_enabled()
         asked["own"] = current_flash_attention_impl() is None
         return q
 
-    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    documents = documents_of(torch.arange(8).view(1, 8) == 3)
+    flash2 = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(**flash2))
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", pytorchs)
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
     assert torch.backends.cuda.cudnn_sdp_enabled()
     activate_flash_attention_impl("FA3")
     kernels.flash2(on_a_gpu(), on_a_gpu(), on_a_gpu(), None)
+    kernels.flash2(on_a_gpu(), on_a_gpu(), on_a_gpu(), documents)
     kernels.sdpa(on_a_gpu(), on_a_gpu(), on_a_gpu(), None)
-    assert asked == {"flash2": deterministic, "sdpa": deterministic, "own": True}
+    assert asked == {"flash2": deterministic, "flash2, documents": deterministic, "sdpa": deterministic, "own": True}
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
