@@ -111,6 +111,7 @@ def _check(settings: RefineSettings, sources: Mapping[str, DataConfig]) -> list[
     if unknown := [name for name in settings.unfiltered if name not in sources]:
         problems.append(f"refine.unfiltered={settings.unfiltered}: there is no source {', '.join(unknown)}; of "
                         f"{', '.join(sources)} any would work")  # fmt: skip
+    problems += _check_arguments(settings)
     if settings.executor is Executor.slurm:
         problems += _check_slurm(settings)
     if settings.executor is Executor.ray and importlib.util.find_spec("ray") is None:
@@ -135,19 +136,29 @@ def _check_languages(settings: RefineSettings) -> list[str]:
     return []
 
 
+def _check_arguments(settings: RefineSettings) -> list[str]:
+    """Check the names of what datatrove's executors are given."""
+    if importlib.util.find_spec("datatrove") is None:
+        return []
+    from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
+
+    problems = []
+    for name, given, kind in (
+        ("slurm", settings.slurm, SlurmPipelineExecutor),
+        ("ray", settings.ray, RayPipelineExecutor),
+    ):
+        known = [key for key in inspect.signature(kind.__init__).parameters if key not in _EXECUTORS_OWN]
+        problems += [f"refine.{name}.{key}: no such argument; there are {', '.join(known)}"
+                     for key in given if key not in known]  # fmt: skip
+    return problems
+
+
 def _check_slurm(settings: RefineSettings) -> list[str]:
     problems = []
     if lacking := [key for key in ("partition", "time") if not settings.slurm.get(key)]:
         example = {"partition": "cpu", "time": "12:00:00"}
         works = " ".join(f"refine.slurm.{key}={example[key]}" for key in lacking)
         problems.append(f"refine.slurm={settings.slurm}: Slurm needs {' and '.join(lacking)}; {works} would work")
-    if importlib.util.find_spec("datatrove") is not None:
-        from datatrove.executor import SlurmPipelineExecutor
-
-        known = [k for k in inspect.signature(SlurmPipelineExecutor.__init__).parameters if k not in _EXECUTORS_OWN]
-        for key in settings.slurm:
-            if key not in known:
-                problems.append(f"refine.slurm.{key}: no such argument; there are {', '.join(known)}")
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         problems.append("refine.executor=slurm: this is a task of a job array, and jobs are submitted from outside "
                         "one; a login node, or refine.executor=local, would work")  # fmt: skip

@@ -103,6 +103,8 @@ class RefineSettings:
     slurm: dict[str, Any] = field(default_factory=dict)
     """Arguments of datatrove's SlurmPipelineExecutor: partition and time, and if need be qos, mem_per_cpu_gb,
     env_command, sbatch_args, tasks_per_job, …"""
+    ray: dict[str, Any] = field(default_factory=dict)
+    """Arguments of datatrove's RayPipelineExecutor, such as cpus_per_task, mem_per_cpu_gb (2) and tasks_per_job."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Plan:
         settings: dict[str, Any] = {
             key: value.name if isinstance(value, Enum) else value
             for key, value in asdict(self.settings).items()
-            if key not in ("out", "executor", "workers", "slurm")
+            if key not in ("out", "executor", "workers", "slurm", "ray")
         }
         settings["tasks"] = len(self.tasks)
         minhash: dict[str, Any] = settings.pop("minhash")

@@ -177,13 +177,14 @@ def executors(plan: Plan, stages: Sequence[Stage]) -> list[PipelineExecutor]:
     made: list[Any] = []
     for stage in stages:
         settings, logs = plan.settings, str(plan.work.absolute() / "stages" / stage.name)
+        workers = settings.workers or -1
         if settings.executor is Executor.slurm:
             before = made[-1] if made else None
             made.append(
                 SlurmPipelineExecutor(
                     stage.steps,
                     stage.tasks,
-                    workers=settings.workers or -1,
+                    workers=workers,
                     depends=before,
                     logging_dir=logs,
                     job_name=f"refine-{stage.name}",
@@ -193,7 +194,7 @@ def executors(plan: Plan, stages: Sequence[Stage]) -> list[PipelineExecutor]:
         elif settings.executor is Executor.ray:
             from datatrove.executor import RayPipelineExecutor
 
-            made.append(RayPipelineExecutor(stage.steps, stage.tasks, settings.workers or -1, logging_dir=logs))
+            made.append(RayPipelineExecutor(stage.steps, stage.tasks, workers, logging_dir=logs, **settings.ray))
         else:
             workers = min(settings.workers or len(os.sched_getaffinity(0)), stage.tasks)
             made.append(_Quiet(stage.steps, stage.tasks, workers, logging_dir=logs))

@@ -307,6 +307,7 @@ def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypa
         (["refine.executor=slurm"], "Slurm needs partition and time; refine.slurm.partition=cpu"),
         (["refine.executor=slurm"], "there is no sbatch on this machine"),
         (["refine.executor=slurm", "refine.slurm.partiton=x"], "refine.slurm.partiton: no such argument"),
+        (["refine.ray={cpus: 2}"], "refine.ray.cpus: no such argument; there are randomize_start_duration, cpus_per_task"),
         (["data=files", "data.path=/nowhere"], "data.path=/nowhere: no such file or folder"),
         (["refine.out=/etc/passwd"], "refine.out=/etc/passwd: is a file"),
         (["refine.out=/etc"], "refine.out=/etc: is not empty, and nothing that refine has made"),
