@@ -47,8 +47,9 @@ class Composition:
             found: problems of `config`, one sentence each.
         """
         told = list(self.problems)
+        settings = [key for key in self._refused if "." in key or key in ("init_from", "resume", "name")]
         for problem in found:
-            if any(re.search(rf"\b{re.escape(key)}\b(?!\.)", problem) for key in self._refused if "." in key):
+            if any(re.search(rf"\b{re.escape(key)}\b(?!\.)", problem) for key in settings):
                 continue
             groups = [group for group in _SETS if group in self._refused]
             hangs = [group for group in groups if re.search(rf"\b({'|'.join(_SETS[group])})\.", problem)]
@@ -103,20 +104,19 @@ def compose_overrides(arguments: Sequence[str]) -> Composition:
 
 
 def _composition(primary: Primary, options: Options, overrides: list[str]) -> Composition:
-    idle = without_effect(overrides)
+    idle = without_effect(overrides, primary)
     overrides = [override for override in overrides if override not in idle]
     try:
         # The schema is closed: Hydra's "+key=value" would add a key that nothing reads.
         added = [override for override in overrides if override.startswith("+")]
-        blind = primary.whole and any(is_group(key_of(override)) for override in overrides)
-        if not blind and all(is_group(key_of(override)) for override in added):
+        if all(is_group(key_of(override)) for override in added):
             return Composition(_compose(primary, options, overrides), Sifted(problems=[*idle.values()]))
     except IMPOSSIBLE:
         pass
     try:
         defaults = _compose(primary, options, [])
         # To the end, so that ${...} in a value is looked up as well.
-        sifted = sift(overrides, defaults, primary, lambda some: Composition(_compose(primary, options, some)))
+        sifted = sift(overrides, defaults, lambda some: Composition(_compose(primary, options, some)))
     except IMPOSSIBLE as error:
         raise BadInput([f"{' '.join(options.arguments)}: {one_line(error)}"]) from None
     sifted.problems += idle.values()

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from conf.search import Primary
+from conf.search import Primary, keys_of
 from model.problems import either
 
 # Hydra raises a bare ValueError for a group set to no name (model=null), and lets YAML's and the disk's errors through.
@@ -39,35 +39,35 @@ class Sifted:
     refused: list[str] = field(default_factory=list)
 
 
-def sift(
-    overrides: Sequence[str], defaults: DictConfig, primary: Primary, compose: Callable[[list[str]], object]
-) -> Sifted:
+def sift(overrides: Sequence[str], defaults: DictConfig, compose: Callable[[list[str]], object]) -> Sifted:
     """Sift the overrides that can be applied from the others.
 
     Args:
         overrides: of the command line.
         defaults: composed without any.
-        primary: what they are composed onto.
         compose: composes overrides to the end, and raises one of `IMPOSSIBLE` where that fails.
     """
-    found = Sifted()
     # Groups first: which keys a value override may name does not depend on it here, but its preset's values do.
-    for text in sorted(overrides, key=lambda text: "." in text.partition("=")[0]):
-        problem = _malformed(text, defaults)
-        if problem is None:
-            parsed = OverridesParser.create().parse_override(text)
+    ordered = sorted(overrides, key=lambda text: "." in text.partition("=")[0])
+    problems = {text: _malformed(text, defaults) or _judge(_parsed(text), defaults) for text in ordered}
+    sound = [text for text in ordered if problems[text] is None]
+    try:
+        compose(sound)
+    except IMPOSSIBLE:
+        applied: list[str] = []
+        for text in sound:
             try:
-                problem = _judge(parsed, defaults, primary)
-                if problem is None:
-                    compose([*found.sound, text])
+                compose([*applied, text])
+                applied.append(text)
             except IMPOSSIBLE as error:
-                problem = f"{text}: {one_line(error, parsed)}"
-        if problem is None:
-            found.sound.append(text)
-        else:
-            found.problems.append(problem)
-            found.refused.append(key_of(text))
-    return found
+                problems[text] = f"{text}: {one_line(error, _parsed(text))}"
+        sound = applied
+    refused = [text for text in ordered if problems[text] is not None]
+    return Sifted(sound, [problems[text] or "" for text in refused], [key_of(text) for text in refused])
+
+
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
 def key_of(override: str) -> str:
@@ -84,10 +84,17 @@ def _options(group: str) -> list[str]:
     return list(GlobalHydra.instance().config_loader().get_group_options(group))
 
 
-def without_effect(overrides: Sequence[str]) -> dict[str, str]:
-    """Say of each of Hydra's own settings that would be taken and do nothing, in a sentence, why that is."""
+def without_effect(overrides: Sequence[str], primary: Primary) -> dict[str, str]:
+    """Say of each override that would be taken and do nothing, in a sentence, why that is.
+
+    Args:
+        overrides: of the command line.
+        primary: what they are composed onto; what its file sets stands over what presets set.
+    """
     found = {}
     for text in overrides:
+        if primary.sets and text[:1] not in ("+", "~") and (problem := _hidden(text, primary)):
+            found[text] = problem
         key, _, value = text.lstrip("+").partition("=")
         if key == "hydra.mode" and value.strip("'\"") != "RUN":
             found[text] = f"{text}: a command is one run; {_ONE_RUN}"
@@ -114,7 +121,7 @@ def _malformed(text: str, defaults: DictConfig) -> str | None:
         known = OmegaConf.select(defaults, text.lstrip("+"), default=_MISSING) is not _MISSING
         return f"{text}: {'has no value' if known else 'not an override'}; write key=value"
     try:
-        parsed = OverridesParser.create().parse_override(text)
+        parsed = _parsed(text)
     except HydraException:
         # Hydra reads =, commas, brackets, a leading ~ and letters beyond ASCII inside quotes only, and the shell takes
         # one pair of them away.
@@ -137,14 +144,14 @@ def _several(text: str, defaults: DictConfig) -> str:
     return f"{text}: several values, one run each to Hydra; one value{one} would work{quotes}; {_ONE_RUN}"
 
 
-def _judge(override: Override, defaults: DictConfig, primary: Primary) -> str | None:
+def _judge(override: Override, defaults: DictConfig) -> str | None:
     """Say what is wrong with an override that can be read, as far as that needs no composition."""
     text, key = override.input_line or "", override.key_or_group
     value = text.partition("=")[2]
     if override.package is not None and is_group(key):
         return f"{text}: presets know what they set; {key}={value} would work, without the @"
     if is_group(key):
-        return _judge_preset(override, text, value, defaults, primary)
+        return _judge_preset(override, text, value, defaults)
     if OmegaConf.select(defaults, key, default=_MISSING) is _MISSING and not _names_of_users(defaults, key):
         if "." not in key and override.is_add():
             return f"{text}: no such group of presets, nor key; --config-dir=DIR of a folder with {key}/ would work{_near(key, defaults)}"  # noqa: E501  # fmt: skip
@@ -158,15 +165,9 @@ def _judge(override: Override, defaults: DictConfig, primary: Primary) -> str | 
     return None
 
 
-def _judge_preset(override: Override, text: str, value: str, defaults: DictConfig, primary: Primary) -> str | None:
+def _judge_preset(override: Override, text: str, value: str, defaults: DictConfig) -> str | None:
     group, options = override.key_or_group, _options(override.key_or_group)
     chosen = group in defaults.hydra.runtime.choices
-    if primary.whole and chosen and not group.startswith("hydra/"):
-        return f"{text}: {primary.whole} sets every key itself, over any preset; {group}.KEY=value would work" + (
-            f", or --like={primary.whole.parent.parent} {group}={value} in place of --config-dir"
-            if primary.whole.parent.name == ".hydra"
-            else ""
-        )
     if override.is_delete():
         if not value or value == defaults.hydra.runtime.choices.get(group):
             return None
@@ -183,6 +184,24 @@ def _judge_preset(override: Override, text: str, value: str, defaults: DictConfi
     if not chosen and not override.is_add():
         return f"{text}: {group} is not among what is chosen from by default; +{group}={value} would work"
     return None
+
+
+def _hidden(text: str, primary: Primary) -> str | None:
+    """Say that a preset would change nothing of its section, since the primary config sets the same keys over it."""
+    group, equals, value = text.partition("=")
+    if not equals or not is_group(group):
+        return None
+    names = [name.strip(" '\"") for name in value.strip("[]").split(",")]
+    loader: Any = GlobalHydra.instance().config_loader()
+    loaded = [loader.repository.load_config(f"{group}/{name}") for name in names]
+    contents = [OmegaConf.to_container(found.config) for found in loaded if found is not None]
+    sections = [content.get(group, content) for content in contents if isinstance(content, dict)]
+    sets = {f"{group}.{key}" for section in sections for key in keys_of(section)}
+    if not sets or not sets <= primary.sets:
+        return None
+    own = primary.file is not None and primary.file.parent.name == ".hydra"
+    like = f", or --like={primary.file.parent.parent} {text} in place of --config-dir" if own and primary.file else ""
+    return f"{text}: {primary.file} sets the same keys over it; {group}.KEY=value would work{like}"
 
 
 _MISSING = object()

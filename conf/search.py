@@ -4,9 +4,9 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
@@ -17,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from conf.paths import expanded, path_problems
-from conf.schema import Config
 from model.problems import BadInput, either
 
 OWN = "config"
@@ -99,7 +98,7 @@ def split_options(arguments: Sequence[str], *, asks: bool = False) -> tuple[Opti
         if values and len(set(values)) > 1:
             problems.append(f"{key}={values[1]}: is {values[0]} as well; one would work")
         if values and not values[0].strip():
-            problems.append(f"{key}={values[0]}: is empty (a variable of the shell that is not set?)")
+            problems.append(f"{key}={values[0]}: is empty; a value, or leaving it out, would work")
     if problems:
         raise BadInput(problems)
     options = Options((given.config_name or [OWN])[0], (given.config_dir or [None])[0])
@@ -138,12 +137,13 @@ class Primary:
 
     Attributes:
         name: by which Hydra finds it.
-        whole: the file that sets every section itself, as that of a run folder does, so that no preset can be chosen;
-            None where it is not so.
+        file: the one without a defaults list that stands on top of the package's own; None where there is none.
+        sets: the keys that this file sets, over what a preset sets: all of them in the config.yaml of a run folder.
     """
 
     name: str
-    whole: Path | None = None
+    file: Path | None = None
+    sets: frozenset[str] = frozenset()
 
 
 class _OwnFolder(SearchPathPlugin):
@@ -195,12 +195,18 @@ def _primary(options: Options) -> Primary:
     if defaults is not None and name != OWN:
         return Primary(name)
     # A folder's own config.yaml hides the package's, and may build on it all the same.
-    listed = ["config", "_self_"] if defaults is None else OmegaConf.to_container(defaults)
+    listed = [OWN, "_self_"] if defaults is None else OmegaConf.to_container(defaults)
     assert isinstance(listed, list)
     content["defaults"] = [_BASE if entry in (OWN, f"/{OWN}") else entry for entry in listed]
     store = ConfigStore.instance()
     store.store(name=_BASE, node=OmegaConf.load(Path(__file__).parent / f"{OWN}.yaml"))
     store.store(name=_LAYERED, node=content)
-    sections = {field.name for field in fields(Config) if field.name in content}
-    whole = defaults is None and {"model", "data", "optimizer", "schedule", "train"} <= sections
-    return Primary(_LAYERED, file if whole else None)
+    sets = keys_of(OmegaConf.to_container(content)) if defaults is None else frozenset()
+    return Primary(_LAYERED, file if defaults is None else None, sets)
+
+
+def keys_of(settings: Any, prefix: str = "") -> frozenset[str]:
+    """List the dotted keys of nested settings, without those of their sections."""
+    if not isinstance(settings, dict):
+        return frozenset([prefix.removesuffix(".")])
+    return frozenset().union(*(keys_of(inner, f"{prefix}{key}.") for key, inner in settings.items()))

@@ -22,7 +22,7 @@ from conf.compose import Composition, compose_overrides, quoted
 from conf.overrides import key_of
 from conf.paths import checked
 from conf.schema import recipe_fields, register, to_jsonable
-from conf.search import Options, split_options
+from conf.search import OWN, Options, split_options
 from model.problems import BadInput
 from train.pretrained import open_source
 from train.uptrain import compose_with_source, implied
@@ -85,28 +85,29 @@ def take_over(arguments: Sequence[str], *, goes_on: bool = False) -> list[str]:
 
 def _read(named: str) -> _Earlier:
     """Read the files of a run, by its folder, one of its checkpoints, or its .hydra."""
-    path = checked("--like", named).absolute()
+    path = Path(os.path.normpath(checked("--like", named).absolute()))
     run = next((folder for folder in (path, *path.parents[:2]) if (folder / ".hydra").is_dir()), None)
     if run is None:
         near = sorted(folder.parent for folder in path.parent.glob("*/.hydra"))
         works = " or ".join(f"--like={os.path.relpath(folder)}" for folder in near[-3:]) or "the folder of a run"
         raise BadInput([f"--like={named}: no run is there, which would have a folder .hydra; {works} would work"])
-    typed = _load(run / ".hydra" / "overrides.yaml")
-    composed = _load(run / ".hydra" / "config.yaml")
-    hydra = (_load(run / ".hydra" / "hydra.yaml") or {}).get("hydra") or {}
+    typed, composed, of_hydra = (_load(run / ".hydra" / f"{name}.yaml") for name in ("overrides", "config", "hydra"))
+    composed = composed if isinstance(composed, dict) else {}
     if not isinstance(typed, list) and not composed:
         files = "neither overrides.yaml nor config.yaml can be read in its .hydra"
         raise BadInput([f"--like={named}: {files}; the overrides themselves would work"])
-    of_hydra = (hydra.get("overrides") or {}).get("hydra") or []
-    overrides = [text for text in [*of_hydra, *(typed or [])] if key_of(str(text)) not in _OF_A_LAUNCH]
+    hydra = of_hydra["hydra"] if isinstance(of_hydra, dict) and isinstance(of_hydra.get("hydra"), dict) else {}
+    recorded = [*((hydra.get("overrides") or {}).get("hydra") or []), *(typed or [])]
+    overrides = [str(text) for text in recorded if key_of(str(text)) not in _OF_A_LAUNCH]
     runtime = hydra.get("runtime") or {}
-    folders = [source["path"] for source in runtime.get("config_sources", []) if source["provider"] == "command-line"]
-    name = str((hydra.get("job") or {}).get("config_name") or "config")
+    sources = runtime.get("config_sources") or []
+    folders = [source["path"] for source in sources if source["provider"] == "command-line"]
+    name = str((hydra.get("job") or {}).get("config_name") or OWN)
     earlier = _Earlier(
         run=run,
-        overrides=[str(text) for text in overrides],
+        overrides=overrides,
         options=Options(name, folders[0] if folders else None),
-        config=_flat(composed or {}),
+        config=_flat(composed),
         cwd=Path(runtime.get("cwd") or os.getcwd()),
     )
     try:
@@ -116,7 +117,7 @@ def _read(named: str) -> _Earlier:
     except BadInput as error:
         if not composed:
             raise BadInput([f"--like={named}: {problem}" for problem in error.problems]) from None
-        earlier.options, earlier.overrides = Options("config", str(run / ".hydra")), []
+        earlier.options, earlier.overrides = Options(OWN, str(run / ".hydra")), []
         earlier.said.append(
             f"its own .hydra/config.yaml is taken, in which every key is set, since what that was composed from is "
             f"gone ({error.problems[0]})"

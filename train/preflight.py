@@ -24,7 +24,7 @@ from model.problems import BadInput
 from parallel import environment
 from parallel.layout import Layout
 from parallel.processes import local_processes
-from train import uptrain
+from train import uptrain, wandb_check
 from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -93,6 +93,7 @@ def preflight(
     problems += _environment_problems(machine, config)
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
+        problems += wandb_check.problems(config, run_dir, os.environ)
         unusable = name_problems("name", config.name) or _check_run_dir(composition.run_dir)
         problems += [problem for problem in unusable if problem not in problems]
         try:
@@ -132,7 +133,8 @@ def preflight(
         warnings=notes
         + warnings(config, layout, machine)
         + repeated(config, data, of_sources, length)
-        + length_warnings(config, length),
+        + length_warnings(config, length)
+        + (wandb_check.warnings(config, os.environ) if writes else []),
     )
 
 

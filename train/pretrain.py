@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.errors import HydraException  # noqa: E402
 
-from conf.compose import quoted  # noqa: E402
+from conf.compose import compose_overrides, quoted  # noqa: E402
 from conf.job import run_as_job  # noqa: E402
 from conf.schema import register  # noqa: E402
 from conf.search import searched, split_options  # noqa: E402
@@ -198,9 +198,10 @@ def _answer(arguments: Sequence[str]) -> None:
     """Let Hydra answer what it was asked.
 
     Raises:
-        BadInput: the options say where to compose from, and that is not there.
+        BadInput: there is no such configuration to show.
     """
     import hydra
+    from hydra._internal.utils import get_args_parser
 
     if any(argument.partition("=")[0] == "--like" for argument in arguments):
         from train.like import take_over
@@ -208,6 +209,9 @@ def _answer(arguments: Sequence[str]) -> None:
         arguments = take_over(arguments)
     options, rest = split_options(arguments, asks=True)
     sys.argv = [str(Path(_ROOT) / "train" / "pretrain.py"), *rest]
+    asked = get_args_parser().parse_args(rest)
+    if asked.cfg and (problems := compose_overrides([*asked.overrides, *options.arguments]).problems):
+        raise BadInput(problems)
     with searched(options) as primary:
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name=primary.name)(lambda node: None)()
 

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 ID_FILE = "id"
 """In the folder of W&B, the id of the run there. Earlier runs have it in run-id, which wandb takes for a run."""
 INIT_TIMEOUT = 20.0
-"""Seconds that W&B's server has to answer at the start of a run."""
+"""Seconds that W&B's server has to answer at the start of a run, where WANDB_INIT_TIMEOUT does not say it."""
 
 
 def wandb_id(run_dir: Path) -> str:
@@ -66,7 +66,9 @@ def _start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
 
     # By default W&B retries for 90 s, while all ranks wait.
     os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
-    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT)
+    settings = wandb.Settings(silent=True, console="off")
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings.init_timeout = INIT_TIMEOUT
     offline_before = last_offline_step(run["dir"] / "wandb", run_id)
     logged_offline = -1 if offline_before is None else offline_before
     if mode == "online" and offline_before is not None:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
 
-from conf.compose import Composition
+from conf.compose import Composition, compose_overrides
+from conf.search import split_options
 from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
@@ -34,7 +35,10 @@ def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
     Raises:
         BadInput: the settings cannot work; it lists every problem.
     """
-    composition, source, _ = compose_with_source([*defaults, *overrides], checked=False)
+    own, _ = split_options(overrides)
+    _, source, implied = compose_with_source(overrides, checked=False)
+    # A configuration of the user's own is a whole one, and weights have their shape whatever a benchmark's are.
+    composition = compose_overrides([*(defaults if own.file is None else []), *implied])
     problems = validate(composition.config, Machine(gpus=0, elsewhere=True))[1]
     problems += other_shape(composition.config, source) if source else []
     if problems := composition.all_problems(problems):
