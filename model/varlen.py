@@ -14,8 +14,8 @@ def by_document(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor
 
     On one core of a CPU, forward and backward, it takes a seventh of the time of a mask for all pairs, and a quarter of
     that of causal attention over whole sequences, at 2,048 tokens in documents of 170 and at 4,096 in documents of 500
-    (``deepnarrow bench documents``). From 256 tokens on a mask is the slower, however short the documents are. Until the
-    backward pass, its output is in memory twice, by document and whole.
+    (``deepnarrow bench documents``). From 256 tokens on a mask is the slower, however short the documents are. Until
+    the backward pass, its output is in memory twice, by document and whole.
     """
     parts = (x.flatten(0, 1).split(documents.lengths) for x in (q_BLHK, k_BLGK, v_BLGK))
     grouped = q_BLHK.shape[2] != k_BLGK.shape[2]
