@@ -67,6 +67,24 @@ def test_describe_judges_every_setting_that_it_prints(capsys):
     assert "train.seq_len=0" in bad(capsys, "describe", "tiny", "train.seq_len=0")
 
 
+def test_describe_counts_the_steps_of_each_batch_and_the_tokens_of_each_source(capsys):
+    mixture = "data.sources={web: {path: /web, weight: 3}, code: {path: /code, weight: 1}}"
+    stages = "data.stages=[{until: 1e9}, {until: 2e9, weights: {code: 1}, seq_len: 2048}]"
+    ramp = ["train.global_batch='0:100 5e8:200'", "train.total_tokens=2e9"]
+    assert cli.main(["describe", "7b", mixture, stages, *ramp, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sizes = [(of["steps"], of["global_batch"], of["seq_len"], of["stage"]) for of in found["length"]]
+    assert sizes == [(1221, 100, 4096, 0), (611, 200, 4096, 0), (2440, 200, 2048, 1)]
+    web, code = found["sources"]
+    assert (web["shares"], code["shares"]) == ([0.75, 0.0], [0.25, 1.0])
+    steps = sum(steps * batch * seq_len for steps, batch, seq_len, _ in sizes)
+    assert web["tokens"] + code["tokens"] == steps and abs(web["tokens"] - 0.75 * (1221 + 2 * 611) * 409_600) < 4096
+    assert cli.main(["describe", "7b", mixture, stages, *ramp]) == 0
+    said = capsys.readouterr().out
+    assert "from step 1,222, after 500,121,600 tokens: 611 steps of 200 x 4096 tokens, stage 0" in said
+    assert f"code: {code['tokens']:,} tokens; 25.00% then 100.00%" in said
+
+
 def test_every_verb_has_a_help_text(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
@@ -152,6 +170,7 @@ def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypat
     assert cli.main(["prepare", *overrides]) == 0
     said = capsys.readouterr().out
     assert "training and" in said and "tokenizer.json" in said
+    assert "a run of 500,224 tokens takes\nfiles  " in said and "500,224 tokens, 100.00%; " in said
     started = []
     monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
     assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0

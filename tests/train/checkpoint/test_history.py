@@ -133,6 +133,8 @@ def test_samples_that_are_passed_over_are_so_once():
     assert seen(found, [3]) == [("files", 166 + place) for place in range(8)]
     assert found[3].source_tokens(found[2].samples_after(3)) == {"files": 24 * 128}
     assert seen(run(*on, past=saved(3, *on, past=past, prints=prints), prints=prints), [4])[0] == ("files", 174)
+    staged = run(*one, "data.stages=[{until: 2e3}, {until: 4e3}, {until: 1e13}]", prints=prints)
+    assert seen(staged, range(1, 6)) == [("files", 100 + place) for place in range(40)]
     (problem,) = history.problems(preset("tiny", *ONE, "train.skip_samples=99"), past)
     assert problem.startswith("train.skip_samples=99: the run has passed over 100 samples already; ")
 
