@@ -16,6 +16,7 @@ from conf.train_settings import CorpusConfig, DataConfig, Source
 from model.problems import BadInput
 from train.data.columns import CorpusPath, check_columns, saved_dataset, saved_splits
 from train.data.formats.remote import RemotePath, is_url, list_remote
+from train.data.formats.token_files import DTYPES, companions_of
 from train.data.readers import read_file, usable
 from train.data.tally import Tally
 from train.data.tokenizer import MIN_VOCAB, too_small
@@ -65,7 +66,7 @@ def check(data: DataConfig) -> list[str]:
 def _check_source(data: DataConfig) -> list[str]:
     problems = []
     # A path or name that is not read would mean hours of training on the wrong text.
-    if data.path is not None and data.source is not Source.files:
+    if data.path is not None and data.source not in (Source.files, Source.tokens):
         problems.append(
             f"data.path={data.path}: data.source={data.source.value} does not read it; data.source=files would"
         )
@@ -77,8 +78,13 @@ def _check_source(data: DataConfig) -> list[str]:
                         "HuggingFaceFW/fineweb-edu would work")  # fmt: skip
     if data.source is Source.hub and data.name and not path_problems("data.name", data.name):
         problems += _check_saved(expanded(data.name), f"data.name={data.name}")
-    if data.source is Source.files:
+    if data.source in (Source.files, Source.tokens):
         problems += _check_path(data)
+    if data.source is Source.tokens and data.tokenizer is None:
+        problems.append("data.tokenizer=null: token files do not hold the tokenizer that made them; its "
+                        "tokenizer.json, or a folder with it, would work")  # fmt: skip
+    if data.token_dtype is not None and data.token_dtype not in DTYPES:
+        problems.append(f"data.token_dtype={data.token_dtype}: no type of token ids; {' or '.join(DTYPES)} would work")
     return problems
 
 
@@ -94,14 +100,14 @@ def _check_saved(path: Path, said: str) -> list[str]:
 
 def _check_path(data: DataConfig) -> list[str]:
     if not data.path:
-        return ["data.path=null: data.source=files needs one; a file, a folder or a glob would work"]
+        return [f"data.path=null: data.source={data.source.value} needs one; a file, a folder or a glob would work"]
     said = f"data.path={data.path}"
     if is_url(data.path):
         return _check_remote(data, said)
     if problems := path_problems("data.path", data.path):
         return problems
     path = expanded(data.path)
-    if not path.exists() and not glob.has_magic(data.path):
+    if not path.exists() and not glob.has_magic(data.path) and not _companions(data, path):
         return [f"{said}: no such file or folder; {_near(path)}"]
     if len(splits := saved_splits(path)) > 1:
         works = " or ".join(f"data.path={path / split}" for split in splits[:_MAX_NAMED])
@@ -183,8 +189,8 @@ def list_files(data: DataConfig) -> list[tuple[str, CorpusPath]]:
     Raises:
         BadInput: `data.path` is of another file system, which cannot be used.
     """
-    if data.source is Source.files and data.path and is_url(data.path):
-        return list(list_remote(data.path))
+    if data.source in (Source.files, Source.tokens) and data.path and is_url(data.path):
+        return list(list_remote(data.path, companions_of if data.source is Source.tokens else lambda _: ()))
     return list(_local_files(data))
 
 
@@ -193,20 +199,28 @@ def _local_files(data: DataConfig) -> list[tuple[str, Path]]:
         root = Path(sysconfig.get_path("stdlib"))
         found = list(_walk(root, _INSTALLED | _TABLES))
         return sorted((p.relative_to(root).as_posix(), p) for p in found if p.suffix == ".py")
-    if data.source is not Source.files or not data.path:
+    if data.source not in (Source.files, Source.tokens) or not data.path:
         return []
     path = expanded(data.path)
-    if path.is_file():
-        return [(path.name, path)]
+    if path.is_file() or _companions(data, path):
+        return sorted((each.name, each) for each in (path, *_companions(data, path)) if each.is_file())
     if path.is_dir():
         root, found = path, list(_walk(path))
     else:
         root = Path(*_plain_parts(path))
         found = [Path(p) for p in glob.iglob(str(path), recursive=True) if os.path.isfile(p)]
+        found += {other for each in found for other in _companions(data, each)} - set(found)
     cache = expanded(data.cache_dir).resolve()
     if cache.is_relative_to(root.resolve()) and cache != root.resolve():
         found = [p for p in found if not p.resolve().is_relative_to(cache)]
     return sorted((p.relative_to(root).as_posix(), p) for p in found)
+
+
+def _companions(data: DataConfig, path: Path) -> list[Path]:
+    """The files that belong to one token file; both of Megatron's where what stands before their endings is given."""
+    if data.source is not Source.tokens or path.is_dir():
+        return []
+    return [Path(other) for other in companions_of(str(path)) if os.path.isfile(other)]
 
 
 def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
@@ -246,9 +260,12 @@ def fingerprint_inputs(data: DataConfig) -> dict[str, Any]:
         version = f"{platform.python_implementation()} {platform.python_version()}"
         return {"source": "stdlib", "python": version, "files": [[name, s.st_size] for name, s in files]}
     return {
-        "source": "files",
-        "text_field": data.text_field,
-        "document_separator": data.document_separator,
+        "source": data.source.value,
+        **(
+            {"token_dtype": data.token_dtype}
+            if data.source is Source.tokens
+            else {"text_field": data.text_field, "document_separator": data.document_separator}
+        ),
         "files": [
             [name, s.st_size, path.stamp if isinstance(path, RemotePath) else s.st_mtime_ns]
             for (name, s), (_, path) in zip(files, listed, strict=True)
@@ -277,7 +294,7 @@ def documents(data: DataConfig, tally: Tally) -> Iterator[str]:
 
 def check_tables(data: DataConfig) -> list[str]:
     """Find tables that lack the column of text, by their schemas alone."""
-    return [] if data.source is Source.hub else check_columns(list_files(data), data.text_field)
+    return [] if data.source in (Source.hub, Source.tokens) else check_columns(list_files(data), data.text_field)
 
 
 def separator_of(data: DataConfig) -> str | None:

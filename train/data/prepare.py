@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.paths import expanded
-from conf.train_settings import DataConfig, Packing
+from conf.train_settings import DataConfig, Packing, Source
 from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
 from train.data.best_fit import BestFitSequences, Cut, open_best_fit
+from train.data.given import chunks, describe_tokens, given_ends, is_given, open_tokens
 from train.data.packing import FileTokens, PackedSequences, Sequences, TokenFile
 from train.data.shards import SPLITS, ends_file, token_file
 from train.data.tokenise import INDEX, reopen, tokenise_corpus
@@ -76,7 +77,17 @@ class PreparedData:
 
         Args:
             split: `train` or `val`.
+
+        Raises:
+            BadInput: of token files made elsewhere, whose documents are not known.
         """
+        if is_given(self.folder):
+            known = given_ends(self.folder, split)
+            if known is None:
+                said = "data.packing=best_fit: the token files do not say where documents end"
+                raise BadInput([f"{said}; data.packing=concat, or files with an .idx or .index, would work"])
+            yield from chunks(known)
+            return
         before = 0
         for index, (tokens, documents) in enumerate(self._index(split)):
             if documents:
@@ -84,6 +95,9 @@ class PreparedData:
             before += int(tokens)
 
     def _sequences(self, split: str, seq_len: int) -> PackedSequences:
+        if is_given(self.folder):
+            given = open_tokens(self.folder, split, self.eos_id)
+            return PackedSequences(given, seq_len, vocab_size=self.tokenizer_size)
         files = [
             TokenFile(token_file(self.folder, index, split), self.dtype, int(tokens))
             for index, (tokens, _) in enumerate(self._index(split))
@@ -180,12 +194,10 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
     }
     fingerprint = cache.fingerprint(description)
     folder = expanded(data.cache_dir) / fingerprint
-    meta, damage = cache.read(folder, verify)
-    while meta is None:
-        if folder.exists():
-            reopen(folder, damage)
-        tokenise_corpus(data, tokenizer, description, folder, progress)
-        meta, damage = cache.read(folder)
+    if data.source is Source.tokens:
+        meta = cache.cached(folder, partial(describe_tokens, data, tokenizer), verify=verify)
+    else:
+        meta = _tokenised(data, tokenizer, description, folder, progress, verify)
     return PreparedData(
         folder=folder,
         fingerprint=fingerprint,
@@ -198,6 +210,23 @@ def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bo
         tally=meta["tally"],
         packing=data.packing,
     )
+
+
+def _tokenised(
+    data: DataConfig,
+    tokenizer: PreparedTokenizer,
+    description: dict[str, Any],
+    folder: Path,
+    progress: bool,
+    verify: bool,
+) -> dict[str, Any]:
+    meta, damage = cache.read(folder, verify)
+    while meta is None:
+        if folder.exists():
+            reopen(folder, damage)
+        tokenise_corpus(data, tokenizer, description, folder, progress)
+        meta, damage = cache.read(folder)
+    return meta
 
 
 def _check_sizes(data: DataConfig, vocab_size: int, seq_len: int) -> list[str]:

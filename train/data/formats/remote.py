@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -64,11 +64,14 @@ class RemotePath:
         return opened
 
 
-def list_remote(pattern: str, key: str = "data.path") -> list[tuple[str, RemotePath]]:
+def list_remote(
+    pattern: str, companions_of: Callable[[str], Sequence[str]] = lambda _: (), key: str = "data.path"
+) -> list[tuple[str, RemotePath]]:
     """List the files that a URL stands for: a file, a folder with all below it, or a glob; sorted by name.
 
     Args:
         pattern: the URL.
+        companions_of: names the files that belong to a file or to a name, which are listed where they are there.
         key: the setting that holds it, for messages.
 
     Returns:
@@ -83,9 +86,11 @@ def list_remote(pattern: str, key: str = "data.path") -> list[tuple[str, RemoteP
         path = fs._strip_protocol(pattern)
         if any(char in path for char in "*?["):
             root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-            infos: Mapping[str, Any] = fs.glob(path, detail=True)
-        elif fs.isfile(path):
-            root, infos = path.rpartition("/")[0], {path: fs.info(path)}
+            infos: dict[str, Any] = fs.glob(path, detail=True)
+            others = {other for each in infos for other in companions_of(each)} - set(infos)
+            infos |= {other: fs.info(other) for other in others if fs.isfile(other)}
+        elif ones := [one for one in (path, *(() if fs.isdir(path) else companions_of(path))) if fs.isfile(one)]:
+            root, infos = path.rpartition("/")[0], {one: fs.info(one) for one in ones}
         else:
             root, infos = path.rstrip("/"), fs.find(path, detail=True)
         found = []
