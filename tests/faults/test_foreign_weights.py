@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.cli import main
-from launch.generate import _continuation
+from launch.speech import Tokenizer
 from model.weights import streamed_logits
 from tests.faults.foreign import (
     EMBEDDING,
@@ -43,7 +43,7 @@ from tests.faults.foreign import (
     write_model,
     write_tokenizer,
 )
-from train.data.tokenizer import load_tokenizer
+from train.data.tokenizer import Encoder, load_tokenizer
 from train.pretrained import open_source
 
 
@@ -326,7 +326,8 @@ def test_d20_a_space_that_begins_a_continuation_is_kept(tmp_path):
     write_tokenizer(tmp_path, "metaspace")
     tokenizer = load_tokenizer(tmp_path)
     space, y = (tokenizer.token_to_id(token) for token in ("▁", "y"))
-    assert _continuation(tokenizer, tokenizer.encode("x").ids, [space, y]) == " y"
+    spoken = Tokenizer(tokenizer, frozenset(), None, Encoder(tokenizer))
+    assert spoken.continuation(spoken.encode("x"), [space, y]) == " y"
 
 
 OUTSIDE = {
