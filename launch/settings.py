@@ -12,7 +12,7 @@ Settings = TypeVar("Settings")
 
 
 def settings_of(kind: type[Settings], prefix: str, overrides: Sequence[str]) -> tuple[Settings, list[str]]:
-    """Compose a command's own settings from overrides, read as Hydra reads those of a run.
+    """Compose a command's own settings from overrides, read as Hydra reads those of a run, or else as plain texts.
 
     Args:
         kind: their dataclass.
@@ -25,16 +25,18 @@ def settings_of(kind: type[Settings], prefix: str, overrides: Sequence[str]) -> 
     node = OmegaConf.structured(kind)
     problems = []
     for text in overrides:
+        key, _, plain = text.removeprefix(prefix).partition("=")
         try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException:
-            problems.append(f"{text}: not an override; write key=value, and quote what has spaces, commas or brackets")
-            continue
-        key = str(parsed.key_or_group).removeprefix(prefix)
+            value = OverridesParser.create().parse_override(text).value()
+        except HydraException:  # a path with spaces, say, which Hydra would have quoted, and which is a text here
+            value = plain
         try:
-            OmegaConf.update(node, key, parsed.value(), merge=True, force_add=False)
+            OmegaConf.update(node, key, value, merge=True, force_add=False)
         except (OmegaConfBaseException, HydraException, ValueError) as error:
-            problems.append(f"{text}: {_unknown(node, prefix, key) or str(error).splitlines()[0]}")
+            reason = _unknown(node, prefix, key) or str(error).splitlines()[0]
+            if "ListConfig" in reason:  # OmegaConf's word
+                reason = f"a list stands in brackets; {prefix}{key}=[{plain}] would work"
+            problems.append(f"{text}: {reason}")
     settings = OmegaConf.to_object(node)
     assert isinstance(settings, kind)
     return settings, problems

@@ -268,7 +268,7 @@ def as_text(report: dict[str, Any]) -> str:
                      "data.tokenizer_sample_mb, or a larger corpus, would give more")  # fmt: skip
     names = [name for name in next(iter(report["sources"].values()))["tokenizers"] if name != "this"]
     lines += ["", f"{'':16}{'MB':>8}{'bytes/token':>13}{'chars/token':>13}{'tokens/word':>13}"
-              + "".join(f"{name[-24:]:>26}" for name in names)]  # fmt: skip
+              + "".join(f"{name[-24:]:>25}" for name in names)]  # fmt: skip
     seen = {True: "", False: "  (it was trained on this text)", None: ""}
     for name, source in report["sources"].items():
         rates = source["tokenizers"]
@@ -277,7 +277,8 @@ def as_text(report: dict[str, Any]) -> str:
         row += f"{ours['characters_per_token']:>13.3f}{ours['tokens_per_word']:>13.3f}"
         for other in names:
             theirs = rates[other]
-            row += f"{theirs['bytes_per_token']:>12.3f} ({ours['tokens'] / max(theirs['tokens'], 1):.2f} x tokens)"
+            share = ours["tokens"] / max(theirs["tokens"], 1)
+            row += f"{theirs['bytes_per_token']:>12.3f} ({share:.0%} of its)"
         lines.append(row + seen[source["unseen"]])
     lines += [f"{name} is not compared with: {why}" for name, why in report["missing"].items()]
     parts = f"{of['parts_of_characters']:,} tokens are parts of characters"

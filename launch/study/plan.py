@@ -5,17 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from conf.compose import Composition, compose_overrides, quoted
 from conf.paths import checked
 from conf.ramp import rungs
 from conf.schema import Config
 from conf.train_settings import Rate
+from launch.settings import settings_of
 from model.problems import BadInput
 from model.regroup import Method, problem_of
 from train.checkpoint.folder import CHECKPOINTS
@@ -155,7 +153,7 @@ def plan(overrides: Sequence[str]) -> Plan:
     Raises:
         BadInput: the study cannot work; it lists every problem.
     """
-    settings, problems = _settings([text for text in overrides if text.startswith(PREFIX)])
+    settings, problems = settings_of(StudySettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
     rest = [text for text in overrides if not text.startswith(PREFIX)]
     given = {text.partition("=")[0].lstrip("+~") for text in rest}
     if refused := sorted(given & {"hydra.run.dir", "resume", "name", "uptrain.alpha"}):
@@ -190,20 +188,6 @@ def plan(overrides: Sequence[str]) -> Plan:
 def _name_of(source: Source) -> str:
     """Return the name of a run's folder, or that of other weights."""
     return (source.path.parents[1] if source.path.parent.name == CHECKPOINTS else source.path).name
-
-
-def _settings(overrides: Sequence[str]) -> tuple[StudySettings, list[str]]:
-    node = OmegaConf.structured(StudySettings)
-    problems = []
-    for text in overrides:
-        try:
-            node = OmegaConf.merge(node, OmegaConf.from_dotlist([text.removeprefix(PREFIX)]))
-        except (OmegaConfBaseException, ValueError) as error:
-            key = text.removeprefix(PREFIX).partition("=")[0]
-            known = f"there are {', '.join(PREFIX + name for name in StudySettings.__dataclass_fields__)}"
-            problems.append(f"{text}: " + (str(error).splitlines()[0] if key in node else f"no such key; {known}"))
-    settings: Any = OmegaConf.to_object(node)
-    return settings, problems
 
 
 def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> Config:

@@ -297,6 +297,8 @@ def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypa
     [
         (["refine.outt=/x"], "refine.outt=/x: no such key; there are refine.out,"),
         (["refine.minhash.bucket=3"], "refine.minhash.bucket=3: no such key"),
+        (["refine.languages=en,zh"], "a list stands in brackets; refine.languages=[en,zh] would work"),
+        (["refine.out=my corpus\0"], "refine.out=my corpus\\x00: has a NUL character in it"),
         (["refine.dedup=fuzzy"], "refine.dedup=fuzzy: Invalid value 'fuzzy', expected one of [none, exact, minhash]"),
         ([], "refine.out=null: no folder for the result"),
         (["refine.languages=[en,xx]"], "lid.176 knows no xx"),
@@ -307,7 +309,7 @@ def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypa
         (["refine.executor=slurm"], "Slurm needs partition and time; refine.slurm.partition=cpu"),
         (["refine.executor=slurm"], "there is no sbatch on this machine"),
         (["refine.executor=slurm", "refine.slurm.partiton=x"], "refine.slurm.partiton: no such argument"),
-        (["refine.ray={cpus: 2}"], "refine.ray.cpus: no such argument; there are randomize_start_duration, cpus_per_task"),
+        (["refine.ray={cpus: 2}"], "refine.ray.cpus: no such argument; there are randomize_start_duration,"),
         (["data=files", "data.path=/nowhere"], "data.path=/nowhere: no such file or folder"),
         (["refine.out=/etc/passwd"], "refine.out=/etc/passwd: is a file"),
         (["refine.out=/etc"], "refine.out=/etc: is not empty, and nothing that refine has made"),
