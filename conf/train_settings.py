@@ -72,8 +72,8 @@ class DataStage:
     """A stretch of a run with weights or a sequence length of its own: mid-training, annealing, a longer context."""
 
     until: float = 0.0
-    """Tokens trained on, from the beginning of the run, at which the stage ends; may be written 1.6e12. The last
-    stage's must reach train.total_tokens."""
+    """Tokens trained on, from the beginning of the run, at which the stage ends; may be written 1.6e12. The next stage
+    begins with the first step before which so many are. The last stage's must reach train.total_tokens."""
     weights: dict[str, float] | None = None
     """Weights by source; a source that is not named has none in this stage. Null: the sources' own."""
     seq_len: int | None = None
@@ -209,7 +209,8 @@ class TrainConfig:
     seed: int = 1
     """Decides initial weights and sample order."""
     seq_len: int = 4096
-    """Tokens per sequence, at most model.max_seq_len."""
+    """Tokens per sequence, at most model.max_seq_len. A run that is resumed with another length shuffles its sources
+    anew, in sequences of that length."""
     global_batch: int | str = 2304
     """Sequences per optimizer step, over all ranks. "0:768 250e9:1536" is a batch size ramp-up: 768 from the first
     token on, 1536 from the first step on that begins with 250e9 tokens trained on. Sequences are those of the stage:
@@ -243,7 +244,8 @@ class TrainConfig:
     deterministic: bool = False
     """Bitwise reproducible on GPUs too, slower: PyTorch's deterministic algorithms. On a CPU runs always are."""
     val_sequences: int = 2048
-    """At most so many held-out sequences, always the same."""
+    """At most so many held-out sequences, of train.seq_len tokens and always the same: those of a mixture have the
+    shares of its sources' own weights, in every stage, and end where the first source has no more."""
 
 
 @dataclass

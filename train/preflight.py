@@ -132,6 +132,7 @@ def preflight(
         complete=complete,
         warnings=notes
         + warnings(config, layout, machine)
+        + uptrain.warnings(config, source)
         + repeated(config, data, of_sources, length)
         + length_warnings(config, length)
         + (wandb_check.warnings(config, os.environ) if writes else []),

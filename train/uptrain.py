@@ -90,6 +90,19 @@ def problems(config: Config, source: Source | None) -> list[str]:
     return found + other_shape(config, source)
 
 
+def warnings(config: Config, source: Source | None) -> list[str]:
+    """Warn of an uptraining that does not begin in the data exactly where the weights' run stood, in a sentence."""
+    if config.uptrain.alpha is None or source is None or source.run is None or "data" not in source.run.config:
+        return []
+    stages, kept = source.run.config["data"].get("stages") or [], source.run.history
+    if len(stages) < 2 and not (kept and kept["begun"]["steps"]):
+        return []
+    return [
+        f"train.skip_samples={config.train.skip_samples}: the run that made the weights had several data stages, "
+        "batches or mixtures, and this passes over its tokens as if all had been of the last; sources may skip or repeat some"
+    ]
+
+
 def other_shape(config: Config, source: Source) -> list[str]:
     """Say where the model has another shape than the weights that it begins with, in a sentence each."""
     now, there = to_jsonable(asdict(config.model)), to_jsonable(asdict(source.weights.config))

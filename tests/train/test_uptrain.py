@@ -12,7 +12,7 @@ from model.weights import StoredWeights
 from tests.shapes import preset
 from train.checkpoint.manifest import Manifest
 from train.pretrained import Source
-from train.uptrain import implied, problems
+from train.uptrain import implied, problems, warnings
 
 # 2000 steps of 8 x 256 tokens, all of them taken
 ORIGINAL = ["model=tiny", "model.n_layers=6", "train.total_tokens=4096000", "schedule.warmup_steps=100", "data=files"]
@@ -112,6 +112,13 @@ def test_a_mixture_is_taken_over_and_goes_on_with_the_batch_that_it_ended_with()
     assert now.optimizer.lr == pytest.approx(0.0002)
     halfway = composed(source(*MIXTURE, "train.global_batch='0:8 1e6:16'", tokens=500_000), "uptrain.alpha=0.05")
     assert halfway.train.global_batch == 8
+
+
+def test_a_place_in_the_data_that_is_not_exact_is_said():
+    one, several = source(*MIXTURE, "train.global_batch='0:8 1e6:16'"), source(*MIXTURE, STAGES)
+    assert warnings(composed(one, "uptrain.alpha=0.05"), one) == warnings(preset("tiny"), None) == []
+    (line,) = warnings(composed(several, "uptrain.alpha=0.05"), several)
+    assert line.startswith("train.skip_samples=32000: the run that made the weights had several data stages")
 
 
 def test_the_last_stage_of_a_run_is_the_only_one_of_its_uptraining():

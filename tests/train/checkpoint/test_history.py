@@ -122,6 +122,19 @@ def test_sequences_of_another_length_begin_anew_and_go_on_when_their_length_come
     assert seen(shorter, [5]) == seen(whole, [5])
 
 
+def test_a_border_of_stages_that_is_moved_changes_nothing_that_was():
+    def stages(until):
+        return f"data.stages=[{{until: {until}}}, {{until: 1e13, weights: {{code: 1}}}}]"
+
+    past = saved(4, *TWO, stages("2e3"))  # two steps of each stage
+    moved = run(*TWO, stages("6e3"), past=past)
+    assert moved[1].positions == {128: {"web": 12, "code": 20}}
+    assert sorted(seen(moved, [5])[:4]) == [("code", 20), ("web", 12), ("web", 13), ("web", 14)]
+    assert {name for name, _ in samples(moved, 7)} == {"code"}
+    longer = f"{stages('2e3')[:-1]}, {{until: 2e13}}]"  # what comes later changes nothing that is under way
+    assert seen(run(*TWO, longer, past=past), [5]) == seen(run(*TWO, stages("2e3")), [5])
+
+
 def test_samples_that_are_passed_over_are_so_once():
     one = ["data=files", "data.path=/web", "train.skip_samples=100"]
     prints = {"files": "aa"}
