@@ -99,7 +99,8 @@ def warnings(config: Config, source: Source | None) -> list[str]:
         return []
     return [
         f"train.skip_samples={config.train.skip_samples}: the run that made the weights had several data stages, "
-        "batches or mixtures, and this passes over its tokens as if all had been of the last; sources may skip or repeat some"
+        "batches or mixtures, and this passes over its tokens as if all had been of the last; some may be passed over "
+        "or come again"
     ]
 
 
