@@ -79,7 +79,7 @@ HELP = {
     ),
     "bench": (
         "measure what things cost on this machine",
-        "Takes overrides, with a subject. Without one: the first five, minutes in all, findings in bench.json.\n\n"
+        "Takes overrides, with a subject. Without one: the first six, minutes in all, findings in bench.json.\n\n"
         "  deepnarrow bench stage           training a pipeline stage of the 7B and the 67B (on a CPU a smaller one):\n"
         "                                   tokens/s, MFU, peak memory against what is predicted\n"
         "  deepnarrow bench kernels         attention, loss, norms, rotary positions and SwiGLU, each way they run\n"

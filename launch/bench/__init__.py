@@ -4,7 +4,7 @@ A subject is a module here with ``measure(overrides) -> dict``, whose result JSO
 ``as_text(found) -> str``.
 """
 
-ALL = ("stage", "kernels", "peers", "pipeline", "data")
+ALL = ("stage", "kernels", "documents", "peers", "pipeline", "data")
 """The subjects that `deepnarrow bench` runs without an argument, in this order: minutes in all on two cores."""
-SUBJECTS = (*ALL, "checkpoint", "decode", "documents", "schedules", "start")
+SUBJECTS = (*ALL, "checkpoint", "decode", "schedules", "start")
 """The subjects that it runs by name."""

@@ -31,7 +31,7 @@ BLOCKS = 2
 Run = Callable[[], None]
 
 
-def measure(overrides: Sequence[str], rounds: int = 5) -> dict[str, Any]:
+def measure(overrides: Sequence[str], rounds: int = 3) -> dict[str, Any]:
     """Run each way by turns, forward and backward; return medians over the rounds, before which one is not counted.
 
     Args:

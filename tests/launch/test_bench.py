@@ -1,5 +1,6 @@
 """`deepnarrow bench`: small models, and every number that can be known otherwise."""
 
+import importlib.util
 import json
 import math
 import os
@@ -10,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from launch.bench import ALL, SUBJECTS, contenders, data, kernels, peers, pipeline, stage, suite
+from launch.bench import ALL, SUBJECTS, contenders, data, documents, kernels, peers, pipeline, stage, suite
 from launch.bench.common import RandomWeights
+from launch.bench.preparation import PREPARERS
 from launch.bench.schedules import micro_batches_of
 from launch.cli import main
 from model.problems import BadInput
@@ -42,9 +44,11 @@ def all_found(corpus, tmp_path_factory):
         patch.setattr(stage, "ON_CPU", [("8x512", 2, True)])
         patch.setattr(stage, "SMALL", SHAPE)
         patch.setattr(kernels, "ON_CPU", [*SHAPE, "model.head_dim=16"])
+        patch.setattr(documents, "ON_CPU", SHAPE)
         patch.setattr(peers, "DEFAULTS", SHAPE)
         patch.setattr(pipeline, "DEFAULTS", SHAPE)
         patch.setattr(data, "DEFAULTS", [*SHAPE, "data=files", f"data.path={corpus}", "data.val_fraction=0.2"])
+        patch.setattr(data, "ROUNDS", 1)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         printed = []
         assert main(["bench"]) == 0
@@ -62,7 +66,7 @@ def test_without_a_subject_all_run_into_one_file(all_found):
     assert record["device"].startswith("cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name())
     places = [
         printed.index(said)
-        for said in ("training a stage", "ms", "forward and backward of 2 x 32", "1f1b, 8 micro", "a rank loads")
+        for said in ("training a stage", "kernels: ", "documents: ", "peers: ", "1f1b, 8 micro", "a rank loads")
     ]
     assert places == sorted(places)
     for found in record["subjects"].values():
@@ -92,14 +96,15 @@ def test_an_interruption_keeps_what_there_is(monkeypatch, tmp_path):
         assert list(overrides) == []
         return {"seconds": 2.0}
 
-    for module in (stage, kernels, peers):
+    for module in (stage, kernels, documents, peers):
         monkeypatch.setattr(module, "measure", measured)
         monkeypatch.setattr(module, "as_text", str)
     monkeypatch.setattr(pipeline, "measure", interrupted)
     out = tmp_path / "found.json"
     assert main(["bench", "--out", str(out)]) == 130
     record = json.loads(out.read_text("utf-8"))
-    assert list(record["subjects"]) == ["stage", "kernels", "peers"] and record["subjects"]["peers"]["seconds"] == 2.0
+    assert list(record["subjects"]) == ["stage", "kernels", "documents", "peers"]
+    assert record["subjects"]["peers"]["seconds"] == 2.0
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -116,7 +121,7 @@ def test_a_subject_alone_takes_overrides_and_writes_only_when_asked(monkeypatch,
 
 
 def test_json_of_all_is_what_the_file_holds(monkeypatch, tmp_path, capsys):
-    for module in (stage, kernels, peers, pipeline, data):
+    for module in (stage, kernels, documents, peers, pipeline, data):
         monkeypatch.setattr(module, "measure", lambda overrides, name=module.__name__: {"of": name})
     assert main(["bench", "--json", "--out", str(tmp_path / "all.json")]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -243,6 +248,13 @@ def test_preparation_and_loading_against_consumption(all_found):
         assert one["seconds"] * one["tokens_per_second"] == pytest.approx(found["corpus"]["tokens"])
     assert found["corpus"]["bytes"] / 4 < found["corpus"]["tokens"] < found["corpus"]["bytes"]
     assert found["vocabulary"] == 400
+    rows = found["preparers"]["rows"]
+    cores = {1, len(os.sched_getaffinity(0))}
+    assert {(row["name"], row["cores"]) for row in rows} >= {("deepnarrow", number) for number in cores}
+    assert len({row["tokens"] for row in rows}) == 1 and rows[0]["tokens"] <= found["corpus"]["tokens"]
+    assert all(row["tokens_per_cpu_second"] == row["tokens"] / row["cpu_seconds"] for row in rows)
+    missing = {name for name, (_, package) in PREPARERS.items() if importlib.util.find_spec(package) is None}
+    assert found["preparers"]["absent"].keys() == missing and {"deepnarrow"}.isdisjoint(missing)
     loading, cluster = found["loading"], found["cluster"]
     assert loading["tokens"] % 32 == 0 and loading["tokens_per_second"] == loading["tokens"] / loading["seconds"]
     assert cluster["times_loading"] == loading["tokens_per_second"] / cluster["tokens_per_second_of_a_rank"]
@@ -251,11 +263,12 @@ def test_preparation_and_loading_against_consumption(all_found):
     assert cluster["cores_to_tokenise"] == pytest.approx(cluster["tokens_per_second"] / a_core)
 
 
-def test_a_tokenizer_that_is_given_is_not_trained(corpus, tmp_path):
+def test_a_tokenizer_that_is_given_is_not_trained(corpus, tmp_path, monkeypatch):
     from train.data.tokenizer import train_tokenizer
 
     train_tokenizer(iter(["def f(x): return x"] * 9), 290).save(str(tmp_path / "tokenizer.json"))
     overrides = [*SHAPE, "data=files", f"data.path={corpus}", f"data.tokenizer={tmp_path}", "data.val_fraction=0"]
+    monkeypatch.setattr(data, "ROUNDS", 1)
     found = data.measure(overrides, seconds=0.1, cluster=["model=7b", "parallel.pp=4"], gpu="A100", mfu=1.0)
     assert list(found["preparation"]) == ["tokenizer there"] and found["vocabulary"] <= 290
     assert "4 x A100 on 7b at 100% MFU" in data.as_text(found)
@@ -272,6 +285,7 @@ def test_every_preparation_has_the_cores(corpus, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(data, "prepare", prepare)
+    monkeypatch.setattr(data, "compare", lambda *_: {})
     data.measure([*SHAPE, "data=files", f"data.path={corpus}", "data.val_fraction=0"], seconds=0.1)
     assert found == [None, None]
 
