@@ -13,6 +13,7 @@ from rich.table import Table
 from conf.schema import Config
 from conf.train_settings import DataConfig
 from launch.bench.common import composed, device_name, rendered
+from launch.bench.preparation import OURS, compare
 from model.problems import BadInput
 from parallel.layout import layout_for
 from train.data.batches import train_micro_batches
@@ -26,6 +27,9 @@ from train.metrics import PEAK_BF16_FLOPS
 DEFAULTS = ["data=stdlib", "model.vocab_size=32000", "model.max_seq_len=4096", "train.seq_len=4096"]
 CLUSTER = ("model=67b", "parallel.pp=8", "parallel.tp=8", "parallel.dp=16")
 """The overrides of the cluster that consumes: its layout has 1024 ranks, a GPU each."""
+
+SAMPLE_MB, ROUNDS = 16, 3
+"""The text in MB that others tokenise as well, and the number of turns."""
 
 
 def measure(
@@ -48,9 +52,10 @@ def measure(
 
     Returns:
         ``preparation``: the speed on this corpus, with the training of a tokenizer (where `data.tokenizer` is null) and
-        with an existing one. ``loading``: the speed of one rank. ``cluster``: the tokens/s in all and of each rank that
-        reads; how many times as fast loading is; how many cores tokenise what it consumes, and core-hours for
-        `corpus_tokens`, both under the assumption that speed grows with the cores.
+        with an existing one. ``preparers``: what `launch.bench.preparation.compare` returns. ``loading``: the speed of
+        one rank. ``cluster``: the tokens/s in all and of each rank that reads; how many times as fast loading is; how
+        many cores tokenise what it consumes, and core-hours for `corpus_tokens`, both under the assumption that speed
+        grows with the cores.
 
     Raises:
         BadInput: the settings cannot work, or the GPU is unknown.
@@ -59,8 +64,6 @@ def measure(
     there = composed([], cluster).config
     if gpu not in PEAK_BF16_FLOPS:
         raise BadInput([f"gpu={gpu}: its peak is not known; one of {', '.join(PEAK_BF16_FLOPS)} would work"])
-    import datasets  # noqa: F401 - its import takes seconds, which are not part of the preparation
-
     cores, parallelism = len(os.sched_getaffinity(0)), os.environ.get("TOKENIZERS_PARALLELISM")
     with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
         data = replace(config.data, cache_dir=folder)
@@ -72,6 +75,7 @@ def measure(
                 os.environ.pop("TOKENIZERS_PARALLELISM", None)
         prepared, preparation["tokenizer there"] = _prepared(config, data)
         loading = _loaded(config, there, prepared, seconds)
+        preparers = compare(config.data, prepared.tokenizer_path, SAMPLE_MB, ROUNDS)
         num_bytes = sum(path.stat().st_size for _, path in list_files(data))
     tokenised = preparation["tokenizer there"]["tokens_per_second"] / cores
     consumed = consumption(there, gpu, mfu)
@@ -81,6 +85,7 @@ def measure(
         "corpus": {"source": config.data.source.value, "bytes": num_bytes, "tokens": _tokens(prepared)},
         "vocabulary": prepared.tokenizer_size,
         "preparation": preparation,
+        "preparers": preparers,
         "loading": loading,
         "cluster": {
             **consumed,
@@ -130,16 +135,30 @@ def as_text(found: dict[str, Any]) -> str:
     name = f"{cluster['gpus']} x {cluster['gpu']} on {cluster['model']} at {cluster['mfu']:.0%} MFU"
     table.add_row(name, "", f"{whole:,.0f}")
     table.add_row(f"of that each of {cluster['reading_ranks']} ranks that read", "", f"{each:,.0f}")
+    others = _preparers(found["preparers"])
     size = f", {corpus['bytes'] / 1e6:.1f} MB" if corpus["bytes"] else ""
     return "\n".join(
         [
             f"{corpus['source']}{size}, {corpus['tokens']:,} tokens of {found['vocabulary']:,}; {found['device']}",
             rendered(table),
+            *others,
             f"a rank loads {cluster['times_loading']:,.0f} times as fast as the cluster consumes",
             f"{cluster['cores_to_tokenise']:,.1f} such cores tokenise as fast as it consumes; "
             f"{cluster['corpus_tokens']:.3g} tokens take {cluster['core_hours']:,.0f} core-hours",
         ]
     )
+
+
+def _preparers(found: dict[str, Any]) -> list[str]:
+    """Render who tokenises how fast, by turns; of a core are tokens per second of processor time."""
+    table = Table("tokenising, by turns", "cores", "seconds", "tokens/s", "tokens/s of a core", "against ours")
+    ours = next(row for row in found["rows"] if row["name"] == OURS)["tokens_per_cpu_second"]
+    for row in found["rows"]:
+        share = f"{row['tokens_per_cpu_second'] / ours:.2f}"
+        speeds = (f"{row[key]:,.0f}" for key in ("tokens_per_second", "tokens_per_cpu_second"))
+        table.add_row(row["name"], str(row["cores"]), f"{row['seconds']:.1f}", *speeds, share)
+    absent = [f"absent: {', '.join(found['absent'].values())}"] if found["absent"] else []
+    return [rendered(table), *absent]
 
 
 def _tokens(prepared: PreparedData) -> int:
