@@ -68,7 +68,12 @@ def run(words: Sequence[str], against: Sequence[str], out: Path | None, as_json:
     sources = corpora(config.data)
     problems = list(composition.problems)
     for name, data in sources.items():
-        problems += corpus.of_source(sources, name, corpus.check(data))
+        found = corpus.check(data)
+        if data.source is Kind.tokens:
+            found = [
+                "data.source=tokens: a tokenizer is measured on text; the text that the tokens were made of would work"
+            ]
+        problems += corpus.of_source(sources, name, found)
     if not sample_mb > 0:
         problems.append(f"--sample-mb={sample_mb}: nothing to measure on; 4 would work")
     others, missing = _others(against, problems)

@@ -12,6 +12,7 @@ from pathlib import Path
 from conf.compose import compose_overrides
 from conf.paths import expanded, path_problems
 from conf.train_settings import DataConfig, SourceConfig, corpora
+from conf.train_settings import Source as Kind
 from launch.refine.settings import PREFIX, RECIPE, WORK, Executor, Piece, Plan, RefineSettings, stamp_of
 from launch.settings import settings_of
 from model.problems import BadInput
@@ -39,7 +40,10 @@ def plan(overrides: Sequence[str]) -> Plan:
     data = composition.config.data
     sources = corpora(data)
     for name, each in sources.items():
-        problems += corpus.of_source(sources, name, corpus.check(each))
+        found = corpus.check(each)
+        if each.source is Kind.tokens:
+            found = ["data.source=tokens: refine reads text; the text that the tokens were made of would work"]
+        problems += corpus.of_source(sources, name, found)
     problems += _check(settings, sources)
     if problems:
         raise BadInput(problems)

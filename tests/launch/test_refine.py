@@ -311,6 +311,7 @@ def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypa
         (["refine.executor=slurm", "refine.slurm.partiton=x"], "refine.slurm.partiton: no such argument"),
         (["refine.ray={cpus: 2}"], "refine.ray.cpus: no such argument; there are randomize_start_duration,"),
         (["data=files", "data.path=/nowhere"], "data.path=/nowhere: no such file or folder"),
+        (["data.source=tokens", "data.path=/etc"], "data.source=tokens: refine reads text; the text that"),
         (["refine.out=/etc/passwd"], "refine.out=/etc/passwd: is a file"),
         (["refine.out=/etc"], "refine.out=/etc: is not empty, and nothing that refine has made"),
     ],

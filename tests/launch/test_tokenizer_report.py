@@ -186,5 +186,8 @@ def test_what_cannot_work_is_said_at_once(tmp_path, capsys):
         f"--against={tmp_path}/empty: cannot be read (no tokenizer is there)",
     ):
         assert sum(line.startswith(start) for line in said) == 1, (start, said)
+    sources = "data.sources={a: {path: /etc/passwd}, b: {path: /etc, source: tokens}}"
+    assert main(["tokenizer", sources, "--against", "/nowhere"]) == 2
+    assert "data.sources.b.source=tokens: a tokenizer is measured on text" in capsys.readouterr().err
     assert main(["tokenizer", "/nowhere/tokenizer.json"]) == 2
     assert "data.tokenizer=/nowhere/tokenizer.json: no such file or folder" in capsys.readouterr().err
