@@ -103,6 +103,16 @@ def test_what_is_no_key_or_no_number_is_a_problem_of_the_override(override):
     assert found.startswith(override) and ("key" in found or "number" in found)
 
 
+def test_a_source_that_is_not_there_yet_is_made_by_a_dictionary():
+    asked = ["data.sources.web.path=/w", "data.sources.code={path: /c}"]
+    found = compose_overrides(["model=tiny", *asked]).problems
+    assert [problem.partition(": there is no source ")[0] for problem in found] == asked
+    works = [problem.split("; ")[1].removesuffix(" would make it") for problem in found]
+    assert works == ["data.sources={web: {path: /w}}", "data.sources={code: {path: /c}}"]
+    sources = preset("tiny", *works).data.sources
+    assert {name: source.path for name, source in sources.items()} == {"web": "/w", "code": "/c"}
+
+
 def test_a_source_that_is_there_takes_overrides_and_gives_the_settings_of_one_corpus():
     hub = "data.sources={web: {path: /web}, hub: {name: a/b, split: dev}, here: {source: stdlib}}"
     data = preset("tiny", hub, "data.sources.web.weight=0.5", "data.val_fraction=0.02").data
