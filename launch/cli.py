@@ -117,6 +117,8 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         _options_of_overrides(verb)
     if name == "describe":
         a_path(verb, "--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
+    if name == "prepare":
+        verb.add_argument("--ray", metavar="ADDRESS", help="start it on every node of a Ray cluster, such as auto")
     if name == "tokenizer":
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
@@ -146,6 +148,10 @@ def train(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> int:
     """Tokenise a corpus ahead of a run."""
+    if options.ray:
+        from launch.ray_nodes import prepare_on_nodes
+
+        return prepare_on_nodes(options.ray, options.overrides)
     from conf.validate import Machine
     from train.data.sources import shares, table
     from train.like import take_over
