@@ -1,7 +1,6 @@
 """The command `deepnarrow refine`: the paper's recipe for web text (arXiv 2401.02954, section 2.1)."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from launch.refine.plan import plan
 from launch.refine.settings import DOCUMENTS, RECIPE, TEXT, Executor, Plan
 from model.problems import BadInput
+from train.data.workers import WorkerDied
 
 _SUBMITTED = "submitted.json"
 
@@ -59,14 +59,9 @@ def run(overrides: Sequence[str]) -> int:
 
 
 def _run_stages(refinement: Plan) -> None:
-    from loguru import logger
-
     from launch.refine.report import tallies
     from launch.refine.stages import executors, stages
-    from launch.refine.steps import Changed
 
-    logger.disable("datatrove")  # in this process; each task has its log
-    os.environ.setdefault("TQDM_DISABLE", "1")
     all_of = stages(refinement)
     for number, (stage, executor) in enumerate(zip(all_of, executors(refinement, all_of), strict=True), 1):
         left = len(executor.get_incomplete_ranks(skip_completed=True))
@@ -76,9 +71,10 @@ def _run_stages(refinement: Plan) -> None:
         logs = refinement.work / "stages" / stage.name / "logs"
         try:
             executor.run()
-        except Changed as error:
-            raise BadInput([f"refine.out={refinement.folder}: {error}; another folder, once nobody writes to the "
-                            "corpus, would work"]) from error  # fmt: skip
+        except WorkerDied as error:
+            workers = refinement.settings.workers
+            raise BadInput([f"refine.workers={workers or 'null'}: a worker was killed ({stage.said}); where memory is "
+                            "short, fewer would work, and the same command goes on"]) from error  # fmt: skip
         except (BadInput, OSError):
             raise
         except Exception as error:

@@ -1,7 +1,9 @@
 """The stages of a refinement in the paper's order, each a pipeline of datatrove's blocks for one of its executors."""
 
 import contextlib
+import copy
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,6 @@ from datatrove.pipeline.dedup import (
 from datatrove.pipeline.dedup.exact_dedup import ExactDedupConfig
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.filters import FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
-from datatrove.pipeline.writers import JsonlWriter
 
 from launch.refine.languages import WORDS
 from launch.refine.report import Report
@@ -31,16 +32,17 @@ from launch.refine.steps import (
     Kept,
     Language,
     Length,
+    Lines,
     Originals,
     Read,
     Removed,
     Signature,
     cluster_key,
     copies_key,
-    line_of,
     text_key,
     text_of,
 )
+from train.data.workers import default_workers, work_through
 
 _ENGLISH = ["en"]
 _NOWHERE = open(os.devnull, "w")  # noqa: SIM115 (loguru keeps it)
@@ -160,16 +162,41 @@ def _filters(plan: Plan) -> list[PipelineStep]:
 
 def _written(plan: Plan) -> list[PipelineStep]:
     work = plan.work.absolute()
-    writer = JsonlWriter(str(work / DOCUMENTS), "${source}/${rank}.jsonl", compression="zstd", adapter=line_of)
+    writer = Lines(str(work / DOCUMENTS), "${source}/${rank}.jsonl", compression="zstd")
     return [writer, Kept(work / "kept")]
 
 
-class _Quiet(LocalPipelineExecutor):
-    """datatrove's local executor, whose tasks do not print their logs as well, which are in the stage's folder."""
+class Local(LocalPipelineExecutor):
+    """datatrove's local executor in the worker processes of preparation: one that is killed is an error.
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        with contextlib.redirect_stderr(_NOWHERE):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+    In a pool of `multiprocessing`, its task would be waited for without end.
+    """
+
+    def run(self) -> None:
+        """Run the tasks that are not done.
+
+        Raises:
+            WorkerDied: a worker was killed.
+            Exception: what a task raises.
+        """
+        left, lock = iter(self.get_incomplete_ranks()), threading.Lock()
+
+        def next_call() -> tuple[Any, ...] | None:
+            with lock:
+                rank = next(left, None)
+            return None if rank is None else (_run_task, rank)
+
+        work_through((_itself, (self,)), self.workers, next_call, lambda _: None)
+
+
+def _itself(executor: Local) -> Local:
+    return executor
+
+
+def _run_task(executor: Local, rank: int) -> None:
+    # A copy, since its steps count. Its log is in the stage's folder, and need not be on the screen as well.
+    with contextlib.redirect_stderr(_NOWHERE):
+        copy.deepcopy(executor)._run_for_rank(rank)
 
 
 def executors(plan: Plan, stages: Sequence[Stage]) -> list[PipelineExecutor]:
@@ -196,6 +223,6 @@ def executors(plan: Plan, stages: Sequence[Stage]) -> list[PipelineExecutor]:
 
             made.append(RayPipelineExecutor(stage.steps, stage.tasks, workers, logging_dir=logs, **settings.ray))
         else:
-            workers = min(settings.workers or len(os.sched_getaffinity(0)), stage.tasks)
-            made.append(_Quiet(stage.steps, stage.tasks, workers, logging_dir=logs))
+            workers = min(settings.workers or default_workers(), stage.tasks)
+            made.append(Local(stage.steps, stage.tasks, workers, logging_dir=logs))
     return made

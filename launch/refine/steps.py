@@ -17,11 +17,13 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.text import ngrams, simplify_text
 
 from conf.train_settings import DataConfig
 from launch.refine.languages import WORDS, language_of
 from launch.refine.settings import Piece, stamp_of
+from model.problems import BadInput
 from train.data.tally import Tally
 from train.data.units import documents_of
 
@@ -29,10 +31,6 @@ _HEAD = 400
 """Characters of a sample that the report shows."""
 _SHINGLES = 1 << 14
 """N-grams whose hashes are computed at a time: with 112 hashes, 14 MiB instead of gigabytes for a book."""
-
-
-class Changed(Exception):
-    """A file is not what it was when the refinement began."""
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -71,7 +69,7 @@ class Read(PipelineStep):
         """Yield the documents of task `rank`.
 
         Raises:
-            Changed: a file is not as large or as old as it was.
+            BadInput: a file is not as large or as old as it was.
         """
         read: dict[str, dict[str, Any]] = {}
         pieces, tallies = [], []
@@ -96,7 +94,8 @@ class Read(PipelineStep):
 def _check(piece: Piece) -> None:
     path = piece.part.path
     if path is not None and (not path.exists() or stamp_of(path) != piece.stamp):
-        raise Changed(f"{path} has changed while the corpus was refined")
+        raise BadInput([f"{path}: has changed while the corpus was refined; another refine.out, once nobody writes to "
+                        "the corpus, would work"])  # fmt: skip
 
 
 class Removed:
@@ -312,7 +311,9 @@ class For(BaseFilter):
         return self.inner.filter(doc)
 
 
-def line_of(_: Any, document: Document) -> dict[str, Any]:
-    """Make the line of the result that a document becomes: its text, id, source, and language where that is known."""
-    known = {key: document.metadata[key] for key in ("source", "language") if key in document.metadata}
-    return {"text": document.text, "id": document.id, **known}
+class Lines(JsonlWriter):
+    """Writes documents as lines with their text, id, source, and language where that is known."""
+
+    def _default_adapter(self, document: Document) -> dict[str, Any]:
+        known = {key: document.metadata[key] for key in ("source", "language") if key in document.metadata}
+        return {"text": document.text, "id": document.id, **known}

@@ -1,15 +1,17 @@
 """A corpus in which it is known what is wrong with each document, and what `deepnarrow refine` makes of it."""
 
+import contextlib
 import json
 import os
 import random
 import shlex
 import signal
-import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import zstandard
 
@@ -26,43 +28,19 @@ from launch.refine.languages import UnicodeWords
 from launch.refine.plan import _dealt
 from launch.refine.report import collect
 from launch.refine.settings import Piece, stamp_of
-from launch.refine.steps import _SHINGLES, Changed, Read, Signature
+from launch.refine.steps import _SHINGLES, Read, Signature
+from model.problems import BadInput
+from tests.launch.refine.prose import WORDS, lines_of, prose, texts
 from train.data.corpus import documents
 from train.data.tally import Tally
 from train.data.units import Part
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-WORDS = _words("""time people way water day man government work life woman system case part group number world house
-area company problem service place hand party school country point week member end state word family fact head
-month side business night eye home question information power change interest development money book car war
-history city market office door council table court letter street music river station garden winter summer
-island mountain teacher doctor farmer captain village forest bridge kitchen window paper picture story machine
-engine""")
-VERBS = _words("""saw found made took gave left kept built lost wrote bought carried followed painted crossed""")
-HOW = _words("""another one every some any this that my our their his her no many both""")
-WHERE = _words("""near with behind inside under before after without beyond around against from""")
-WHEN = _words("""Then once often today when because although since while suddenly later perhaps and but yet""")
 GERMAN = """Der alte Fischer ging jeden Morgen zum Hafen und sah nach seinem Boot, weil in der Nacht ein Sturm gewesen
 war. Seine Frau wartete zu Hause auf ihn und kochte Suppe, während die Kinder noch schliefen. Nach dem Essen erzählte er
 ihnen Geschichten vom Meer, von großen Fischen und von fernen Ländern, die er niemals selbst gesehen hatte."""
 CHINESE = """每天早晨老渔夫都要走到港口去看他的小船，因为夜里常常有大风。他的妻子在家里等他，一边煮汤
 一边看着还在睡觉的孩子们。吃完饭以后，他给孩子们讲海上的故事，讲很大的鱼，也讲他自己从来没有见过的遥远的国家。
 孩子们听得很高兴，希望明天还能听到新的故事。"""
-
-
-def prose(seed: int, sentences: int = 14) -> str:
-    """English of random words, with no run of words that comes back."""
-    draw = random.Random(seed)
-    said = []
-    for _ in range(sentences):
-        a, b, c, d = draw.sample(WORDS, 4)
-        parts = [f"the {a} of {b}", draw.choice(VERBS), f"{draw.choice(HOW)} {c}", f"{draw.choice(WHERE)} {d}"]
-        said.append(" ".join([draw.choice(WHEN), *parts]).capitalize() + ".")
-    return " ".join(said)
 
 
 @dataclass
@@ -107,15 +85,6 @@ def corpus(tmp_path_factory) -> Corpus:
         *("refine.tasks=3", "refine.minhash.buckets=4", "refine.minhash.hashes_per_bucket=4"),
     ]
     return made
-
-
-def texts(folder: Path) -> list[str]:
-    return list(documents(DataConfig(source=Source.files, path=str(folder)), Tally()))
-
-
-def lines_of(out: Path) -> list[dict]:
-    files = sorted((out / "documents").rglob("*.jsonl.zst"))
-    return [json.loads(line) for file in files for line in zstandard.open(file, "rt", encoding="utf-8")]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +190,31 @@ def test_a_killed_refinement_goes_on_and_ends_with_the_same_documents(corpus, re
         assert texts(out / "documents" / source) == texts(refined / "documents" / source)
 
 
+def test_a_worker_that_is_killed_is_said_and_the_same_command_goes_on(tmp_path, capsys):
+    for seed in range(4):
+        (tmp_path / f"{seed}.jsonl").write_text(json.dumps({"text": prose(seed)}))
+    overrides = ["data=files", f"data.path='{tmp_path}/*.jsonl'", f"refine.out={tmp_path}/out", "refine.dedup=exact"]
+    done = threading.Event()
+
+    def kill_one():
+        while not done.is_set():
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if "serve()" in "".join(child.cmdline()):
+                        child.kill()
+                        return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert main(["refine", *overrides, "refine.workers=2", "refine.tasks=2"]) == 2
+    done.set(), killer.join()
+    said = capsys.readouterr().err
+    assert "refine.workers=2: a worker was killed (signing texts); where memory is short, fewer would work" in said
+    assert main(["refine", *overrides, "refine.workers=1", "refine.tasks=2"]) == 0
+    assert sorted(texts(tmp_path / "out" / "documents" / "files")) == sorted(prose(seed) for seed in range(4))
+
+
 def test_a_large_file_is_cut_into_tasks_and_gives_the_same_documents(tmp_path, monkeypatch):
     (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": prose(seed % 30)}) for seed in range(50)))
     overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", "refine.dedup=exact", "refine.workers=1"]
@@ -233,63 +227,6 @@ def test_a_large_file_is_cut_into_tasks_and_gives_the_same_documents(tmp_path, m
     assert any("@" in name for name in by_id)
     for sample in report["samples"]["exact"]:
         assert by_id[sample["copy_of"]].startswith(sample["head"])
-
-
-FAKE_SLURM = {
-    # Runs the array's tasks one after another, as its environment tells each which it is.
-    "sbatch": """#!/bin/bash
-echo "$@" >> {folder}/submitted
-for last; do :; done
-if grep -q 'merge_stats' "$last"; then echo 'Submitted batch job 0'; exit; fi
-number=$(($(cat {folder}/job 2>/dev/null || echo 100) + 1)); echo $number > {folder}/job
-most=$(sed -n 's/#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$last")
-for n in $(seq 0 $most); do
-    SLURM_ARRAY_TASK_ID=$n SLURM_NODELIST=here RUN_OFFSET=0 bash "$last" >> {folder}/log 2>&1 || exit 1
-done
-echo "Submitted batch job $number"
-""",
-    "srun": '#!/bin/bash\nwhile [[ "$1" != launch_pickled_pipeline ]]; do shift; done\nexec "$@"\n',
-    "scontrol": "#!/bin/bash\necho localhost\n",
-    "squeue": "#!/bin/bash\ncat {folder}/queue 2>/dev/null\n",
-}
-
-
-def test_on_slurm_each_stage_is_an_array_that_waits_for_the_one_before(tmp_path, monkeypatch, capsys):
-    for name, text in FAKE_SLURM.items():
-        (tmp_path / name).write_text(text.replace("{folder}", str(tmp_path)))
-        (tmp_path / name).chmod(0o755)
-    scripts = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", f"{tmp_path}:{scripts}:{os.environ['PATH']}")
-    (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": prose(seed % 5)}) for seed in range(7)))
-    out = tmp_path / "out"
-    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={out}", "refine.dedup=none"]
-    overrides += ["refine.executor=slurm", "refine.slurm={partition: cpu, time: '1:00:00'}"]
-    assert main(["refine", *overrides]) == 0
-    assert "submitted; job 102 writes the report" in capsys.readouterr().err, (tmp_path / "log").read_text()
-    submitted = [line for line in (tmp_path / "submitted").read_text().splitlines() if "RUN_OFFSET" in line]
-    waits = [word for line in submitted for word in line.split() if word.startswith("--dependency")]
-    assert waits == [f"--dependency=afterok:{job}" for job in (101,)]
-    assert main(["refine", *overrides]) == 0
-    assert "left" in capsys.readouterr().out
-    assert sorted(texts(out / "documents" / "files")) == sorted(prose(seed % 5) for seed in range(7))
-
-
-def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypatch, capsys):
-    for name in ("sbatch", "squeue"):
-        (tmp_path / name).write_text(
-            "#!/bin/bash\necho PENDING Dependency\n" if name == "squeue" else "#!/bin/bash\necho Submitted job 7\n"
-        )
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}))
-    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out"]
-    overrides += ["refine.executor=slurm", "refine.slurm.partition=cpu", "refine.slurm.time='1:00:00'"]
-    assert main(["refine", *overrides]) == 0
-    (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 1\n")
-    assert main(["refine", *overrides]) == 0
-    assert (
-        "0 of 7 stages are done; job 7, which writes the report, is still to come (PENDING" in capsys.readouterr().err
-    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +284,7 @@ def test_a_file_that_changed_between_two_passes_ends_it(tmp_path):
     read = Read([[piece]], {"files": DataConfig(source=Source.files)}, tmp_path / "read")
     assert [document.text for document in read(None, 0, 1)] == ["text"]
     file.write_text("other text")
-    with pytest.raises(Changed, match=r"a\.txt has changed while"):
+    with pytest.raises(BadInput, match=r"a\.txt: has changed while"):
         list(read(None, 0, 1))
 
 
