@@ -44,6 +44,7 @@ class _Earlier:
         options: where its configuration was composed from.
         config: its composed configuration, by dotted key; empty where that cannot be read.
         cwd: where it was started.
+        choices: the presets of `model`, `data` and `schedule` that it had, by group.
         said: what there is to say of it, a sentence each.
     """
 
@@ -52,6 +53,7 @@ class _Earlier:
     options: Options
     config: dict[str, Any]
     cwd: Path
+    choices: dict[str, str]
     said: list[str] = field(default_factory=list)
 
 
@@ -76,6 +78,8 @@ def take_over(arguments: Sequence[str], *, goes_on: bool = False) -> list[str]:
     if len(given.like) > 1:
         raise BadInput([f"--like={given.like[1]}: is {given.like[0]} as well; one run would work"])
     earlier = _read(given.like[0])
+    if not goes_on:
+        _without_its_place(earlier, own)
     taken = _merged(earlier, own)
     if goes_on:
         taken = _as_the_run_or_another(earlier, taken, own)
@@ -109,6 +113,9 @@ def _read(named: str) -> _Earlier:
         options=Options(name, folders[0] if folders else None),
         config=_flat(composed),
         cwd=Path(runtime.get("cwd") or os.getcwd()),
+        choices={
+            group: str(name) for group, name in (runtime.get("choices") or {}).items() if group in _GROUPS and name
+        },
     )
     try:
         if not isinstance(typed, list):
@@ -139,6 +146,15 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in node.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found
+
+
+def _without_its_place(earlier: _Earlier, own: Sequence[str]) -> None:
+    """Leave out which run it was, for a command that is none; its presets stand over those of the command."""
+    earlier.overrides = [text for text in earlier.overrides if key_of(text) not in ("name", "resume")]
+    adds = [text for text in [*earlier.overrides, *own] if text.startswith("+") and "." not in key_of(text)]
+    if earlier.options.file is None and not adds:  # else they stand in that file, or what is added chooses them
+        chosen = {key_of(text) for text in earlier.overrides}
+        earlier.overrides[:0] = [f"{group}={name}" for group, name in earlier.choices.items() if group not in chosen]
 
 
 def _merged(earlier: _Earlier, own: list[str]) -> list[str]:

@@ -232,8 +232,8 @@ def test_like_says_for_every_verb_what_it_takes_and_what_has_changed_since(train
     capfd.readouterr()
     lines = bad(capfd, "describe", f"--like={trained}", "7b")
     assert f"{own / 'small.yaml'} sets the same keys over it" in lines[-1]
-    lines = bad(capfd, "gqa-study", f"--like={trained}")
-    assert lines[-1].startswith("name: is the study's to set")
+    lines = bad(capfd, "gqa-study", f"--like={trained}", "study.alpha=0.3")
+    assert any(line.startswith("study.alpha=0.3: not one of") for line in lines), lines
     lines = bad(capfd, "bench", "stage", f"--like={trained}", "parallel.pp=9")
     assert "more stages than the 4 layers" in lines[-1]
     assert "is only taken with a subject" in bad(capfd, "bench", f"--like={trained}")[-1]
@@ -244,6 +244,18 @@ def test_like_says_for_every_verb_what_it_takes_and_what_has_changed_since(train
         assert "changed since: model.max_seq_len=128 (it had 64)" in capfd.readouterr().err
     finally:
         (own / "small.yaml").write_text(SMALL)
+
+
+def test_presets_of_a_run_stand_over_those_of_a_verb(data, started, tmp_path, capfd):
+    composition = compose_overrides([*data, "train.seq_len=32", "wandb.mode=disabled"])
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save({"hydra": composition.node.hydra}, tmp_path / ".hydra" / "hydra.yaml")
+    OmegaConf.save(composition.node.hydra.overrides.task, tmp_path / ".hydra" / "overrides.yaml")
+    lines = bad(capfd, "gqa-study", f"--like={tmp_path}", "study.kv_heads=[3]")
+    assert "model=tiny" in lines[0]  # not tiny_mha, of which the study is by default
+    assert lines[-1].startswith("study.kv_heads=3: does not divide the 2 key/value heads"), lines
+    lines = bad(capfd, "bench", "stage", f"--like={tmp_path}", "parallel.pp=9")
+    assert any("more stages than the 8 layers" in line for line in lines), lines
 
 
 def test_like_works_where_the_folder_that_a_run_was_composed_from_is_gone(trained, own, started, capfd):
