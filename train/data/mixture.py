@@ -10,7 +10,7 @@ import heapq
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,7 +91,7 @@ class Mixture:
     @cached_property
     def _layout(self) -> NDArray[np.int16]:
         """The sources of a period, (period,)."""
-        return _lay_out(self.parts)
+        return _lay_out(tuple(self.parts.tolist()))
 
     @cached_property
     def _before(self) -> NDArray[np.int64]:
@@ -113,8 +113,10 @@ def _rounded(shares: list[Fraction]) -> list[int]:
     return parts
 
 
-def _lay_out(parts: NDArray[np.int64]) -> NDArray[np.int16]:
+@lru_cache(maxsize=16)  # a second or two for a period of a million, and a run asks for its mixtures in several places
+def _lay_out(of_sources: tuple[int, ...]) -> NDArray[np.int16]:
     """Lay out one period: each sample in the slots from its release to its deadline, the earliest deadline first."""
+    parts = np.array(of_sources, dtype=np.int64)
     period, m = int(parts.sum()), max(1, 2 * len(parts) - 2)
     sources = np.repeat(np.arange(len(parts)), parts)
     place = np.concatenate([np.arange(part) for part in parts])
