@@ -23,6 +23,7 @@ from train.pretrained import Source, open_source
 _NOT_SHAPE = ("attention",)
 _SHAPE = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "head_dim")
 _RECIPE = ("data", "optimizer", "schedule", "train")
+_MASK = "data.document_mask"
 
 
 def compose_with_source(
@@ -66,8 +67,13 @@ def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[st
     described = to_jsonable(asdict(source.weights.config))
     values = {f"model.{key}": value for key, value in described.items() if key not in _NOT_SHAPE}
     if config.uptrain.alpha is not None:
-        # A group that the command chooses (schedule=cosine) is a recipe of its own.
-        values |= {key: value for key, value in _recipe(config, source).items() if key.partition(".")[0] not in given}
+        # A group that the command chooses (schedule=cosine) is a recipe of its own, but for what weights are used to
+        # whatever the corpus: whether documents see each other.
+        values |= {
+            key: value
+            for key, value in _recipe(config, source).items()
+            if key == _MASK or key.partition(".")[0] not in given
+        }
     if source.tokenizer and (config.uptrain.alpha is None or "data" in given):
         values["data.tokenizer"] = str(source.tokenizer)
     return [f"{key}={_hydra(value)}" for key, value in values.items() if key not in given]

@@ -67,6 +67,18 @@ def test_again_runs_the_original_schedule_over_the_shorter_length():
     assert now.schedule.decay.name == "multi_step" and now.schedule.step_to == [0.316, 0.1]
 
 
+@pytest.mark.parametrize("then", [True, False, None], ids=["apart", "together", "older than the key"])
+def test_documents_see_each_other_if_they_did_whatever_the_corpus(then):
+    original = source()
+    if then is None:
+        del original.run.config["data"]["document_mask"]
+    else:
+        original.run.config["data"]["document_mask"] = then
+    for corpus in ([], ["data=stdlib"]):
+        assert composed(original, "uptrain.alpha=0.1", *corpus).data.document_mask is bool(then)
+    assert composed(original, "uptrain.alpha=0.1", "data.document_mask=true").data.document_mask is True
+
+
 def test_whatever_the_command_sets_wins():
     now = composed(source(), "uptrain.alpha=0.1", "optimizer.lr=0.5", "train.total_tokens=7e5", "schedule=cosine")
     assert now.optimizer.lr == 0.5 and now.train.total_tokens == 7e5
