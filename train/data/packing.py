@@ -244,15 +244,13 @@ class PackedSequences:
             ChangedTokens: as for `__getitem__`.
         """
         tokens = self.stream.read(start, count)
-        if self._vocab_size is not None:
-            wrong = (tokens >= self._vocab_size) | (tokens < 0)
-            if wrong.any():
-                first = int(wrong.argmax())
-                raise ChangedTokens(
-                    f"{self.stream.place(start + first)}: holds id {tokens[first]} in sequence {index}, beyond the "
-                    f"vocabulary of {self._vocab_size}; tokens made by the tokenizer that data.tokenizer names would "
-                    "work"
-                )
+        if self._vocab_size is not None and (tokens.max() >= self._vocab_size or tokens.min() < 0):
+            first = int(((tokens >= self._vocab_size) | (tokens < 0)).argmax())
+            raise ChangedTokens(
+                f"{self.stream.place(start + first)}: holds id {tokens[first]} in sequence {index}, beyond the "
+                f"vocabulary of {self._vocab_size}; tokens made by the tokenizer that data.tokenizer names would "
+                "work"
+            )
         return tokens
 
     def starts(self, index: int) -> NDArray[np.bool_] | None:

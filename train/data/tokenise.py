@@ -163,7 +163,7 @@ class _Board:
                 for index in set(range(len(self._job.units))) - self._done:
                     if self._claims.take_over(shard_name(index)):
                         return index
-            time.sleep(_POLL)
+            time.sleep(min(_POLL * (1 + len(self._job.units) / 1000), 10))  # many look into one folder then
 
     def finished(self, index: int) -> None:
         """Note that the shard of a unit is done."""

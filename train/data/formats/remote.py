@@ -122,6 +122,8 @@ def _as_bad_input(url: str, key: str) -> Iterator[None]:
         raise BadInput([f"{said}: {error}; with that package installed it would work"]) from error
     except FileNotFoundError as error:
         raise BadInput([f"{said}: no such file or folder ({error}); a path that exists would work"]) from error
+    except (NameError, TypeError):
+        raise
     except Exception as error:  # every service raises kinds of its own for credentials, names and networks
         raise BadInput([f"{said}: cannot be read ({type(error).__name__}: {error}); a path that exists, credentials "
                         "in the environment that may read it, and network to it would work"]) from error  # fmt: skip
