@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 from safetensors.torch import load_file
 
@@ -29,6 +30,13 @@ def finish(folder, num, *overrides, code=0):
     said = "".join((folder / f"rank{rank}.log").read_text() for rank in range(num))
     assert codes == [code] * num, f"{codes}\n{said[-4000:]}"
     return said
+
+
+def wait_for(happens, ranks, timeout=60):
+    """Wait until something happens, all ranks have ended, or the time is over."""
+    deadline = time.monotonic() + timeout
+    while not happens() and None in ranks.codes and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def saved(folder, step):

@@ -9,15 +9,9 @@ import pytest
 
 from tests.launch.wandb_parts import logged_steps
 from tests.train.checkpoint import runs
-from tests.train.checkpoint.runs import STEPS
+from tests.train.checkpoint.runs import STEPS, wait_for
 
 TRIALS, LOGGED = 21, 4
-
-
-def wait_for(happens, ranks, timeout=60):
-    deadline = time.monotonic() + timeout
-    while not happens() and None in ranks.codes and time.monotonic() < deadline:
-        time.sleep(0.005)
 
 
 def unfinished(folder):

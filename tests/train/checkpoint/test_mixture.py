@@ -6,7 +6,6 @@ import signal
 import pytest
 
 from tests.train.checkpoint import runs
-from tests.train.checkpoint.test_kill import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def test_killed_and_started_again_on_another_layout_it_is_as_if_nothing_had_been
 
     ranks = runs.start(killed, 2, *course, "parallel.pp=2", "checkpoint.every_steps=1")
     metrics = killed / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 5, ranks)
+    runs.wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 5, ranks)
     ranks.signal(signal.SIGKILL)
     ranks.wait(60)
     said = runs.finish(killed, 2, *course, "parallel.dp=2", "train.micro_batch=4")
