@@ -216,8 +216,8 @@ def open_best_fit(
 ) -> tuple[BestFitSequences, Cut]:
     """Pack a stream, or find it packed in the cache.
 
-    Every rank may call it at once: one works and the others wait. It takes 16 bytes of memory a token of a sequence's
-    length, and some hundred MB beside the file of the places, whose 8 bytes a document are written as memory allows.
+    Every rank may call it at once: one works and the others wait. That takes 8 bytes of memory a document and some
+    hundred MB besides: 14 s and 1 GB for a hundred million documents.
 
     Args:
         concatenated: the stream as it lies.
@@ -272,10 +272,7 @@ def _build(stream: TokenStream, ends: Ends, eos_id: int, seq_len: int, folder: P
 def _write_places(ends: Ends, seq_len: int, counts: NDArray[np.int64], path: Path) -> None:
     """Write the places by length, and of one length in the order of the stream."""
     next_of = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-    path.touch()
-    if not counts.sum():
-        return
-    file = np.memmap(path, dtype=np.int64, mode="w+", shape=(int(counts.sum()),))
+    all_places = np.empty(int(counts.sum()), dtype=np.int64)
     for starts, lengths in _documents(ends):
         whole, rest = np.divmod(lengths, seq_len)
         within = np.arange(whole.sum()) - np.repeat(np.cumsum(whole) - whole, whole)
@@ -284,9 +281,11 @@ def _write_places(ends: Ends, seq_len: int, counts: NDArray[np.int64], path: Pat
         order = np.argsort(of_length, kind="stable")
         sizes = np.bincount(of_length, minlength=seq_len + 1)
         within = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        file[next_of[of_length[order]] + within] = places[order]
+        all_places[next_of[of_length[order]] + within] = places[order]
         next_of += sizes
-    file.flush()
+    # Not through a map: on a full disk a process dies of that without a word.
+    with open(path, "wb") as file:
+        file.write(all_places.data)
 
 
 def _documents(ends: Ends) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

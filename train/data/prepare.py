@@ -60,9 +60,18 @@ class PreparedData:
         return self._sequences("train", seq_len) if self.packing is Packing.concat else self.best_fit(seq_len)[0]
 
     def best_fit(self, seq_len: int) -> tuple[BestFitSequences, Cut]:
-        """Open the training tokens best-fit packed, which is made and kept when it is asked for first."""
-        concatenated, ends = self._sequences("train", seq_len), partial(self.ends, "train")
-        return open_best_fit(concatenated, ends, self.eos_id, self.fingerprint, self.folder.parent)
+        """Open the training tokens best-fit packed, which is made and kept when it is asked for first.
+
+        Raises:
+            BadInput: where documents end is not known, or not in the end token, or the cache cannot be written.
+        """
+        concatenated, ends, cache_dir = (
+            self._sequences("train", seq_len),
+            partial(self.ends, "train"),
+            self.folder.parent,
+        )
+        with _writable(cache_dir, "be written", _FULL_OR_FORBIDDEN):
+            return open_best_fit(concatenated, ends, self.eos_id, self.fingerprint, cache_dir)
 
     def val(self, seq_len: int) -> PackedSequences:
         """Open the held-out tokens as sequences of `seq_len` predictions."""
@@ -149,15 +158,15 @@ def prepare_sources(
     with _all_problems() as problems:
         problems += check_sources(sources)
         problems += _check_sizes(given, vocab_size, seq_len)
-    with _writable(given, "be made"):
+    with _writable(given.cache_dir, "be made"):
         expanded(given.cache_dir).mkdir(parents=True, exist_ok=True)
-    with _writable(given, "be written", _FULL_OR_FORBIDDEN):
+    with _writable(given.cache_dir, "be written", _FULL_OR_FORBIDDEN):
         tokenizer = prepare_tokenizer(sources, vocab_size, progress=progress, verify=verify)
     prepared = {}
     with _all_problems() as problems:
         for name, data in sources.items():
             try:
-                with _writable(data, "be written", _FULL_OR_FORBIDDEN):
+                with _writable(data.cache_dir, "be written", _FULL_OR_FORBIDDEN):
                     prepared[name] = _prepare_corpus(data, tokenizer, progress, verify)
             except BadInput as error:
                 problems += corpus.of_source(sources, name, error.problems)
@@ -280,12 +289,12 @@ _FULL_OR_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errn
 
 
 @contextmanager
-def _writable(data: DataConfig, fails_to: str, codes: tuple[int, ...] | None = None) -> Iterator[None]:
+def _writable(cache_dir: str | Path, fails_to: str, codes: tuple[int, ...] | None = None) -> Iterator[None]:
     """Say which setting is at fault when the cache cannot be made or written; other codes than these pass, if given."""
     try:
         yield
     except OSError as error:
         if codes is not None and error.errno not in codes:
             raise
-        raise BadInput([f"data.cache_dir={data.cache_dir}: cannot {fails_to} ({error}); a folder with room in it "
+        raise BadInput([f"data.cache_dir={cache_dir}: cannot {fails_to} ({error}); a folder with room in it "
                         "would work, and what is done already stays"]) from error  # fmt: skip

@@ -1,5 +1,6 @@
 """Best-fit packing against packing one document at a time, and against the documents themselves."""
 
+import errno
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import replace
@@ -153,6 +154,19 @@ def test_documents_without_their_end_token_are_refused_before_a_run_or_as_they_a
     stream = PackedSequences(FileTokens([TokenFile(tmp_path / "tokens.bin", "uint16")]), SEQ, vocab_size=300)
     with pytest.raises(BadInput, match=r"data.packing=best_fit: .*tokens.bin, token 1 ends .*; data.packing=concat"):
         open_best_fit(stream, lambda: [np.array([2, 3])], EOS, "of other tokens", tmp_path / "cache")
+
+
+def test_a_full_disk_is_said_with_what_would_work(jsonl, files_config, monkeypatch):
+    prepared = ready(files_config(jsonl, packing=Packing.best_fit), seq_len=64)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(best_fit, "_write_places", full)
+    with pytest.raises(BadInput, match=r"data.cache_dir=.*: cannot be written .*a folder with room in it would work"):
+        prepared.train(64)
+    monkeypatch.undo()
+    assert len(prepared.train(64))
 
 
 def test_tokens_that_were_changed_are_named(documents, tmp_path):
