@@ -217,7 +217,7 @@ def open_best_fit(
     """Pack a stream, or find it packed in the cache.
 
     Every rank may call it at once: one works and the others wait. That takes 8 bytes of memory a document and some
-    hundred MB besides: 14 s and 1 GB for a hundred million documents.
+    hundred MB besides: 16 s and 1 GB for a hundred million documents.
 
     Args:
         concatenated: the stream as it lies.

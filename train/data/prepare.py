@@ -65,13 +65,9 @@ class PreparedData:
         Raises:
             BadInput: where documents end is not known, or not in the end token, or the cache cannot be written.
         """
-        concatenated, ends, cache_dir = (
-            self._sequences("train", seq_len),
-            partial(self.ends, "train"),
-            self.folder.parent,
-        )
-        with _writable(cache_dir, "be written", _FULL_OR_FORBIDDEN):
-            return open_best_fit(concatenated, ends, self.eos_id, self.fingerprint, cache_dir)
+        concatenated, ends = self._sequences("train", seq_len), partial(self.ends, "train")
+        with _writable(self.folder.parent, "be written", _FULL_OR_FORBIDDEN):
+            return open_best_fit(concatenated, ends, self.eos_id, self.fingerprint, self.folder.parent)
 
     def val(self, seq_len: int) -> PackedSequences:
         """Open the held-out tokens as sequences of `seq_len` predictions."""
