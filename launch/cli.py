@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if problems := judge_texts_and_paths(known, verbs[known.verb]):
             raise BadInput(problems)
-        return known.run(known)
+        code = known.run(known)
+        sys.stdout.flush()
+        return code
     except BadInput as error:
         from parallel.processes import a_later_rank
 
@@ -58,6 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # while it checks or prepares; a launched run has its own way
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _reader_has_left() -> bool:
+    """Tell whether nobody reads the output any more, as after ``| head``; what is left of it is dropped then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(what & select.POLLERR for _, what in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail at it again as it ends
+    return True
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

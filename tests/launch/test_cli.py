@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -23,6 +25,25 @@ def bad(capsys, *arguments):
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(monkeypatch, capsys):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert cli.main(["describe", "tiny"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_another_broken_pipe_is_one(monkeypatch):
+    def fail(options):
+        raise BrokenPipeError("of a connection")
+
+    monkeypatch.setitem(cli.VERBS, "describe", fail)
+    with open(os.devnull, "w") as out, pytest.raises(BrokenPipeError, match="of a connection"):
+        monkeypatch.setattr(sys, "stdout", out)
+        cli.main(["describe", "tiny"])
 
 
 def test_describe_67b_for_scripts(capsys):
