@@ -26,8 +26,8 @@ def after_step(act):
     """Do something once a step is taken, told its number."""
     step = Engine.step
 
-    def stepped(self, batches, rate):
-        result = step(self, batches, rate)
+    def stepped(self, *arguments):
+        result = step(self, *arguments)
         STEPS[0] += 1
         act(self, STEPS[0])
         return result
@@ -39,8 +39,8 @@ def saves_are_waited_for():
     """No save is left out since the one before is still being written, however slow the machine is."""
     save = Saver.save
 
-    def save_at_once(self, step, *, tokens):
-        save(self, step, tokens=tokens)
+    def save_at_once(self, *arguments, **more):
+        save(self, *arguments, **more)
         self._thread.join()
 
     Saver.save = save_at_once
