@@ -19,8 +19,8 @@ HELP = {
         "  deepnarrow prepare model=7b data=files data.path='/corpus/*.jsonl.zst' data.tokenizer=tokenizer.json\n\n"
         "A run prepares its data itself where nobody has; for a large corpus do it ahead, without holding GPUs.\n"
         "Start the same command on any number of machines that share data.cache_dir, at any time: each takes what is\n"
-        "left. Whatever is killed costs the shards that it had under way, and the bytes are the same however many took\n"
-        "part. srun does it under Slurm, --ray auto on a Ray cluster; data.workers says how many cores each takes.\n\n"
+        "left. Whatever is killed costs the shards that it had under way, and the bytes are the same however many\n"
+        "took part. srun does it under Slurm, --ray auto on a Ray cluster; data.workers is the cores each takes.\n\n"
         "  srun --ntasks-per-node=1 deepnarrow prepare model=7b data=files data.path='s3://bucket/corpus/*.parquet'\n"
         "  deepnarrow prepare model=7b data=tokens data.path=/megatron data.tokenizer=tokenizer.json  # read in place",
     ),
