@@ -92,10 +92,11 @@ def test_describe_counts_the_steps_of_each_batch_and_the_tokens_of_each_source(c
     mixture = "data.sources={web: {path: /web, weight: 3}, code: {path: /code, weight: 1}}"
     stages = "data.stages=[{until: 1e9}, {until: 2e9, weights: {code: 1}, seq_len: 2048}]"
     ramp = ["train.global_batch='0:100 5e8:200'", "train.total_tokens=2e9"]
-    assert cli.main(["describe", "7b", mixture, stages, *ramp, "--json"]) == 0
+    assert cli.main(["describe", "7b", mixture, stages, *ramp, "parallel.pp=2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     sizes = [(of["steps"], of["global_batch"], of["seq_len"], of["stage"]) for of in found["length"]]
     assert sizes == [(1221, 100, 4096, 0), (611, 200, 4096, 0), (2440, 200, 2048, 1)]
+    assert found["pipeline"]["micro_batches"] == 200  # the batch that the run ends with
     web, code = found["sources"]
     assert (web["shares"], code["shares"]) == ([0.75, 0.0], [0.25, 1.0])
     steps = sum(steps * batch * seq_len for steps, batch, seq_len, _ in sizes)
