@@ -125,7 +125,8 @@ def trained_with_document_mask(start: Start) -> tuple[bool, str | None]:
         return True, None
     return False, (
         f"data.document_mask=null: false, as the run was trained up to step {found.step:,}, so that documents of a "
-        "sequence see each other; data.document_mask=true would separate them from here on"
+        f"sequence see each other; data.document_mask=true resume={start.candidates[0]} would separate them from here "
+        "on"
     )
 
 

@@ -145,7 +145,7 @@ def test_documents_stay_apart_or_together_as_the_run_was_trained(settings, older
     start = find("auto", tmp_path / "run")
     found, said = trained_with_document_mask(start)
     assert found is mask and (said is None) is mask
-    assert mask or ("up to step 8" in said and "data.document_mask=true would" in said)
+    assert mask or ("up to step 8" in said and f"data.document_mask=true resume={start.candidates[0]} would" in said)
     then = manifest.read(start.candidates[0])
     assert warnings(preset("tiny", f"data.document_mask={str(mask).lower()}"), then, "corpus") == []
     (line,) = warnings(preset("tiny", f"data.document_mask={str(not mask).lower()}"), then, "corpus")
