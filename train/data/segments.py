@@ -43,7 +43,7 @@ _LINES = r"\s*\S+(?:(?! \S)(?!\s*\n(?!\s*\r))\s+\S+)*(?:\s*\n(?!\s*\r)|\s+\Z)?|\
 # Every newline and digit is a token of its own, letters and marks are never in one.
 _OURS = rf"[ \t]*(?:[A-Za-z]+{_AFTER_WORD}|{_MARKS}+{_AFTER_MARKS}|[0-9](?=[\x20-\x7e\n\t]|\Z)|\n)|{_LINES}"
 # One mark in front of letters may be theirs, as may an apostrophe; a run of white space may take newlines along.
-_WORDS = rf"\s*{_MARKS}*[A-Za-z]+(?:'[A-Za-z]+)*{_AFTER_WORD}(?!')|[ ]?[0-9]+(?=[ \n!-/:-~]|\Z)|{_ANY}"
+_WORDS = rf"\s*{_MARKS}*[A-Za-z]+{_AFTER_WORD}|[ ]?[0-9]+(?=[ \n!-/:-~]|\Z)|{_ANY}"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = "|".join(
