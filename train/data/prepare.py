@@ -226,12 +226,17 @@ def _tokenised(
     verify: bool,
 ) -> dict[str, Any]:
     meta, damage = cache.read(folder, verify)
-    while meta is None:
+    for _ in range(_TRIES):
+        if meta is not None:
+            return meta
         if folder.exists():
             reopen(folder, damage)
         tokenise_corpus(data, tokenizer, description, folder, progress)
         meta, damage = cache.read(folder)
-    return meta
+    if meta is not None:
+        return meta
+    raise BadInput([f"data.cache_dir={data.cache_dir}: {folder} is damaged ({damage}) however often it is prepared; a "
+                    "disk that keeps what is written would work"])  # fmt: skip
 
 
 def _check_sizes(data: DataConfig, vocab_size: int, seq_len: int) -> list[str]:
@@ -281,6 +286,7 @@ def _shorter(tokens: int) -> str:
     return f"train.seq_len={1 << ((tokens - 1).bit_length() - 1)}, or " if tokens >= 2 else ""
 
 
+_TRIES = 3
 _FULL_OR_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 

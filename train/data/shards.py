@@ -203,12 +203,11 @@ class ShardWriter:
 def move_documents(folder: Path, index: int, record: Record, extreme: Extreme, dtype: str) -> None:
     """Move documents of a shard to the other split, where the whole corpus has none.
 
-    The record is taken away first: whatever interrupts this leaves a shard that is not done.
+    Whatever interrupts this leaves files of other sizes than their record says: a shard that is not done.
     """
     source, target = extreme.split, "val" if extreme.split == "train" else "train"
     tokens = np.fromfile(token_file(folder, index, source), dtype)
     ends = np.fromfile(ends_file(folder, index, source), np.int64)
-    record_file(folder, index).unlink()
     chosen = set(extreme.documents)
     with ShardWriter(folder, index, dtype, int(tokens[-1])) as shard:
         for number, document in enumerate(np.split(tokens, ends[:-1])):

@@ -42,7 +42,7 @@ INDEX = "index.npy"
 """Tokens and documents of each split of each shard, int64 (shards, 2, 2)."""
 _RECIPE = "recipe.json"
 _MERGE = "merge"
-_POLL = 0.5
+_POLL, _TRIES = 0.5, 3
 
 
 def tokenise_corpus(
@@ -64,8 +64,11 @@ def tokenise_corpus(
     if problems := corpus.check_tables(data):
         raise BadInput(problems)
     partial = folder.with_name(f"{folder.name}.partial")
-    units = units_of(data)
+    units, tries = units_of(data), 0
     while not folder.exists():
+        if tries == _TRIES:
+            raise BadInput([f"data.cache_dir={data.cache_dir}: shards are missing or shorter than they were written, "
+                            f"{_TRIES} times; a disk that keeps what is written would work"])  # fmt: skip
         _begin(partial, tokenizer, description)
         if folder.exists():  # the last shard was put in while this one looked for the folder
             shutil.rmtree(partial)
@@ -76,6 +79,7 @@ def tokenise_corpus(
                 board = _Board(job, claims, folder)
                 _work(job, board, progress)
                 if board.merges():
+                    tries += 1
                     _finish(job, tokenizer, description, folder)
         except FileNotFoundError:
             if partial.exists():

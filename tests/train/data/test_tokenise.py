@@ -16,6 +16,7 @@ import pytest
 from model.problems import BadInput
 from tests.train.data.helpers import VOCAB, corpus_texts, problems, ready, texts_of, tokens_of
 from train.data import build, cache, claims, shards, tokenise, units, workers
+from train.data import prepare as prepare_
 from train.data.shards import SPLITS, token_file
 
 ROOT = Path(__file__).parents[3]
@@ -167,15 +168,16 @@ def test_a_split_without_a_document_gets_one_with_all_its_copies(settings, corpu
     lines = (corpus / "b.jsonl").read_text()
     (corpus / "d.jsonl").write_text(lines)  # copies in other shards
     data = settings("cache", workers=1, val_fraction=1e-30 if split == "val" else 1 - 1e-15)
-    real, calls = shards.ShardWriter.finish, []
+    real, moved = shards.write_json, []
 
-    def interrupted(self, *given, moved=None):
-        calls.append(moved)
-        if moved and calls.count(moved) == 2:
-            raise KeyboardInterrupt
-        return real(self, *given, moved=moved)
+    def interrupted(file, record):
+        if record.get("moved"):
+            moved.append(file)
+            if len(moved) == 2:
+                raise KeyboardInterrupt
+        real(file, record)
 
-    monkeypatch.setattr(shards.ShardWriter, "finish", interrupted)
+    monkeypatch.setattr(shards, "write_json", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ready(data)
     assert not list(Path(data.cache_dir).glob("*/meta.json"))
@@ -246,6 +248,17 @@ def test_of_a_damaged_corpus_only_what_is_damaged_is_done_again(settings, monkey
         assert ready(data) == prepared
     assert sorted(taken) == [4, 6] and content(prepared.folder) == before
     assert np.array_equal(tokens_of(prepared, "train"), tokens)
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_said(settings, monkeypatch):
+    data = settings("cache", workers=1)
+    monkeypatch.setattr(tokenise, "read_record", lambda *_: None)
+    (said,) = problems(data)
+    assert said.startswith(f"data.cache_dir={data.cache_dir}: ") and said.endswith("keeps what is written would work")
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare_, "tokenise_corpus", lambda *_: None)
+    (said,) = problems(data)
+    assert "is damaged (" in said and said.endswith("keeps what is written would work")
 
 
 def test_a_shard_cut_short_before_the_end_is_done_again(settings, monkeypatch):
