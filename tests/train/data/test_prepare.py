@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.train.data.helpers import VOCAB, corpus_texts, problems, ready, texts_of, tokens_of
-from train.data import build, segments, tokenise, tokenizer_cache
+from train.data import build, segments, tokenise, tokenizer_cache, units
 from train.data.shards import token_file
 from train.data.tokenizer import train_tokenizer
 
@@ -230,3 +230,27 @@ def test_a_cache_that_cannot_be_made(jsonl, files_config, tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         (said,) = problems(files_config(jsonl, cache_dir=str(folder)))
         assert f"data.cache_dir={folder}: cannot be made" in said
+
+
+def test_the_sample_is_the_same_in_whatever_order_and_parts_it_is_read(tmp_path, files_config, monkeypatch):
+    rng = np.random.default_rng(0)
+    pieces = [(int(rng.integers(0, 90)), "x" * int(rng.integers(1, 40))) for _ in range(120)]
+    kept = set()
+    for _ in range(50):
+        sample = build.Sample(300)
+        for at in rng.permutation(len(pieces)):
+            sample.add(*pieces[at])
+        kept.add(tuple(sample.pieces()))
+    assert len(kept) == 1
+    first = sample.pieces()
+    largest = max(key for key, _ in first)
+    assert first == sorted(piece for piece in pieces if piece[0] <= largest)
+    assert 200 < sum(len(piece) for _, piece in first) <= 300
+    words = (json.dumps({"text": f"{number} " * int(rng.integers(1, 400))}) for number in range(200))
+    (tmp_path / "a.jsonl").write_text("\n".join(words))
+    samples = set()
+    for size, workers in (1 << 22, 1), (9000, 1), (30_000, 1), (9000, 2):
+        monkeypatch.setattr(units, "SMALLEST", size)
+        data = files_config(tmp_path / "a.jsonl", workers=workers)
+        samples.add(tuple(tokenizer_cache.sample_texts(data, 40_000, progress=False)[0]))
+    assert len(samples) == 1 and len(samples.pop()) > 20
