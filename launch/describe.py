@@ -241,7 +241,8 @@ def _of_data(config: Config, found: dict[str, Any]) -> str:
     if len(found["length"]) > 1:
         lines += [
             f"from step {of['first_step']:,}, after {of['tokens_before']:,} tokens: {of['steps']:,} steps of "
-            f"{of['global_batch']} x {of['seq_len']} tokens" + (f", stage {of['stage']}" if config.data.stages else "")
+            f"{of['global_batch']} x {of['seq_len']} tokens"
+            + (f", data stage {of['stage']}" if config.data.stages else "")
             for of in found["length"]
         ]
     for of in found["sources"]:

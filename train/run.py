@@ -374,12 +374,11 @@ def header(prepared: PreparedRun, facts: dict[str, Any], held_out: HeldOutSample
     steps = [
         f"{span.count:,} steps of {span.first.global_batch} x {span.first.seq_len} tokens" for span in length.spans
     ]
-    if length.steps < length.schedule_steps:
-        steps.append(f"of which this run takes {length.steps:,}")
+    some = f", of which this run takes {length.steps:,}" if length.steps < length.schedule_steps else ""
     return (
         f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, "
         f"{prepared.layout}\n"
         f"{prepared.data.num_train_tokens:,} training tokens, {val_count}; vocabulary {config.model.vocab_size:,}\n"
-        f"{', then '.join(steps)}, micro-batches of {config.train.micro_batch}\n"
+        f"{', then '.join(steps)}{some}, micro-batches of {config.train.micro_batch}\n"
         f"{facts['kernels']}"
     )

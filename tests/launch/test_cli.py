@@ -103,7 +103,7 @@ def test_describe_counts_the_steps_of_each_batch_and_the_tokens_of_each_source(c
     assert web["tokens"] + code["tokens"] == steps and abs(web["tokens"] - 0.75 * (1221 + 2 * 611) * 409_600) < 4096
     assert cli.main(["describe", "7b", mixture, stages, *ramp]) == 0
     said = capsys.readouterr().out
-    assert "from step 1,222, after 500,121,600 tokens: 611 steps of 200 x 4096 tokens, stage 0" in said
+    assert "from step 1,222, after 500,121,600 tokens: 611 steps of 200 x 4096 tokens, data stage 0" in said
     assert f"code: {code['tokens']:,} tokens; 25.00% then 100.00%" in said
 
 

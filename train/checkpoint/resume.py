@@ -110,7 +110,10 @@ def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
     lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
     if data != found.data and not any(key.startswith("data.") for key in changed):
-        lines.append("the files of the corpus have changed: the order of samples is another from here on")
+        lines.append(
+            "the corpus is not prepared as it was, since its files have changed or this version reads them otherwise: "
+            "the order of samples may be another from here on"
+        )
     return lines
 
 
