@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.paths import expanded
+from conf.paths import expanded, name_problems
 from conf.schema import Config
 from conf.train_settings import WandbConfig, WandbMode
 from train.wandb_run import wandb_mode
@@ -84,7 +84,9 @@ def _names(config: Config) -> list[str]:
             found.append(
                 f"{key}={value}: has {len(value)} characters, and W&B takes {_LONGEST}; a shorter one would work"
             )
-    if len(config.name) > _LONGEST:
+    if len(config.name) > _LONGEST and not name_problems(
+        "name", config.name
+    ):  # one that no folder takes is refused as such
         works = "a shorter one, or wandb.mode=disabled, would work"
         found.append(f"name={config.name[:20]}…: has {len(config.name)} characters, and W&B takes {_LONGEST}; {works}")
     for tag in settings.tags:
