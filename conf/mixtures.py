@@ -161,8 +161,8 @@ def _weights(key: str, weights: Mapping[str, float], data: DataConfig) -> list[s
     for name, weight in weights.items():
         if name not in data.sources:
             near = difflib.get_close_matches(name, data.sources, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            problems.append(f"{key}.{name}={weight:g}: no such source; {hint}There are {', '.join(data.sources)}")
+            hint = f"did you mean {' or '.join(near)}? There" if near else "there"
+            problems.append(f"{key}.{name}={weight:g}: no such source; {hint} are {', '.join(data.sources)}")
         elif not 0 <= weight < math.inf:
             problems.append(f"{key}.{name}={weight}: must be a finite number and at least 0, such as 0.7")
     if not problems and not any(weights.values()):
