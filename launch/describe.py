@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import Config
+from conf.train_settings import corpora
 from conf.validate import Machine, validate
 from launch.timeline import picture
 from model.config import ModelConfig
@@ -20,6 +21,8 @@ from parallel.memory import Step, stage_memory
 from parallel.simulation import Timeline
 from parallel.stages import Stage, split_for, stage_rows, stage_table
 from train.data.mixed_order import MixedOrder, mixtures_of
+from train.data.prepare import already_prepared
+from train.data.sources import prepare_run, shares
 from train.length import Consumed, length_of, longest
 from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
@@ -55,8 +58,9 @@ def facts(config: Config) -> dict[str, Any]:
     at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
     cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
     of the pipeline in bf16: state, activations, workspace (of the pass that needs most) and peak; length, the steps of
-    the run by batch, sequence length and data stage; sources, of a mixture, their tokens and shares; attention_choices,
-    the same model with other key/value heads.
+    the run by batch, sequence length and data stage; sources, of a mixture, their tokens and shares, and where all are
+    prepared here the training tokens that they have (available) and the epochs, else null; attention_choices, the same
+    model with other key/value heads.
     """
     model, seq_len = config.model, config.train.seq_len
     stages = split_for(model.layer_flops(seq_len), config.parallel.placement)
@@ -89,12 +93,17 @@ def _sources(config: Config) -> list[dict[str, Any]]:
     length, mixtures = length_of(config), mixtures_of(config)
     order = MixedOrder(length, mixtures, Consumed(skip=config.train.skip_samples))
     tokens = order.source_tokens(length.samples_after(length.schedule_steps))
+    prepared = bool(config.data.sources) and already_prepared(corpora(config.data), config.model.vocab_size)
+    whole = replace(config, train=replace(config.train, max_steps=None))
+    taken = {share.name: share for share in shares(whole, prepare_run(whole, progress=False))} if prepared else {}
     return [
         {
             "source": name,
             "tokens": tokens.get(name, 0),
             "shares": [float(mixture.shares.get(name, 0)) for mixture in mixtures],
             "max_epochs": source.max_epochs,
+            "available": taken[name].available if taken else None,
+            "epochs": taken[name].epochs if taken else None,
         }
         for name, source in config.data.sources.items()
     ]
@@ -246,8 +255,12 @@ def _of_data(config: Config, found: dict[str, Any]) -> str:
             for of in found["length"]
         ]
     for of in found["sources"]:
-        shares = " then ".join(f"{share:.2%}" for share in of["shares"])
-        lines.append(f"{of['source']}: {of['tokens']:,} tokens; {shares}")
+        said = " then ".join(f"{share:.2%}" for share in of["shares"])
+        if (epochs := of["epochs"]) is not None:
+            said += f"; {epochs:.3g} epochs of {of['available']:,}{' (repeated)' * (epochs > 1)}"
+        lines.append(f"{of['source']}: {of['tokens']:,} tokens; {said}")
+    if any(of["epochs"] is None for of in found["sources"]):
+        lines.append("epochs of each source: not prepared here; deepnarrow prepare prints them")
     for index, mixture in enumerate(mixtures_of(config)):
         if rounding := mixture.rounding():
             lines.append(f"data.stages[{index}]: {rounding}" if config.data.stages else f"data.sources: {rounding}")

@@ -198,3 +198,24 @@ def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypat
     assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
     ((arguments, processes, run_dir),) = started
     assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments
+
+
+def test_describe_says_the_epochs_of_sources_that_are_prepared(tmp_path, capsys):
+    for name, lines in (("web", 40), ("code", 10)):
+        texts = [json.dumps({"text": f"{name} document {line}: " + "some words of it, " * 9}) for line in range(lines)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+    sources = f"{{web: {{path: {tmp_path}/web.jsonl}}, code: {{path: {tmp_path}/code.jsonl}}}}"
+    recipe = ["train.total_tokens=32000", "train.seq_len=32", "train.global_batch=4", "schedule.warmup_steps=1"]
+    settings = [f"data.sources={sources}", "data.val_fraction=0.2", "data.workers=1", "data.tokenizer_vocab_size=300"]
+    command = ["model=tiny", *recipe, *settings, f"data.cache_dir={tmp_path}/cache"]
+    assert cli.main(["describe", *command]) == 0
+    assert "epochs of each source: not prepared here" in capsys.readouterr().out
+    assert cli.main(["prepare", *command]) == 0
+    said = capsys.readouterr().out
+    assert cli.main(["describe", *command, "train.max_steps=2", "--json"]) == 0  # of the whole run, a trial apart
+    for of in json.loads(capsys.readouterr().out)["sources"]:
+        assert of["tokens"] == 16_000 and of["epochs"] > 1
+        assert f"{of['epochs']:.3g} epochs of {of['available']:,} (repeated)" in said
+    (tmp_path / "code.jsonl").write_text(json.dumps({"text": "another"}))
+    assert cli.main(["describe", *command]) == 0
+    assert "epochs of each source: not prepared here" in capsys.readouterr().out

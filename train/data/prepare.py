@@ -21,7 +21,7 @@ from train.data.given import chunks, describe_tokens, given_ends, is_given, open
 from train.data.packing import FileTokens, PackedSequences, Sequences, TokenFile
 from train.data.shards import SPLITS, ends_file, token_file
 from train.data.tokenise import INDEX, reopen, tokenise_corpus
-from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer, rounded
+from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer, rounded, tokenizer_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -190,13 +190,33 @@ def _all_problems() -> Iterator[list[str]]:
         raise BadInput(list(dict.fromkeys(problems)))
 
 
-def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bool, verify: bool) -> PreparedData:
-    description = {
+def already_prepared(sources: Mapping[str, DataConfig], vocab_size: int) -> bool:
+    """Tell whether `prepare_sources` would find all that it is asked for, and so read no corpus.
+
+    Args:
+        sources: the corpora by name.
+        vocab_size: rows of the model's embedding.
+    """
+    try:
+        tokenizer = tokenizer_folder(sources, vocab_size)
+        described = [(data, cache.fingerprint(_description(data, tokenizer.name))) for data in sources.values()]
+    except BadInput:  # it is not there, or not readable from here
+        return False
+    return all(map(cache.sound, [tokenizer, *(expanded(data.cache_dir) / name for data, name in described)]))
+
+
+def _description(data: DataConfig, tokenizer: str) -> dict[str, Any]:
+    """What decides the tokens of a corpus; its tokenizer is known by its fingerprint."""
+    return {
         "format": _FORMAT,
         "corpus": corpus.fingerprint_inputs(data),
         "val_fraction": float(data.val_fraction),
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": tokenizer,
     }
+
+
+def _prepare_corpus(data: DataConfig, tokenizer: PreparedTokenizer, progress: bool, verify: bool) -> PreparedData:
+    description = _description(data, tokenizer.fingerprint)
     fingerprint = cache.fingerprint(description)
     folder = expanded(data.cache_dir) / fingerprint
     if data.source is Source.tokens:

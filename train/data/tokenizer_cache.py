@@ -82,15 +82,22 @@ def prepare_tokenizer(
         BadInput: a given tokenizer cannot be used or is larger than `vocab_size`, or the corpora have no text to train
             one on.
     """
-    data = next(iter(sources.values()))
-    description = _description(sources, vocab_size)
-    fingerprint = cache.fingerprint(description)
-    folder = expanded(data.cache_dir) / "tokenizers" / fingerprint
+    data, folder = next(iter(sources.values())), tokenizer_folder(sources, vocab_size)
     build = partial(_build, sources, vocab_size, progress)
     meta = cache.cached(folder, build, verify=verify)
     if problems := check_vocab(data, meta["size"], vocab_size):
         raise BadInput(problems)
-    return PreparedTokenizer(folder, fingerprint, meta["size"], meta["eos_id"], _said(data), meta.get("sampled", {}))
+    return PreparedTokenizer(folder, folder.name, meta["size"], meta["eos_id"], _said(data), meta.get("sampled", {}))
+
+
+def tokenizer_folder(sources: Mapping[str, DataConfig], vocab_size: int) -> Path:
+    """Name the cache folder of a tokenizer by its fingerprint; arguments are those of `prepare_tokenizer`.
+
+    Raises:
+        BadInput: a given tokenizer, or a corpus that one is to be trained on, cannot be read.
+    """
+    fingerprint = cache.fingerprint(_description(sources, vocab_size))
+    return expanded(next(iter(sources.values())).cache_dir) / "tokenizers" / fingerprint
 
 
 def check_vocab(data: DataConfig, size: int, vocab_size: int) -> list[str]:
