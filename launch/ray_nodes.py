@@ -1,5 +1,6 @@
 """Preparation on every node of a Ray cluster: `deepnarrow prepare` started once on each, which share the work out."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def _gathered(ray: Any, lost: type[Exception], asked: dict[Any, str]) -> int:
         try:
             code, out, err = ray.get(done)
         except lost as error:
-            code, out, err = 1, "", f"lost ({str(error).splitlines()[0]})\n"
+            reason = str(error).split("\n")[0]
+            code, out, err = 1, "", f"lost ({reason})\n"
         if code == 0 and 0 not in codes:
             print(out, end="")
         if code:
@@ -71,7 +73,7 @@ def _gathered(ray: Any, lost: type[Exception], asked: dict[Any, str]) -> int:
 
 def _task() -> Any:
     """Make the function that runs on a node, such as travels without this package being found there first."""
-    root = str(Path(__file__).resolve().parents[1])
+    root, asked_from = str(Path(__file__).resolve().parents[1]), os.getcwd()
 
     def prepare_here(overrides: list[str], cores: int) -> tuple[int, str, str]:
         import os
@@ -84,6 +86,7 @@ def _task() -> Any:
         done = subprocess.run(
             [sys.executable, "-m", "deepnarrow", "prepare", *given],
             env={**os.environ, "PYTHONPATH": path},
+            cwd=asked_from if os.path.isdir(asked_from) else None,  # what relative paths are relative to
             capture_output=True,
             text=True,
         )

@@ -1,6 +1,7 @@
 """Settings of one command, `PREFIX.key=value`, that are part of no run's configuration."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,14 +27,14 @@ def settings_of(kind: type[Settings], prefix: str, overrides: Sequence[str]) -> 
     problems = []
     for text in overrides:
         key, _, plain = text.removeprefix(prefix).partition("=")
-        try:
-            value = OverridesParser.create().parse_override(text).value()
-        except HydraException:  # a path with spaces, say, which Hydra would have quoted, and which is a text here
-            value = plain
+        value: object = plain  # of a path with spaces, say, which Hydra would have quoted, or with a comma: no sweep
+        with suppress(HydraException):
+            parsed = OverridesParser.create().parse_override(text)
+            value = plain if parsed.is_sweep_override() else parsed.value()
         try:
             OmegaConf.update(node, key, value, merge=True, force_add=False)
         except (OmegaConfBaseException, HydraException, ValueError) as error:
-            reason = _unknown(node, prefix, key) or str(error).splitlines()[0]
+            reason = _unknown(node, prefix, key) or str(error).split("\n")[0]
             if "ListConfig" in reason:  # OmegaConf's word
                 reason = f"a list stands in brackets; {prefix}{key}=[{plain}] would work"
             problems.append(f"{text}: {reason}")

@@ -18,6 +18,7 @@ from launch.tokenizer_probes import kinds_of_tokens, probes, round_trip
 from model.problems import BadInput
 from train.data import corpus
 from train.data.build import document_hash, sample_pieces
+from train.data.tally import Tally
 from train.data.tokenizer import Encoder, load_tokenizer, size, tokenizer_file
 from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer
 from train.data.units import documents_of, units_of
@@ -62,6 +63,9 @@ def run(words: Sequence[str], against: Sequence[str], out: Path | None, as_json:
     Raises:
         BadInput: the corpus or a tokenizer cannot be read; it lists every problem.
     """
+    if len(paths := [word for word in words if "=" not in word]) > 1:
+        raise BadInput([f"{' '.join(paths)}: one tokenizer is reported on at a time; {paths[0]} --against {paths[1]} "
+                        "would work"])  # fmt: skip
     overrides = [word if "=" in word else f"data.tokenizer={quoted(word)}" for word in words]
     composition = compose_overrides(overrides)
     config = composition.config
@@ -118,11 +122,10 @@ def report_of(
         for each in ids:
             seen += np.bincount(each, minlength=len(seen))
         texts = [text for _, text in sample.pieces]
-        of = {"this": _rates(texts, sum(map(len, ids)))}
-        of |= {other: _rates(texts, _num_tokens(theirs, texts)) for other, theirs in others.items()}
-        sources[name] = {"bytes": of["this"].pop("bytes"), "unseen": sample.unseen, "tokenizers": of}
-        for theirs in list(of.values())[1:]:
-            theirs.pop("bytes")
+        num_bytes = sum(len(text.encode("utf-8")) for text in texts)
+        of = {"this": _rates(texts, num_bytes, sum(map(len, ids)))}
+        of |= {other: _rates(texts, num_bytes, _num_tokens(theirs, texts)) for other, theirs in others.items()}
+        sources[name] = {"bytes": num_bytes, "unseen": sample.unseen, "tokenizers": of}
     spelled_bytes = {token: raw for token, raw in _bytes_of(tokenizer).items() if token not in special}
     readable = [text for raw in spelled_bytes.values() if (text := _decoded(raw)) is not None]
     longest = sorted((t for t in readable if any(map(str.isalpha, t))), key=lambda t: (-len(t.encode("utf-8")), t))
@@ -145,13 +148,11 @@ def report_of(
     }
 
 
-def _rates(texts: Sequence[str], tokens: int) -> dict[str, float]:
-    sizes = [len(text.encode("utf-8")) for text in texts]
+def _rates(texts: Sequence[str], num_bytes: int, tokens: int) -> dict[str, float]:
     words = sum(len(text.split()) for text in texts)
     return {
-        "bytes": sum(sizes),
         "tokens": tokens,
-        "bytes_per_token": sum(sizes) / max(tokens, 1),
+        "bytes_per_token": num_bytes / max(tokens, 1),
         "characters_per_token": sum(map(len, texts)) / max(tokens, 1),
         "tokens_per_word": tokens / max(words, 1),
     }
@@ -182,7 +183,7 @@ def _pieces(data: DataConfig, budget: int, begin: int) -> Iterator[tuple[str, st
     left, passed = budget, 0
     for unit in units:
         share = max(left if data.source is Kind.hub else 4 * budget // len(units), 1 << 16)
-        for text in documents_of(data, unit, corpus.Tally()):
+        for text in documents_of(data, unit, Tally()):
             before = ""
             for piece in sample_pieces(text):
                 length = len(piece.encode("utf-8"))

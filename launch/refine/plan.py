@@ -20,7 +20,7 @@ from train.data import corpus
 from train.data.units import Part, units_of
 
 _MAX_TASKS = 1000
-_PACKAGES = {"datatrove": "datatrove", "orjson": "orjson", "regex": "regex", "xxhash": "xxhash"}
+_PACKAGES = ("datatrove", "orjson", "regex", "xxhash")
 _MAX_NAMED = 3
 _EXECUTORS_OWN = {"self", "pipeline", "tasks", "workers", "depends", "logging_dir", "skip_completed", "job_name"}
 
@@ -63,7 +63,7 @@ def plan(overrides: Sequence[str]) -> Plan:
         sources,
         weights,
         _dealt(pieces, settings.tasks or min(number, _MAX_TASKS)),
-        expanded(str(settings.out)),
+        expanded(str(settings.out)).absolute(),
     )
     if problem := _other_recipe(made):
         raise BadInput([problem])
@@ -96,7 +96,7 @@ def _check(settings: RefineSettings, sources: Mapping[str, DataConfig]) -> list[
         problems.append("refine.out=null: no folder for the result; refine.out=/refined would work")
     else:
         problems += path_problems("refine.out", settings.out)
-    if missing := sorted(name for module, name in _PACKAGES.items() if importlib.util.find_spec(module) is None):
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         problems.append(f"refine: {', '.join(missing)} not installed, which it stands on; pip install -e '.[refine]' "
                         "would work")  # fmt: skip
     problems += _check_languages(settings)
@@ -109,6 +109,8 @@ def _check(settings: RefineSettings, sources: Mapping[str, DataConfig]) -> list[
             problems.append(f"refine.{key}={value}: has to be 1 or more")
     if settings.samples < 0:
         problems.append(f"refine.samples={settings.samples}: has to be 0 or more")
+    if not 0 <= settings.seed < 1 << 32:
+        problems.append(f"refine.seed={settings.seed}: has to be from 0 to {(1 << 32) - 1}; 1 would work")
     if settings.min_chars and settings.max_chars and settings.min_chars > settings.max_chars:
         problems.append(f"refine.min_chars={settings.min_chars}: above refine.max_chars={settings.max_chars}, and no "
                         "document is both; lower the one or raise the other")  # fmt: skip
@@ -166,8 +168,8 @@ def _check_slurm(settings: RefineSettings) -> list[str]:
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         problems.append("refine.executor=slurm: this is a task of a job array, and jobs are submitted from outside "
                         "one; a login node, or refine.executor=local, would work")  # fmt: skip
-    elif shutil.which("sbatch") is None:
-        problems.append("refine.executor=slurm: there is no sbatch on this machine; one that submits jobs, or "
+    elif absent := next((name for name in ("sbatch", "squeue") if shutil.which(name) is None), None):
+        problems.append(f"refine.executor=slurm: there is no {absent} on this machine; one that submits jobs, or "
                         "refine.executor=local, would work")  # fmt: skip
     return problems
 

@@ -12,8 +12,8 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from launch.refine.settings import DOCUMENTS, REMOVED, REPORT, TEXT, Plan
-from launch.refine.steps import write_json
+from launch.refine.settings import DOCUMENTS, REMOVED, REPORT, TEXT, Plan, write_json
+from model.problems import BadInput
 from train.data.tally import Tally
 from train.data.units import Unit, joined
 
@@ -40,9 +40,12 @@ class Report(PipelineStep):
         """Write the report; its JSON last, which says that the result is whole.
 
         Raises:
+            BadInput: more of the corpus cannot be used than `data.max_bad` allows.
             RuntimeError: the counts do not add up.
         """
         plan = self.plan
+        if problems := unusable(plan):  # where nobody looks between the stages, as under Slurm
+            raise BadInput(problems)
         found = collect(plan, self.steps)
         under_way, result = plan.work / DOCUMENTS, plan.folder / DOCUMENTS
         if under_way.exists():
@@ -55,6 +58,12 @@ class Report(PipelineStep):
         write_json(plan.folder / REPORT, found)
         for name in ("exact", "minhash", "originals"):
             shutil.rmtree(plan.work / name, ignore_errors=True)
+
+
+def unusable(plan: Plan) -> list[str]:
+    """Say, once all is read, of which sources more cannot be used than `data.max_bad` allows."""
+    found = tallies(plan)
+    return [problem for name, each in plan.data.items() for problem in found[name].problems(each.max_bad)]
 
 
 def tallies(plan: Plan) -> dict[str, Tally]:
@@ -150,7 +159,7 @@ def _shares(plan: Plan, left: dict[str, list[int]]) -> dict[str, dict[str, float
 
 
 def _override(plan: Plan, shares: dict[str, dict[str, float]]) -> str:
-    folder = plan.folder.absolute() / DOCUMENTS
+    folder = plan.folder / DOCUMENTS
     if len(plan.data) == 1:
         return f"data=files data.path={folder / next(iter(plan.data))}"
     each = [f"{name}: {{path: {folder / name}, weight: {share['trained']:.4g}}}" for name, share in shares.items()]

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.refine.plan import plan
-from launch.refine.settings import DOCUMENTS, RECIPE, TEXT, Executor, Plan
+from launch.refine.settings import DOCUMENTS, RECIPE, REMOVED, REPORT, TEXT, Executor, Plan, write_json
 from model.problems import BadInput
 from train.data.workers import WorkerDied
+
+if TYPE_CHECKING:
+    from launch.refine.stages import Stage
 
 _SUBMITTED = "submitted.json"
 
@@ -38,7 +41,7 @@ def run(overrides: Sequence[str]) -> int:
         refinement.work.mkdir(parents=True, exist_ok=True)
         with FileLock(refinement.work / "lock", timeout=0):
             if (report := read_report(refinement.folder)) is None:
-                (refinement.work / RECIPE).write_text(json.dumps(refinement.recipe()), "utf-8")
+                write_json(refinement.work / RECIPE, refinement.recipe())
                 if refinement.settings.executor is Executor.slurm:
                     return _submit(refinement)
                 _run_stages(refinement)
@@ -51,7 +54,7 @@ def run(overrides: Sequence[str]) -> int:
                         "that is mended"]) from error  # fmt: skip
     assert report is not None
     print((refinement.folder / TEXT).read_text("utf-8"), end="")
-    print(f"{refinement.folder}: {DOCUMENTS}/, refine.json, {TEXT}, removed.md with samples of what went")
+    print(f"{refinement.folder}: {DOCUMENTS}/, {REPORT}, {TEXT}, {REMOVED} with samples of what went")
     if not report["shares"]:
         print(f"{said}: no document is left; other filters, or another corpus, would work", file=sys.stderr)
         return 1
@@ -59,43 +62,47 @@ def run(overrides: Sequence[str]) -> int:
 
 
 def _run_stages(refinement: Plan) -> None:
-    from launch.refine.report import tallies
+    from launch.refine.report import unusable
     from launch.refine.stages import executors, stages
 
     all_of = stages(refinement)
     for number, (stage, executor) in enumerate(zip(all_of, executors(refinement, all_of), strict=True), 1):
         left = len(executor.get_incomplete_ranks(skip_completed=True))
         _say(f"{number} of {len(all_of)}, {stage.said}: {left} of {stage.tasks} tasks" + ("" if left else ", done"))
-        if not left:
-            continue
-        logs = refinement.work / "stages" / stage.name / "logs"
-        try:
-            executor.run()
-        except WorkerDied as error:
-            workers = refinement.settings.workers
-            raise BadInput([f"refine.workers={workers or 'null'}: a worker was killed ({stage.said}); where memory is "
-                            "short, fewer would work, and the same command goes on"]) from error  # fmt: skip
-        except (BadInput, OSError):
-            raise
-        except Exception as error:
-            raise RuntimeError(f"{stage.said}: a task has failed, {type(error).__name__}: {error}; its log is in {logs}"
-                               ) from error  # fmt: skip
-        if failed := executor.get_incomplete_ranks(skip_completed=True):
-            raise RuntimeError(f"{stage.said}: {len(failed)} tasks have failed; their logs are in {logs}")
-        if number == 1:
-            found = tallies(refinement)
-            problems = [p for name, each in refinement.data.items() for p in found[name].problems(each.max_bad)]
-            if problems:
-                raise BadInput(problems)
+        if left:
+            _run_stage(refinement, stage, executor)
+        if number == 1 and (problems := unusable(refinement)):  # the first stage has read all
+            raise BadInput(problems)
+
+
+def _run_stage(refinement: Plan, stage: "Stage", executor: Any) -> None:
+    logs = refinement.work / "stages" / stage.name / "logs"
+    try:
+        executor.run()
+    except WorkerDied as error:
+        workers = refinement.settings.workers
+        raise BadInput([f"refine.workers={workers or 'null'}: a worker was killed ({stage.said}); where memory is "
+                        "short, fewer would work, and the same command goes on"]) from error  # fmt: skip
+    except (BadInput, OSError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{stage.said}: a task has failed, {type(error).__name__}: {error}; its log is in {logs}"
+                           ) from error  # fmt: skip
+    if failed := executor.get_incomplete_ranks(skip_completed=True):
+        raise RuntimeError(f"{stage.said}: {len(failed)} tasks have failed; their logs are in {logs}")
 
 
 def _submit(refinement: Plan) -> int:
     """Submit what has not been done yet to Slurm, unless that has been submitted and is still to come."""
+    from launch.refine.report import unusable
     from launch.refine.stages import executors, stages
 
     all_of = stages(refinement)
     made: list[Any] = executors(refinement, all_of)
-    done = sum(not executor.get_incomplete_ranks(skip_completed=True) for executor in made)
+    complete = [not executor.get_incomplete_ranks(skip_completed=True) for executor in made]
+    if complete[0] and (problems := unusable(refinement)):
+        raise BadInput(problems)
+    done = sum(complete)
     said = f"{done} of {len(all_of)} stages are done"
     submitted = refinement.work / _SUBMITTED
     if submitted.exists():
@@ -105,8 +112,12 @@ def _submit(refinement: Plan) -> int:
             _say(f"{said}; job {job}, which writes the report, is still to come ({state[0]}): the same command says so "
                  f"again, and after scancel {job} submits what is not done")  # fmt: skip
             return 0
-    made[-1].run()
-    submitted.write_text(json.dumps({"job": str(made[-1].job_id)}), "utf-8")
+    try:
+        made[-1].run()
+    except subprocess.CalledProcessError as error:
+        raise BadInput([f"refine.slurm={refinement.settings.slurm}: {error.cmd[0]} refuses a job, for the reason that "
+                        "stands above; another partition, time or account would work"]) from error  # fmt: skip
+    write_json(submitted, {"job": str(made[-1].job_id)})
     _say(
         f"{said}, the others are submitted; job {made[-1].job_id} writes the report, which the same command then prints"
     )

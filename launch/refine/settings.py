@@ -1,5 +1,7 @@
 """The settings of a refinement, and the plan that its tasks are handed; light, since every worker imports them."""
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -12,9 +14,12 @@ from train.data.formats.remote import RemotePath
 from train.data.units import Part
 
 PREFIX = "refine."
-WORK, RECIPE, REPORT, TEXT, REMOVED, DOCUMENTS = (
-    *(".refine", "recipe.json", "refine.json", "refine.txt", "removed.md", "documents"),
-)
+WORK = ".refine"
+RECIPE = "recipe.json"
+REPORT = "refine.json"
+TEXT = "refine.txt"
+REMOVED = "removed.md"
+DOCUMENTS = "documents"
 
 
 class Dedup(Enum):
@@ -122,6 +127,14 @@ class Piece:
         return f"{self.source}/{self.part.name}" + (f"@{self.part.span[0]}" if self.part.span else "")
 
 
+def write_json(file: Path, value: Any) -> None:
+    """Write a file that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+    os.replace(temporary, file)
+
+
 def stamp_of(path: CorpusPath | None) -> str:
     """Say what changes when a file does; of a file elsewhere, what it was when it was listed."""
     if path is None:
@@ -141,7 +154,7 @@ class Plan:
         data: the settings of each source.
         weights: the weight of each source, where one was given.
         tasks: what each task reads, in the corpus's order.
-        folder: `refine.out`.
+        folder: `refine.out`, absolute, since a task on another machine may run elsewhere.
     """
 
     settings: RefineSettings
@@ -168,6 +181,7 @@ class Plan:
         return {
             **{PREFIX + key: value for key, value in settings.items()},
             **{f"{PREFIX}minhash.{key}": value for key, value in minhash.items()},
+            "the weights": self.weights and dict(self.weights),
             "the sources": {name: [getattr(data, key) for key in keys] for name, data in self.data.items()},
             "the files": [
                 [piece.id, str(piece.part.path), piece.part.size, piece.part.span, piece.stamp]

@@ -75,10 +75,10 @@ def stages(plan: Plan) -> list[Stage]:
     )
 
     def folder(*names: str) -> str:
-        return str(plan.work.joinpath(*names).absolute())
+        return str(plan.work.joinpath(*names))
 
     def read() -> Read:
-        return Read(plan.tasks, plan.data, plan.work.absolute() / "read")
+        return Read(plan.tasks, plan.data, plan.work / "read")
 
     if settings.dedup is not Dedup.none:
         finders = min(_FINDERS, -(-tasks // 16))
@@ -119,12 +119,12 @@ def removing(plan: Plan) -> list[str]:
 
 
 def _removed(plan: Plan, step: str, key: Any = None) -> Removed:
-    return Removed(plan.work.absolute() / "removed", step, plan.settings.samples, plan.settings.seed, key)
+    return Removed(plan.work / "removed", step, plan.settings.samples, plan.settings.seed, key)
 
 
 def _once(plan: Plan, exact: ExactDedupConfig) -> list[PipelineStep]:
     """The blocks that let one copy of each document through."""
-    work, dedup = plan.work.absolute(), plan.settings.dedup
+    work, dedup = plan.work, plan.settings.dedup
     made: list[PipelineStep] = []
     if dedup is not Dedup.none:
         removed = _removed(plan, "exact", text_key)
@@ -161,7 +161,7 @@ def _filters(plan: Plan) -> list[PipelineStep]:
 
 
 def _written(plan: Plan) -> list[PipelineStep]:
-    work = plan.work.absolute()
+    work = plan.work
     writer = Lines(str(work / DOCUMENTS), "${source}/${rank}.jsonl", compression="zstd")
     return [writer, Kept(work / "kept")]
 
@@ -203,7 +203,7 @@ def executors(plan: Plan, stages: Sequence[Stage]) -> list[PipelineExecutor]:
     """Make the executor of each stage; with Slurm each waits for the one before."""
     made: list[Any] = []
     for stage in stages:
-        settings, logs = plan.settings, str(plan.work.absolute() / "stages" / stage.name)
+        settings, logs = plan.settings, str(plan.work / "stages" / stage.name)
         workers = settings.workers or -1
         if settings.executor is Executor.slurm:
             before = made[-1] if made else None

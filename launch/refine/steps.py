@@ -5,8 +5,6 @@ its task, written once the task has gone through, and the report adds them up.
 """
 
 import heapq
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from datatrove.utils.text import ngrams, simplify_text
 
 from conf.train_settings import DataConfig
 from launch.refine.languages import WORDS, language_of
-from launch.refine.settings import Piece, stamp_of
+from launch.refine.settings import Piece, stamp_of, write_json
 from model.problems import BadInput
 from train.data.tally import Tally
 from train.data.units import documents_of
@@ -31,14 +29,6 @@ _HEAD = 400
 """Characters of a sample that the report shows."""
 _SHINGLES = 1 << 14
 """N-grams whose hashes are computed at a time: with 112 hashes, 14 MiB instead of gigabytes for a book."""
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
-    os.replace(temporary, file)
 
 
 def num_bytes(document: Document) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import ray_nodes
 from launch.cli import main
 from train.data.tokenizer import train_tokenizer
 
@@ -54,3 +55,12 @@ def test_without_ray_or_a_cluster_it_says_so(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "--ray=auto: Ray is not installed here; pip install 'deepnarrow[ray]' would work\n"
+
+
+def test_relative_paths_are_those_of_where_the_command_was_given(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    on_a_node = ray_nodes._task()
+    monkeypatch.chdir("/")  # as a worker of Ray is elsewhere
+    code, _, said = on_a_node(["model=tiny", "data=files", "data.path=a.jsonl", "data.tokenizer=no.json"], 1)
+    assert code == 2 and "data.tokenizer=no.json" in said and "data.path=a.jsonl: no such" not in said

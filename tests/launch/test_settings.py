@@ -29,6 +29,7 @@ class Outer:
         ("own.path=null", "path", None),
         ("own.inner.size=3", "inner", Inner(3)),
         ("own.free={time: '1:00:00'}", "free", {"time": "1:00:00"}),
+        ("own.path=a,b", "path", "a,b"),  # no sweep
         ("own.free.time=12:00:00", "free", {"time": "12:00:00"}),
     ],
 )

@@ -187,6 +187,8 @@ def test_what_cannot_work_is_said_at_once(tmp_path, capsys):
     ):
         assert sum(line.startswith(start) for line in said) == 1, (start, said)
     sources = "data.sources={a: {path: /etc/passwd}, b: {path: /etc, source: tokens}}"
+    assert main(["tokenizer", "/a", "/b"]) == 2
+    assert "/a /b: one tokenizer is reported on at a time; /a --against /b would work" in capsys.readouterr().err
     assert main(["tokenizer", sources, "--against", "/nowhere"]) == 2
     assert "data.sources.b.source=tokens: a tokenizer is measured on text" in capsys.readouterr().err
     assert main(["tokenizer", "/nowhere/tokenizer.json"]) == 2

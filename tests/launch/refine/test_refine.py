@@ -241,6 +241,7 @@ def test_a_large_file_is_cut_into_tasks_and_gives_the_same_documents(tmp_path, m
         (["refine.languages=[en,xx]"], "lid.176 knows no xx"),
         (["refine.language_score=65"], "refine.language_score=65.0: not a probability"),
         (["refine.minhash.buckets=0"], "refine.minhash.buckets=0: has to be 1 or more"),
+        (["refine.seed=-1"], "refine.seed=-1: has to be from 0 to 4294967295"),
         (["refine.min_chars=9", "refine.max_chars=8"], "refine.min_chars=9: above refine.max_chars=8"),
         (["refine.unfiltered=[books]"], "there is no source books; of stdlib any would work"),
         (["refine.executor=slurm"], "Slurm needs partition and time; refine.slurm.partition=cpu"),
@@ -273,6 +274,8 @@ def test_a_corpus_of_which_too_much_is_unusable_is_refused(tmp_path, capsys):
     (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}) + "\n{\n{\n")
     overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out", "refine.workers=1"]
     assert main(["refine", *overrides]) == 2
+    assert "data.max_bad=0.05: 66.67% of the corpus cannot be used" in capsys.readouterr().err
+    assert main(["refine", *overrides]) == 2  # what is read already is judged as well
     assert "data.max_bad=0.05: 66.67% of the corpus cannot be used" in capsys.readouterr().err
     assert not (tmp_path / "out" / "documents").exists()
 

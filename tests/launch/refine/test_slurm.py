@@ -32,12 +32,17 @@ echo "Submitted batch job $number"
 }
 
 
-def test_on_slurm_each_stage_is_an_array_that_waits_for_the_one_before(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def played(tmp_path, monkeypatch):
+    """Puts the played commands on the path."""
     for name, text in FAKE_SLURM.items():
         (tmp_path / name).write_text(text.replace("{folder}", str(tmp_path)))
         (tmp_path / name).chmod(0o755)
     scripts = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{tmp_path}:{scripts}:{os.environ['PATH']}")
+
+
+def test_on_slurm_each_stage_is_an_array_that_waits_for_the_one_before(played, tmp_path, capsys):
     (tmp_path / "raw.jsonl").write_text("\n".join(json.dumps({"text": prose(seed % 5)}) for seed in range(7)))
     out = tmp_path / "out"
     overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={out}", "refine.dedup=none"]
@@ -68,3 +73,24 @@ def test_what_is_still_in_slurms_queue_is_not_submitted_again(tmp_path, monkeypa
     assert (
         "0 of 7 stages are done; job 7, which writes the report, is still to come (PENDING" in capsys.readouterr().err
     )
+
+
+def test_on_slurm_too_much_unusable_text_is_refused_as_well(played, tmp_path, capsys):
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}) + "\n{\n{\n")
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out", "refine.dedup=none"]
+    overrides += ["refine.executor=slurm", "refine.slurm={partition: cpu, time: '1:00:00'}"]
+    main(["refine", *overrides])  # the filters run, and the report, which is not written
+    assert "66.67% of the corpus cannot be used" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "out" / "documents").exists()
+    capsys.readouterr()
+    assert main(["refine", *overrides]) == 2
+    assert "data.max_bad=0.05: 66.67% of the corpus cannot be used" in capsys.readouterr().err
+
+
+def test_a_job_that_slurm_refuses_is_said(played, tmp_path, capsys):
+    (tmp_path / "sbatch").write_text("#!/bin/bash\nexit 1\n")
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": prose(1)}))
+    overrides = ["data=files", f"data.path={tmp_path}/raw.jsonl", f"refine.out={tmp_path}/out"]
+    overrides += ["refine.executor=slurm", "refine.slurm={partition: nosuch, time: '1:00:00'}"]
+    assert main(["refine", *overrides]) == 2
+    assert "nosuch" in (said := capsys.readouterr().err) and "sbatch refuses a job" in said
