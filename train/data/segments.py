@@ -97,7 +97,7 @@ class DocumentEncoder:
             yield from self._encode_pieces(texts)
             return
         whole = [text for text in texts if len(text) <= _BATCH_CHARS]
-        each = self._joined([self._segments.findall(text) for text in whole])
+        each = iter(self._joined([self._segments.findall(text) for text in whole]))
         for text in texts:
             yield [next(each)] if len(text) <= _BATCH_CHARS else list(self._encode_long(text))
 
@@ -107,19 +107,19 @@ class DocumentEncoder:
         while some := list(islice(segments, _PIECE_CHARS)):
             yield from self._joined([some])
 
-    def _joined(self, texts: Sequence[list[str]]) -> Iterator[NDArray]:
+    def _joined(self, texts: Sequence[list[str]]) -> list[NDArray]:
         """The ids of texts, given as their segments; of those that are not known, each is encoded once."""
         known = self._known
         new = list(dict.fromkeys(segment for text in texts for segment in text if segment not in known))
         for segment, ids in zip(new, self._encode_pieces(new), strict=True):
             known[segment] = b"".join(part.tobytes() for part in ids)
-        for text in texts:
-            yield np.frombuffer(b"".join(map(known.__getitem__, text)), self._dtype)
+        joined = [np.frombuffer(b"".join(map(known.__getitem__, text)), self._dtype) for text in texts]
         if len(known) > _MAX_SEGMENTS:
             known.clear()
         for segment in new:
             if len(segment) > _MAX_KEPT:
                 known.pop(segment, None)
+        return joined
 
     def _encode_pieces(self, texts: Sequence[str]) -> Iterator[list[NDArray]]:
         """Encode texts by the tokenizer's library, long ones in pieces."""

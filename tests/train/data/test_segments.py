@@ -95,6 +95,15 @@ def test_documents_over_a_batch_and_a_full_memory_change_nothing(tmp_path, monke
     assert all(ids.dtype == np.uint16 for _, parts in got for ids in parts)
 
 
+def test_the_memory_of_short_documents_is_bounded(tmp_path, monkeypatch):
+    for name, value in ("_BATCH_CHARS", 400), ("_MAX_SEGMENTS", 20), ("_MAX_KEPT", 3):
+        monkeypatch.setattr(segments, name, value)
+    encoder = DocumentEncoder(Encoder(ready(FAMILIES["ours"](), tmp_path)), "uint16")
+    for _ in encoder.documents(f"word{number} of{number}\n" for number in range(500)):
+        assert len(encoder._known) <= 20 + 400
+    assert len(encoder._known) <= 20 and max(map(len, encoder._known), default=0) <= 3
+
+
 def test_an_id_that_does_not_fit_is_refused(tmp_path):
     vocabulary = {"a": 1, "b": 70_000, "</s>": 0}
     Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(tmp_path / "t.json"))
