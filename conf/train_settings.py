@@ -132,7 +132,7 @@ def corpora(data: DataConfig) -> dict[str, DataConfig]:
     """Return the settings of each corpus by its name, each with all that preparation asks of one corpus alone.
 
     Args:
-        data: one corpus, which is then named by its kind (stdlib, files or hub), or a mixture.
+        data: one corpus, which is then named by its kind (stdlib, files, hub or tokens), or a mixture.
     """
     if not data.sources:
         return {data.source.value: replace(data, stages=[])}

@@ -15,7 +15,7 @@ document takes as many predictions as it has tokens, its end token included.
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ def plan(counts: NDArray[np.int64], seq_len: int) -> list[Group]:
     return sorted(rooms.all(), key=lambda group: group.start)
 
 
+@lru_cache(maxsize=64)
+def _planned(counts: bytes, seq_len: int) -> list[Group]:
+    """`plan`, which takes a second for long sequences, and which a run asks for several times."""
+    return plan(np.frombuffer(counts, np.int64), seq_len)
+
+
 class BestFitSequences:
     """A stream of tokens as sequences of whole documents, as far as they fit; a `train.data.packing.Sequences`.
 
@@ -133,7 +139,7 @@ class BestFitSequences:
 
     def __init__(self, concatenated: PackedSequences, eos_id: int, places: Path, counts: NDArray[np.int64]):
         self.seq_len, self._tokens, self._eos_id = concatenated.seq_len, concatenated, eos_id
-        self._groups = plan(counts, self.seq_len)
+        self._groups = _planned(counts.tobytes(), self.seq_len)
         self._starts = [group.start for group in self._groups]
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         """Number of the first piece of each length in the file of the places."""

@@ -8,7 +8,7 @@ sorted hold out another kind of text than they train on.
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from train.data.tokenizer_cache import PreparedTokenizer
 PARTS = "parts.json"
 """Which part of which file belongs to which split."""
 _MAX_NAMED = 3
-_CHUNK = 1 << 22
 
 
 def describe_tokens(data: DataConfig, tokenizer: PreparedTokenizer, folder: Path) -> dict[str, Any]:
@@ -109,12 +108,6 @@ def given_ends(folder: Path, split: str) -> NDArray[np.int64] | None:
     if not file.is_file():
         return None
     return np.memmap(file, np.int64, "r") if file.stat().st_size else np.empty(0, np.int64)
-
-
-def chunks(ends: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Yield ends of documents a few million at a time."""
-    for start in range(0, len(ends), _CHUNK):
-        yield np.asarray(ends[start : start + _CHUNK])
 
 
 class _IndexedTokens(FileTokens):

@@ -17,7 +17,7 @@ from model.problems import BadInput
 from train.data import cache, corpus
 from train.data import tokenizer as tokenizers_
 from train.data.best_fit import BestFitSequences, Cut, open_best_fit
-from train.data.given import chunks, describe_tokens, given_ends, is_given, open_tokens
+from train.data.given import describe_tokens, given_ends, is_given, open_tokens
 from train.data.packing import FileTokens, PackedSequences, Sequences, TokenFile
 from train.data.shards import SPLITS, ends_file, token_file
 from train.data.tokenise import INDEX, reopen, tokenise_corpus
@@ -91,7 +91,7 @@ class PreparedData:
             if known is None:
                 said = "data.packing=best_fit: the token files do not say where documents end"
                 raise BadInput([f"{said}; data.packing=concat, or files with an .idx or .index, would work"])
-            yield from chunks(known)
+            yield np.asarray(known)
             return
         before = 0
         for index, (tokens, documents) in enumerate(self._index(split)):

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,7 +116,6 @@ def _begin(partial: Path, tokenizer: PreparedTokenizer, description: dict[str, A
     """Make the folder of a corpus under way, or join it."""
     (partial / FOLDER).mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
-        found: dict[str, Any] | None = None
         try:
             found = cache.read_json(partial / _RECIPE)
         except ValueError:
@@ -137,6 +136,7 @@ class _Board:
         self._job, self._claims, self._final = job, claims, final
         self._lock = threading.Lock()
         self._done: set[int] = set()
+        self._sizes = [sum(part.size for part in unit) for unit in job.units]
         number = len(job.units)
         first = int.from_bytes(os.urandom(4), "big") % max(1, number)  # so that participants seldom meet
         self._untried = [*range(first, number), *range(first)]
@@ -152,7 +152,7 @@ class _Board:
     def bytes_done(self) -> int:
         """Bytes of the units whose shards are done."""
         with self._lock:
-            return sum(part.size for index in self._done for part in self._job.units[index])
+            return sum(self._sizes[index] for index in self._done)
 
     def next(self) -> int | None:
         """Claim a unit; wait where all are claimed by others that live; None when all shards are done."""
@@ -199,15 +199,20 @@ def _work(job: Job, board: _Board, progress: bool) -> None:
 
     with tqdm(desc="tokenising", total=total, file=sys.stderr, disable=not progress, unit="B", unit_scale=True) as bar:
 
-        def show(read: int) -> None:
-            bar.set_postfix_str(f"{counts['documents']:,} documents, {counts['tokens']:,} tokens here", refresh=False)
+        def show(read: int, documents: int = 0, tokens: int = 0) -> None:
+            done = f"{counts['documents'] + documents:,} documents, {counts['tokens'] + tokens:,} tokens here"
+            bar.set_postfix_str(done, refresh=False)
             bar.update(read - bar.n)
 
         def next_call() -> tuple[Any, ...] | None:
-            index = board.next()
-            return None if index is None else (_tokenise, index)
+            if (index := board.next()) is None:
+                return None
+            if workers > 1 or not progress:
+                return _tokenise, index
+            before = board.bytes_done  # a worker that is this process says more than that it is done
+            return _tokenise, index, lambda read, documents, tokens: show(before + read, documents, tokens)
 
-        def take(answer: tuple[int, int, int]) -> None:
+        def take(answer: tuple[int, ...]) -> None:
             index, documents, tokens = answer
             board.finished(index)
             counts["documents"] += documents
@@ -228,8 +233,8 @@ class _Tokeniser:
         self.encoder: DocumentEncoder = job.encoder()
 
 
-def _tokenise(state: _Tokeniser, index: int) -> tuple[int, int, int]:
-    record = tokenise_unit(state.job, index, state.encoder)
+def _tokenise(state: _Tokeniser, index: int, said: Callable[[int, int, int], None] | None = None) -> tuple[int, ...]:
+    record = tokenise_unit(state.job, index, state.encoder, said)
     return index, sum(record.documents.values()), sum(record.tokens.values())
 
 

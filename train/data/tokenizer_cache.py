@@ -56,15 +56,9 @@ class PreparedTokenizer:
         """The smallest type of the ids that token files have: uint16 or uint32."""
         return "uint16" if self.size <= 1 << 16 else "uint32"
 
-    def encoder(self) -> tokenizers_.Encoder:
-        """Load it to encode documents."""
-        return tokenizers_.Encoder(tokenizers_.load_tokenizer(self.path), self.said)
-
     def copy_to(self, folder: Path) -> None:
         """Copy its files into a folder."""
-        for file in (self.path, tokenizers_.config_file(self.path)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        _copy(self.path, folder)
 
 
 def prepare_tokenizer(
@@ -98,6 +92,13 @@ def tokenizer_folder(sources: Mapping[str, DataConfig], vocab_size: int) -> Path
     """
     fingerprint = cache.fingerprint(_description(sources, vocab_size))
     return expanded(next(iter(sources.values())).cache_dir) / "tokenizers" / fingerprint
+
+
+def _copy(file: Path, folder: Path) -> None:
+    """Copy a tokenizer, and the tokenizer_config.json beside it if there is one."""
+    shutil.copyfile(file, folder / FILE)
+    if (config := tokenizers_.config_file(file)).is_file():
+        shutil.copyfile(config, folder / config.name)
 
 
 def check_vocab(data: DataConfig, size: int, vocab_size: int) -> list[str]:
@@ -159,10 +160,7 @@ def _build(sources: Mapping[str, DataConfig], vocab_size: int, progress: bool, f
         problems += error.problems
     if problems:
         raise BadInput(problems)
-    file = tokenizers_.tokenizer_file(data.tokenizer)
-    shutil.copyfile(file, folder / FILE)
-    if (config := tokenizers_.config_file(file)).is_file():
-        shutil.copyfile(config, folder / config.name)
+    _copy(tokenizers_.tokenizer_file(data.tokenizer), folder)
     return {"size": tokenizers_.size(tokenizer), "eos_id": eos}
 
 

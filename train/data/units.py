@@ -95,13 +95,14 @@ def joined(units: Sequence[Unit], tallies: Sequence[Tally]) -> Tally:
 
     for unit, tally in zip(units, tallies, strict=True):
         part = unit[0]
+        if part.span is None or part.span[0] == 0:
+            end_of_file()
+            file, lines, records, damaged = "", 0, 0, 0
         if part.span is None:
             whole.add(tally)
             continue
-        if part.span[0] == 0:
-            file, lines, records, damaged = part.name, 0, 0, 0
+        file = part.name
         whole.add(tally, lines)
         lines, records, damaged = lines + tally.lines, records + tally.records, damaged + tally.unreadable
-        if part.path is not None and part.span[1] == part.path.stat().st_size:
-            end_of_file()
+    end_of_file()
     return whole

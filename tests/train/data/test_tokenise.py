@@ -163,6 +163,22 @@ def test_a_worker_that_is_killed_is_said(settings):
     assert [said.partition(": ")[0] for said in caught.value.problems] == ["data.tokenizer=nowhere/tokenizer.json"]
 
 
+def test_one_worker_says_how_far_it_is_within_a_unit(settings, monkeypatch):
+    import tqdm
+
+    said = []
+
+    class Bar(tqdm.tqdm):
+        def set_postfix_str(self, text="", refresh=True):
+            said.append(text)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(units, "SMALLEST", 1 << 20)
+    prepare_.prepare(settings("cache", workers=1), VOCAB, 8)
+    tokens = [int(text.split()[2].replace(",", "")) for text in said]
+    assert tokens == sorted(tokens) and len(set(tokens)) == 1 + 308 and said[-1].startswith("308 documents")
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_without_a_document_gets_one_with_all_its_copies(settings, corpus, split, monkeypatch):
     lines = (corpus / "b.jsonl").read_text()

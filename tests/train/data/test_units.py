@@ -99,6 +99,17 @@ def test_what_cannot_be_cut_is_a_unit_and_small_files_share_one(tmp_path, monkey
     assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))
 
 
+def test_a_file_that_is_gone_is_put_together_from_what_was_read(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(99)))
+    monkeypatch.setattr(units, "SMALLEST", 250)
+    data = local(tmp_path, tmp_path / "a.jsonl")
+    made = units_of(data)
+    tallies = [Tally() for _ in made]
+    read = [list(units.documents_of(data, unit, tally)) for unit, tally in zip(made, tallies, strict=True)]
+    (tmp_path / "a.jsonl").unlink()
+    assert len(made) > 3 and units.joined(made, tallies).documents == sum(map(len, read)) == 99
+
+
 def test_units_grow_with_the_corpus(tmp_path):
     for tera, number in ((1e-3, 250), (0.1, 4096), (1, 4096), (10, 9300)):
         path = tmp_path / f"{tera}.jsonl"

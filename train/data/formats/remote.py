@@ -65,14 +65,13 @@ class RemotePath:
 
 
 def list_remote(
-    pattern: str, companions_of: Callable[[str], Sequence[str]] = lambda _: (), key: str = "data.path"
+    pattern: str, companions_of: Callable[[str], Sequence[str]] = lambda _: ()
 ) -> list[tuple[str, RemotePath]]:
     """List the files that a URL stands for: a file, a folder with all below it, or a glob; sorted by name.
 
     Args:
         pattern: the URL.
         companions_of: names the files that belong to a file or to a name, which are listed where they are there.
-        key: the setting that holds it, for messages.
 
     Returns:
         Name relative to the folder or to what stands before the first wildcard, and the file. Hidden files are left
@@ -81,7 +80,7 @@ def list_remote(
     Raises:
         BadInput: the package for the protocol is not installed, access is refused, or the service cannot be reached.
     """
-    with _as_bad_input(pattern, key):
+    with _as_bad_input(pattern):
         fs = _filesystem(pattern)
         path = fs._strip_protocol(pattern)
         if any(char in path for char in "*?["):
@@ -113,9 +112,9 @@ def _stamp(info: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _as_bad_input(url: str, key: str) -> Iterator[None]:
+def _as_bad_input(url: str) -> Iterator[None]:
     """Say in one sentence why a file system cannot be used."""
-    said = f"{key}={url}"
+    said = f"data.path={url}"
     try:
         yield
     except ImportError as error:  # fsspec names the package: "Install s3fs to access S3"
