@@ -238,9 +238,14 @@ def _held_out(run: str | PathLike[str]) -> Iterator[Batch]:
     config = _config_of(source.run.config)
     data = prepare_run(config, progress=False)
     rows = max(1, _TOKENS_AT_A_TIME // config.train.seq_len)
-    eos_id = data.eos_id if config.data.document_mask else None
     batches, _ = eval_micro_batches(
-        data.held_out(config), config.train.val_sequences, micro_batch=rows, dp_rank=0, dp_size=1, eos_id=eos_id
+        data.held_out(config),
+        config.train.val_sequences,
+        micro_batch=rows,
+        dp_rank=0,
+        dp_size=1,
+        eos_id=data.eos_id,
+        document_mask=bool(config.data.document_mask),
     )
     return iter(batches)
 

@@ -6,6 +6,7 @@ config.yaml as all of it was composed, and hydra.yaml with the folders that it w
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,15 +21,16 @@ from yaml import YAMLError
 
 from conf.compose import Composition, compose_overrides, quoted
 from conf.overrides import key_of
-from conf.paths import checked
+from conf.paths import checked, expanded
 from conf.schema import recipe_fields, register, to_jsonable
 from conf.search import OWN, Options, split_options
 from model.problems import BadInput
+from train.data.formats.remote import is_url
 from train.pretrained import open_source
 from train.uptrain import compose_with_source, implied
 
 _OF_A_LAUNCH = ("hydra.run.dir", "hydra.job.chdir", "hydra.mode")
-_PATHS = ("data.path", "data.tokenizer", "data.cache_dir", "init_from", "resume")
+_PATHS = re.compile(r"data\.(path|tokenizer|cache_dir|sources\.[^.]+\.path)|init_from|resume")
 _GROUPS = ("model", "data", "schedule")
 _BY_LENGTH = ("train.total_tokens", "train.skip_samples", "schedule.", "optimizer.lr")
 """What an uptraining works out from how far the weights that it begins with were trained."""
@@ -196,7 +198,8 @@ def _anew(earlier: _Earlier, later: Sequence[str]) -> list[str]:
     uptrained = any(key.startswith("uptrain.alpha") for key in recorded)
     try:
         config = compose_overrides([*earlier.overrides, *earlier.options.arguments]).config
-        there = implied(config, open_source(earlier.cwd / str(config.init_from), checked=False, key="init_from"), [])
+        begins = open_source(_there(earlier.cwd, str(config.init_from)), checked=False, key="init_from")
+        there = implied(config, begins, [])
         return [
             text
             for text in earlier.overrides
@@ -211,18 +214,21 @@ def _from_here(earlier: _Earlier, kept: list[str], keys: set[str]) -> list[str]:
     """Write paths that were relative to where the run was started so that they are found from here."""
     if earlier.cwd == Path.cwd():
         return kept
-    if earlier.options.config_dir == str(earlier.run / ".hydra"):
-        values = {key: earlier.config.get(key) for key in _PATHS if key not in keys}
-    else:
-        values = {key_of(text): _text_value(text) for text in kept if key_of(text) in _PATHS}
+    values = earlier.config or {key_of(text): _text_value(text) for text in kept}
     moved = {
         key: f"{key}={quoted(earlier.cwd / value)}"
         for key, value in values.items()
+        if _PATHS.fullmatch(key) and not any(f"{key}.".startswith(f"{name}.") for name in keys)
         if isinstance(value, str) and not value.startswith(("/", "~", "$")) and (earlier.cwd / value).exists()
     }
     if moved:
         earlier.said.append(f"paths are those of {earlier.cwd}, where it was started: {' '.join(moved.values())}")
     return [*(text for text in kept if key_of(text) not in moved), *moved.values()]
+
+
+def _there(cwd: Path, path: str) -> str:
+    """Say what a path is that was given in a folder; a URL is the same from everywhere."""
+    return path if is_url(path) else str(cwd / expanded(path))
 
 
 def _text_value(override: str) -> Any:
@@ -293,10 +299,10 @@ def _changed_recipe(earlier: _Earlier, taken: list[str]) -> list[str] | None:
         return None
     if composition.problems:
         return None
-    now = recipe_fields(_plain(composition))
+    now, before = _flat(recipe_fields(_plain(composition))), _flat(before)
 
     def value(key: str, values: Mapping[str, Any], cwd: Path) -> Any:
         found = values.get(key)
-        return str(cwd / found) if key in _PATHS and isinstance(found, str) else found
+        return _there(cwd, found) if _PATHS.fullmatch(key) and isinstance(found, str) else found
 
     return [key for key in sorted({*now, *before}) if value(key, now, Path.cwd()) != value(key, before, earlier.cwd)]

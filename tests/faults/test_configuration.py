@@ -13,7 +13,7 @@ from conf.compose import compose_overrides
 from conf.schema import recipe_fields
 from launch import cli, supervise
 from tests.ranks import ROOT
-from train import loop, pretrain
+from train import like, loop, pretrain
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
 SMALL = """
@@ -273,6 +273,26 @@ def test_like_works_where_the_folder_that_a_run_was_composed_from_is_gone(traine
         assert "model=7b: " in lines[-1] and "sets the same keys over it" in lines[-1]
     finally:
         away.rename(own)
+
+
+@pytest.mark.parametrize("adds", [[], ["train.seed=7"]])
+def test_paths_of_a_mixture_a_url_and_a_home_are_the_same_from_elsewhere(adds, tmp_path, monkeypatch, capfd):
+    run, here = tmp_path / "started" / "run", tmp_path / "here"
+    for folder in (run / ".hydra", run.parent / "web", here / "web"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(run.parent)
+    mixture = "data.sources={web: {path: web}, code: {path: 's3://code'}}"
+    composition = compose_overrides([mixture, "data.sources.code.weight=3", "data.tokenizer='~/tokenizer.json'"])
+    OmegaConf.save(composition.node.hydra.overrides.task, run / ".hydra" / "overrides.yaml")
+    OmegaConf.save(OmegaConf.structured(composition.config), run / ".hydra" / "config.yaml")
+    OmegaConf.save({"hydra": {"runtime": {"cwd": str(run.parent)}}}, run / ".hydra" / "hydra.yaml")
+    monkeypatch.chdir(here)
+    config = compose_overrides(like.take_over([f"--like={run}", *adds], goes_on=True)).config
+    paths = {name: source.path for name, source in config.data.sources.items()}
+    assert paths == {"web": str(run.parent / "web"), "code": "s3://code"}
+    assert config.data.sources["code"].weight == 3
+    said = capfd.readouterr().err
+    assert ("the recipe is another: train.seed" if adds else "the recipe is the same") in said, said
 
 
 def test_like_works_out_anew_what_weights_to_begin_with_imply(trained, own, data, started, tmp_path, capfd):

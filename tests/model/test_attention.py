@@ -187,3 +187,9 @@ def test_gpu_backends_repeat_their_bits_where_algorithms_must_be_deterministic(b
             assert all(torch.equal(one, other) for one, other in zip(attend(backend, *tensors), first, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_kernel_is_tried_backward_whoever_asks(without):
+    with without():
+        kernels._run_once(kernels.sdpa, torch.device("cpu"), torch.float32, True)
