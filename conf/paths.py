@@ -55,6 +55,16 @@ def path_problems(key: str, given: str | os.PathLike[str]) -> list[str]:
     return []
 
 
+def unwritable(path: Path) -> str | None:
+    """Say why a folder can be neither written nor made, beginning with what is in the way; None where it can."""
+    nearest = path.absolute()
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
+        return None
+    return f"{nearest}: {'no permission to write there' if nearest.is_dir() else 'not a folder'}"
+
+
 def name_problems(key: str, given: str) -> list[str]:
     """Say why a name cannot be that of one folder among others, which a run's name is.
 

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.train_settings import corpora
-from conf.validate import Machine, validate
 from launch.timeline import picture
 from model.config import ModelConfig
 from model.problems import BadInput
@@ -26,7 +25,7 @@ from train.data.sources import prepare_run, shares
 from train.length import Consumed, length_of, longest
 from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
-from train.uptrain import compose_with_source, other_shape
+from train.uptrain import compose_with_source, sound
 
 _PRESET = re.compile(r"[A-Za-z0-9][\w-]*")
 
@@ -44,11 +43,7 @@ def settings(arguments: Sequence[str]) -> Config:
     if len(presets := [text for text in words if text.startswith("model=")]) > 1:
         raise BadInput([f"{' '.join(presets)}: one model is described at a time; {presets[0]} alone would work"])
     composition, source, _ = compose_with_source(take_over(words), checked=False)
-    _, problems = validate(composition.config, Machine(gpus=0, elsewhere=True))
-    problems += other_shape(composition.config, source) if source else []
-    if problems := composition.all_problems(problems):
-        raise BadInput(problems)
-    return composition.config
+    return sound(composition, source)
 
 
 def facts(config: Config) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from parallel.decode import StageDecoder, load_stage
 from parallel.environment import timeout
 from parallel.layout import Layout, ParallelConfig
 from parallel.processes import (
-    OF_A_LAUNCHER,
     forget_launcher,
     free_port,
     local_processes,
     read_launcher,
+    says_all,
     use_cpus_fairly,
 )
 from train.pretrained import TOKENIZER, open_source
@@ -74,7 +74,7 @@ def _launched() -> bool:
     Raises:
         BadInput: one has, and does not say enough.
     """
-    if "RANK" in os.environ and not {*OF_A_LAUNCHER[:3], "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if "RANK" in os.environ and not says_all(os.environ):
         forget_launcher(os.environ)
     launched = read_launcher(os.environ)
     if not launched:

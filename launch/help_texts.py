@@ -88,6 +88,8 @@ HELP = {
         "  deepnarrow bench stage           training a pipeline stage of the 7B and the 67B (on a CPU a smaller one):\n"
         "                                   tokens/s, MFU, peak memory against what is predicted\n"
         "  deepnarrow bench kernels         attention, loss, norms, rotary positions and SwiGLU, each way they run\n"
+        "  deepnarrow bench documents       attention and a stage where documents do not see each other, against\n"
+        "                                   whole sequences\n"
         "  deepnarrow bench peers           a forward and backward pass, against transformers, litgpt and torchtitan\n"
         "                                   where they are installed, by turns\n"
         "  deepnarrow bench pipeline        two stages with a core each against one process with both, by turns, and\n"

@@ -86,8 +86,12 @@ def forget_launcher(environment: MutableMapping[str, str]) -> None:
 
 def a_later_rank(environment: Mapping[str, str]) -> bool:
     """Tell whether a launcher has started this process as another rank than 0; a RANK left over alone tells nothing."""
-    names = {*OF_A_LAUNCHER[:3], "MASTER_ADDR", "MASTER_PORT"}
-    return names <= environment.keys() and environment["RANK"] != "0"
+    return says_all(environment) and environment["RANK"] != "0"
+
+
+def says_all(environment: Mapping[str, str]) -> bool:
+    """Tell whether an environment has all that a launcher sets by PyTorch's names."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
 
 
 def _translate(environment: MutableMapping[str, str]) -> bool:

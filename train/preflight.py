@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from conf.compose import Composition
-from conf.paths import expanded, name_problems, path_problems
+from conf.paths import expanded, name_problems, path_problems, unwritable
 from conf.schema import Config
 from conf.train_settings import corpora
 from conf.validate import Machine, validate, warnings
@@ -238,10 +238,5 @@ def _check_run_dir(run_dir: Path) -> list[str]:
     """Check that the run folder is one or can be made; nothing is made."""
     if problems := path_problems("hydra.run.dir", run_dir):
         return problems
-    nearest = run_dir.absolute()
-    while not os.path.lexists(nearest):
-        nearest = nearest.parent
-    if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
-        return []
-    why = "no permission to write there" if nearest.is_dir() else "not a folder"
-    return [f"hydra.run.dir={run_dir}: {nearest}: {why}; a folder that can be written would work"]
+    why = unwritable(run_dir)
+    return [f"hydra.run.dir={run_dir}: {why}; a folder that can be written would work"] if why else []

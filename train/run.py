@@ -189,7 +189,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
-        _announce(prepared, stages, facts, past, begun, held_out)
+        _announce(prepared, stages, facts, past, begun, length, held_out)
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
     return Run(
@@ -345,6 +345,7 @@ def _announce(
     facts: dict[str, Any],
     past: Manifest | None,
     begun: Consumed,
+    length: Length,
     held_out: HeldOutSamples,
 ) -> None:
     """Log the warnings, the header and the table of stages."""
@@ -354,7 +355,7 @@ def _announce(
         changes = resume.warnings(config, past, prepared.data.fingerprint) + history.said(config, past, begun)
     for warning in prepared.warnings + changes:
         log.warning("%s", warning)
-    log.info("%s", header(prepared, facts, held_out, length_of(config, begun)))
+    log.info("%s", header(prepared, facts, held_out, length))
     if len(prepared.data.by_name) > 1 or config.data.stages:
         log.info("%s", table(shares(config, prepared.data, begun)))
     for line in prepared.data.packed(config):
@@ -367,13 +368,12 @@ def _announce(
 
 
 def header(prepared: PreparedRun, facts: dict[str, Any], held_out: HeldOutSamples, length: Length) -> str:
-    """Describe a run in four lines, and in one more for each change of its batch or of the length of its sequences."""
+    """Describe a run in four lines, of which the third lists its steps by batch and length."""
     config, val_count = prepared.config, f"{len(held_out):,} held-out sequences"
     if len(prepared.data.by_name) > 1 and len(held_out) < config.train.val_sequences:
         val_count += f" (in the mixture's shares: {held_out.first_to_end} has no more)"
-    steps = [
-        f"{span.count:,} steps of {span.first.global_batch} x {span.first.seq_len} tokens" for span in length.spans
-    ]
+    alike = length.taken(length.schedule_steps)
+    steps = [f"{of.count:,} steps of {of.global_batch} x {of.seq_len} tokens" for of in alike]
     some = f", of which this run takes {length.steps:,}" if length.steps < length.schedule_steps else ""
     return (
         f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, "

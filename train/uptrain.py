@@ -12,6 +12,7 @@ from typing import Any
 from conf.compose import Composition, compose_overrides, quoted
 from conf.schema import Config, recipe_fields, to_jsonable
 from conf.train_settings import Decay, Rate, ScheduleConfig
+from conf.validate import Machine, validate
 from model.problems import BadInput
 from train.checkpoint import manifest
 from train.checkpoint.manifest import Manifest
@@ -50,6 +51,23 @@ def compose_with_source(
     except BadInput as error:
         raise BadInput(composition.all_problems(error.problems)) from None
     return compose_overrides(arguments), source, arguments
+
+
+def sound(composition: Composition, source: Source | None) -> Config:
+    """Return settings that would train on some machine, not necessarily this one.
+
+    Args:
+        composition: what they are composed of.
+        source: the weights that they begin with, None for new ones.
+
+    Raises:
+        BadInput: with every problem.
+    """
+    _, problems = validate(composition.config, Machine(gpus=0, elsewhere=True))
+    problems += other_shape(composition.config, source) if source else []
+    if problems := composition.all_problems(problems):
+        raise BadInput(problems)
+    return composition.config
 
 
 def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[str]:

@@ -4,15 +4,14 @@ W&B's own `wandb.Settings` judges what it can, without a network. It is imported
 and W&B is not disabled.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.paths import expanded, name_problems
+from conf.paths import expanded, name_problems, unwritable
 from conf.schema import Config
 from conf.train_settings import WandbConfig, WandbMode
-from train.wandb_run import wandb_mode
+from train.wandb_run import kept_id, wandb_mode
 
 _MODES = ("online", "offline", "disabled", "dryrun", "run")
 """The modes that W&B's variable may name, the last two by their older names."""
@@ -48,11 +47,11 @@ def problems(config: Config, run_dir: Path, environment: Mapping[str, str]) -> l
         return []
     found = _names(config) + _folders(environment)
     set_there = {key: value for key, value in environment.items() if key.startswith("WANDB_") and key != "WANDB_MODE"}
-    known_id = _text_of(run_dir / "wandb" / "run-id")
+    known_id = kept_id(run_dir)
     settings = config.wandb
     if not found and not set_there and known_id is None and settings == WandbConfig(mode=settings.mode):
         return found
-    return found + _as_wandb_has_it(settings, set_there, run_dir, known_id, judged=bool(found))
+    return found + _as_wandb_has_it(settings, set_there, known_id, judged=bool(found))
 
 
 def warnings(config: Config, environment: Mapping[str, str]) -> list[str]:
@@ -109,20 +108,13 @@ def _folders(environment: Mapping[str, str]) -> list[str]:
     found = []
     for key in _FOLDERS:
         given = environment.get(key)
-        if not given:
-            continue
-        nearest = expanded(given).absolute()
-        while not os.path.lexists(nearest):
-            nearest = nearest.parent
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-            why = "no permission to write there" if nearest.is_dir() else "not a folder"
-            works = "a folder that can be written, or unsetting it, would work"
-            found.append(f"{key}={given}: {nearest}: {why}; {works}")
+        if given and (why := unwritable(expanded(given))):
+            found.append(f"{key}={given}: {why}; a folder that can be written, or unsetting it, would work")
     return found
 
 
 def _as_wandb_has_it(
-    settings: WandbConfig, variables: Mapping[str, str], run_dir: Path, known_id: str | None, judged: bool
+    settings: WandbConfig, variables: Mapping[str, str], known_id: tuple[Path, str] | None, judged: bool
 ) -> list[str]:
     """Have W&B judge the settings that it is given, each by itself."""
     import wandb
@@ -130,9 +122,9 @@ def _as_wandb_has_it(
     found = []
     if not judged and (why := _refusal(project=settings.project, run_tags=settings.tags)):
         found.append(f"wandb.project={settings.project} wandb.tags={settings.tags}: {why}; others would work")
-    if known_id and (why := _refusal(run_id=known_id)):
-        path = run_dir / "wandb" / "run-id"
-        found.append(f"{path}: {known_id}: {why}; without this file the run begins anew in W&B, which would work")
+    if known_id and (why := _refusal(run_id=known_id[1])):
+        path, known = known_id
+        found.append(f"{path}: {known}: {why}; without this file the run begins anew in W&B, which would work")
     for key, value in variables.items():
         try:
             wandb.Settings().update_from_env_vars({key: value})
@@ -159,10 +151,3 @@ def _reason(error: Exception) -> str:
     text = text.removeprefix("Value error, ").rstrip(".")
     text = text if text[1:2].isupper() else text[:1].lower() + text[1:]
     return f"W&B says: {text}" if text else f"W&B says {type(error).__name__}"
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text("utf-8").strip() or None
-    except (OSError, ValueError):
-        return None

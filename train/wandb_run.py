@@ -22,12 +22,20 @@ INIT_TIMEOUT = 20.0
 """Seconds that W&B's server has to answer at the start of a run, where WANDB_INIT_TIMEOUT does not say it."""
 
 
+def kept_id(run_dir: Path) -> tuple[Path, str] | None:
+    """Read the id that a folder keeps of its W&B run: the file and what it says; None where there is none."""
+    for name in (ID_FILE, "run-id"):
+        path = run_dir / "wandb" / name
+        with suppress(OSError, ValueError):  # not there, or no text
+            if known := path.read_text("utf-8").strip():
+                return path, known
+    return None
+
+
 def wandb_id(run_dir: Path) -> str:
     """Read or make the id of a folder's W&B run; the folder keeps it, so that the run goes on in W&B too."""
-    for name in (ID_FILE, "run-id"):
-        with suppress(OSError):
-            if known := (run_dir / "wandb" / name).read_text("utf-8").strip():
-                return known
+    if kept := kept_id(run_dir):
+        return kept[1]
     path = run_dir / "wandb" / ID_FILE
     made = secrets.token_hex(4)
     try:

@@ -16,14 +16,12 @@ from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
 from conf.search import split_options
-from conf.validate import Machine, validate
 from model.config import ModelConfig
 from model.init import initial_value
-from model.problems import BadInput
 from model.transformer import full_shapes
 from parallel.build import ALONE, RankStages, build_stages
 from parallel.stages import Stage
-from train.uptrain import compose_with_source, other_shape
+from train.uptrain import compose_with_source, sound
 
 SEED, STD = 1, 0.02
 """The seed and the standard deviation of a benchmark's random weights."""
@@ -39,10 +37,7 @@ def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
     _, source, implied = compose_with_source(overrides, checked=False)
     # A configuration of the user's own is a whole one, and weights have their shape whatever a benchmark's are.
     composition = compose_overrides([*(defaults if own.file is None else []), *implied])
-    problems = validate(composition.config, Machine(gpus=0, elsewhere=True))[1]
-    problems += other_shape(composition.config, source) if source else []
-    if problems := composition.all_problems(problems):
-        raise BadInput(problems)
+    sound(composition, source)
     return composition
 
 

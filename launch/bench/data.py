@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from conf.schema import Config
-from conf.train_settings import DataConfig
+from conf.train_settings import DataConfig, Source
 from launch.bench.common import composed, device_name, rendered
 from launch.bench.preparation import OURS, compare
 from model.problems import BadInput
@@ -61,6 +61,11 @@ def measure(
         BadInput: the settings cannot work, or the GPU is unknown.
     """
     config = composed(DEFAULTS, overrides).config
+    if config.data.sources:
+        raise BadInput(["data.sources: one corpus is measured at a time; data=files data.path=… would work"])
+    if config.data.source is Source.tokens:
+        raise BadInput(["data.source=tokens: preparation is measured on text; the text that the tokens were made of "
+                        "would work"])  # fmt: skip
     there = composed([], cluster).config
     if gpu not in PEAK_BF16_FLOPS:
         raise BadInput([f"gpu={gpu}: its peak is not known; one of {', '.join(PEAK_BF16_FLOPS)} would work"])

@@ -73,10 +73,11 @@ def _write_sample(data: DataConfig, path: Path, limit: int) -> int:
 
 def _run(name: str, corpus: Path, tokenizer: Path, out: Path, cores: int) -> dict[str, float]:
     command = [sys.executable, "-m", __name__, name, str(corpus), str(tokenizer), str(out), str(cores)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{name}: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

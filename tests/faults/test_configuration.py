@@ -443,11 +443,12 @@ def test_variables_that_wandb_could_not_read(variables, said, capfd, tmp_path, m
     assert of_wandb(capfd, tmp_path, "wandb.mode=disabled") == []
 
 
-def test_an_id_that_wandb_would_refuse_is_that_of_a_file(capfd, tmp_path):
+@pytest.mark.parametrize("name", ["id", "run-id"])
+def test_an_id_that_wandb_would_refuse_is_that_of_a_file(name, capfd, tmp_path):
     (tmp_path / "run" / "wandb").mkdir(parents=True)
-    (tmp_path / "run" / "wandb" / "run-id").write_text("a/b\n")
+    (tmp_path / "run" / "wandb" / name).write_text("a/b\n")
     (line,) = of_wandb(capfd, tmp_path, "wandb.mode=offline")
-    assert line.startswith(f"{tmp_path / 'run' / 'wandb' / 'run-id'}: a/b: W&B says: run ID cannot contain")
+    assert line.startswith(f"{tmp_path / 'run' / 'wandb' / name}: a/b: W&B says: run ID cannot contain")
 
 
 def test_wandb_is_not_imported_where_it_is_disabled_or_as_it_comes(tmp_path):

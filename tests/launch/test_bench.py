@@ -275,6 +275,14 @@ def test_a_tokenizer_that_is_given_is_not_trained(corpus, tmp_path, monkeypatch)
     assert found["corpus"]["bytes"] == sum(path.stat().st_size for path in corpus.iterdir())
 
 
+def test_what_is_no_one_corpus_of_text_is_not_prepared_for_a_measure(corpus):
+    tokens = ["data=tokens", f"data.path={corpus}", "data.token_dtype=uint16", f"data.tokenizer={corpus}"]
+    with pytest.raises(BadInput, match="one corpus is measured at a time"):
+        data.measure([*SHAPE, f"data.sources={{a: {{path: {corpus}}}}}"])
+    with pytest.raises(BadInput, match="preparation is measured on text"):
+        data.measure([*SHAPE, *tokens])
+
+
 def test_every_preparation_has_the_cores(corpus, monkeypatch):
     """A preparation turns the tokenizer's threads off when it ends, in the process that it ran in."""
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)

@@ -40,8 +40,8 @@ class Manifest:
         origin: the checkpoint that the run was told to start from, None for a run from the beginning.
         tensors: per name its shape and its pieces: offset and shape in the whole, file, and key in that file.
         files: per file name its size in bytes and its SHA-256.
-        history: of what the run has trained on, see `train.checkpoint.history`; None for weights alone, and for
-            checkpoints from before batches and mixtures could change within a run.
+        history: of what the run has trained on, see `train.checkpoint.history`; None for weights that no
+            run trained, and for checkpoints from before batches and mixtures could change within a run.
         format: version of this format.
     """
 
