@@ -5,8 +5,9 @@ activations that forward passes save for backward, and what a split backward pas
 each micro-batch that is in flight. And the workspace of the pass that needs most: the gradients of the head's logits,
 for instance, or a block that is recomputed.
 
-Documents add nothing to them: a varlen kernel saves the same for a token of a document as of a sequence. What a batch
-holds, token ids, labels and positions of 8 bytes each, is not counted.
+Documents add nothing to them: a varlen kernel saves the same for a token of a document as of a sequence. Not counted
+are what a batch holds, token ids, labels and positions of 8 bytes each, and the copy of attention's output that a CPU
+keeps, where documents are computed one after another.
 
 All of them are counted in values per token, times tokens, times bytes; d_model, query and key/value widths, d_ff and
 the vocabulary are those of the rank's part under tensor parallelism.

@@ -17,6 +17,7 @@ from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
 from tests.shapes import preset
+from tests.train.checkpoint.runs import metrics
 from train.timeline import MeasuredStep
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
@@ -56,10 +57,6 @@ def nested(spans):
         if outer != sorted(outer, reverse=True):
             return False
     return True
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from train.data.order import counted
+
 LONGEST_PERIOD = 1_000_000
 """Samples. Weights whose exact shares have a longer one are rounded to parts of so many."""
 
@@ -63,9 +65,7 @@ class Mixture:
         Raises:
             ValueError: an index is negative.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and wanted.min() < 0:
-            raise ValueError(f"sample {wanted.min()}: samples are counted from 0")
+        wanted = counted(indices)
         periods, slots = np.divmod(wanted, np.int64(self.period))
         sources = self._layout[slots].astype(np.int64)
         return sources, periods * self.parts[sources] + self._before[slots]

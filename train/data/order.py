@@ -53,9 +53,7 @@ class SampleOrder:
         Raises:
             ValueError: an index is negative.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if wanted.size and wanted.min() < 0:
-            raise ValueError(f"sample {wanted.min()}: samples are counted from 0")
+        wanted = counted(indices)
         epochs, places = np.divmod(wanted, np.int64(self.num_sequences))
         result = np.empty_like(wanted)
         for epoch in np.unique(epochs):
@@ -79,6 +77,18 @@ class SampleOrder:
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._half) | right
+
+
+def counted(indices: ArrayLike) -> NDArray[np.int64]:
+    """Take numbers of samples as int64, of any shape.
+
+    Raises:
+        ValueError: one is negative.
+    """
+    wanted = np.asarray(indices, dtype=np.int64)
+    if wanted.size and wanted.min() < 0:
+        raise ValueError(f"sample {wanted.min()}: samples are counted from 0")
+    return wanted
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

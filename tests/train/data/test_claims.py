@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from train.data import claims
+from tests.ranks import ROOT
 from train.data.claims import PATIENCE, Claims
 
 
@@ -90,7 +90,7 @@ with Claims(Path({str(tmp_path)!r})) as claims:
     print(claims.take("000000"), flush=True)
     time.sleep(60)
 """
-    held = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=claims.__file__[:-21])
+    held = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert held.stdout.readline() == "True\n"
     other = participant(tmp_path, clock)
     assert not other.take_over("000000")
