@@ -6,7 +6,6 @@ runs beside it until its `Wait`.
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Union
 
 
 class GroupKind(Enum):
@@ -115,4 +114,4 @@ class Wait:
     index: int
 
 
-Operation = Union[Product, Attention, Traffic, Message, Wait]
+Operation = Product | Attention | Traffic | Message | Wait
