@@ -44,21 +44,12 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
         An exit code for the shell: 0 for a run that is complete, or was told to stop and is saved; 128 + N where signal
         N ended it at once; else that of the rank that failed.
     """
-    # This machine only: the part of the launcher that runs on each host, without the one that reads a hostfile.
-    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(num_processes)}).encode()).decode()
-    command = [
-        *[sys.executable, "-c", _LAUNCHER, "-q", "--no_local_rank", f"--world_info={hosts}"],
-        *["--master_addr", "127.0.0.1", "--master_port", str(free_port())],
-        *[str(PRETRAIN), *arguments],
-    ]
     completed_before = _completion(run_dir)
-    environment = {**os.environ, SUPERVISOR: str(os.getpid()), "PYTHONSAFEPATH": "1"}
-    forget_launcher(environment)
-    name_accelerator(environment)
+    command, environment = launcher_command(PRETRAIN, arguments, num_processes), launcher_environment()
     group = subprocess.Popen(command, env=environment, start_new_session=True)
     ended_by, told = _wait_passing_signals_on(group)
     completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
-    _end_group(group.pid)
+    end_group(group.pid)
 
     code = group.returncode
     if ended_by is not None:
@@ -70,6 +61,27 @@ def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
         return 1
     # The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
     return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
+
+
+def launcher_command(script: Path, arguments: Sequence[str], num_processes: int) -> list[str]:
+    """Write the command of DeepSpeed's launcher that starts a script as so many ranks on this machine.
+
+    It is the part of the launcher that runs on each host, without the one that reads a hostfile.
+    """
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(num_processes)}).encode()).decode()
+    return [
+        *[sys.executable, "-c", _LAUNCHER, "-q", "--no_local_rank", f"--world_info={hosts}"],
+        *["--master_addr", "127.0.0.1", "--master_port", str(free_port())],
+        *[str(script), *arguments],
+    ]
+
+
+def launcher_environment() -> dict[str, str]:
+    """Make the environment of the launcher, whose ranks end with this process."""
+    environment = {**os.environ, SUPERVISOR: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    forget_launcher(environment)
+    name_accelerator(environment)
+    return environment
 
 
 def _devices(num_processes: int) -> list[int | str]:
@@ -129,7 +141,7 @@ def _ranks(launcher: int) -> list[psutil.Process]:
     return found
 
 
-def _end_group(group: int) -> None:
+def end_group(group: int) -> None:
     """Stop what the launcher left running."""
     if not _signal_group(group, signal.SIGTERM):
         return
