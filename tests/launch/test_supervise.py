@@ -156,7 +156,7 @@ def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
     left = psutil.Process(int(launcher.stdout.readline()))
     launcher.wait()
     assert left.is_running()
-    supervise._end_group(launcher.pid)
+    supervise.end_group(launcher.pid)
     _, alive = psutil.wait_procs([left], timeout=10)
     assert not alive
 
