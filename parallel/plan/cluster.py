@@ -2,21 +2,68 @@
 
 from dataclasses import dataclass, field
 
+from model.problems import either, nearest
+
 
 @dataclass
 class Cluster:
-    """A cluster of equal machines with equal GPUs. Figures are the data sheet's unless `measured` names them."""
+    """A cluster of equal machines with equal GPUs. Figures are the data sheet's unless `measured` names them.
+
+    A machine without GPUs is one as well: its ranks are its GPUs, and `devices_per_node` the cores that they share.
+    """
 
     name: str = "unknown"
     """The name of the GPU."""
     nodes: int = 1
     """The number of machines."""
     gpus_per_node: int = 8
-    """GPUs of a machine."""
+    """GPUs of a machine, with a rank on each."""
+    devices_per_node: float | None = None
+    """How many ranks of a machine compute at full speed at the same time, where they share cores; null: all of them."""
     memory_gib: float = 80.0
     """Memory of a GPU that PyTorch can allocate, in GiB."""
+    reserved_gib: float = 4.0
+    """Memory of a GPU, in GiB, that no plan counts and every run needs: CUDA's context, NCCL's buffers, what the
+    allocator's blocks leave unused. An assumption, the same for all GPUs."""
     peak_tflops: float = 989.0
     """Dense bf16 TFLOP/s of a GPU by its data sheet, against which MFU is counted."""
+    peak_fp32_tflops: float = 67.0
+    """TFLOP/s of a GPU in fp32 without TF32, for runs with train.precision=fp32."""
+    product_share: float = 0.8
+    """The share of the peak that the best large matrix product sustains on data that training has."""
+    tile_units: int = 132
+    """Multiprocessors of a GPU: a product is cut into tiles, which run in waves of as many, and the last wave is seldom
+    full. 0 where products are not cut so (a CPU)."""
+    products: list[list[float]] = field(default_factory=list)
+    """Measured products as [m, k, n, TFLOP/s] of bf16, or of fp32 where the cluster computes in it; where given, the
+    rate of the nearest shape takes the place of `product_share` and `tile_units`."""
+    attention_forward_share: float = 0.58
+    """The share of the peak that attention's forward kernel reaches, its causal half counted (4,096 tokens or more)."""
+    attention_backward_share: float = 0.48
+    """The share of the peak that attention's backward kernel reaches."""
+    hbm_gb_per_s: float = 3350.0
+    """Bandwidth of a GPU's memory by its data sheet, in GB/s."""
+    hbm_share: float = 0.85
+    """The share of it that norms, additions and the optimizer reach."""
+    launch_us: float = 2.0
+    """Microseconds between two kernels on a GPU that has its work queued."""
+    host_us: float = 12.0
+    """Microseconds for which a host is busy with each operation, forward or backward: a pass takes no less than that
+    for all of its operations."""
+    intra_gb_per_s: float = 450.0
+    """Bandwidth of a GPU to others of its machine, in GB/s in one direction, by the data sheet."""
+    intra_share: float = 0.8
+    """The share of it that collectives reach with large messages (bus bandwidth of nccl-tests)."""
+    intra_base_us: float = 8.4
+    """Microseconds that a message takes within a machine before its first step."""
+    intra_step_us: float = 3.4
+    """Microseconds of each step of a ring within a machine."""
+    inter_gb_per_s: float = 50.0
+    """A GPU's part of its machine's bandwidth to other machines, in GB/s in one direction, by the data sheet."""
+    inter_share: float = 0.9
+    """The share of it that messages between machines reach."""
+    inter_step_us: float = 14.0
+    """Microseconds of each step of a ring, or of a message, between machines."""
     price_per_gpu_hour: float | None = None
     """What an hour of a GPU costs, in any currency; null says no cost."""
     measured: list[str] = field(default_factory=list)
@@ -26,3 +73,74 @@ class Cluster:
     def world_size(self) -> int:
         """The number of GPUs."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def allocatable_gib(self) -> float:
+        """The memory that a plan may fill, in GiB."""
+        return self.memory_gib - self.reserved_gib
+
+    def problems(self, key: str = "cluster") -> list[str]:
+        """Return what no cluster can have, a sentence each with key, value and what would work.
+
+        Args:
+            key: what the cluster was given by, which begins each sentence.
+        """
+        above_0 = ["nodes", "gpus_per_node", "memory_gib", "peak_tflops", "peak_fp32_tflops", "hbm_gb_per_s"]
+        above_0 += ["intra_gb_per_s", "inter_gb_per_s"]
+        shares = ["product_share", "attention_forward_share", "attention_backward_share", "hbm_share"]
+        shares += ["intra_share", "inter_share"]
+        times = ["launch_us", "host_us", "intra_base_us", "intra_step_us", "inter_step_us", "reserved_gib"]
+        limits = [(name, f"must be above 0; {_default(name)} would work") for name in above_0]
+        found = [f"{key}.{name}={getattr(self, name)}: {said}" for name, said in limits if not getattr(self, name) > 0]
+        found += [
+            f"{key}.{name}={value}: is a share, above 0 and at most 1; {_default(name)} would work"
+            for name in shares
+            if not 0 < (value := getattr(self, name)) <= 1
+        ]
+        not_below_0 = [*times, *(["price_per_gpu_hour"] if self.price_per_gpu_hour is not None else []), "tile_units"]
+        found += [
+            f"{key}.{name}={value}: must be at least 0; {_default(name) or 0} would work"
+            for name in not_below_0
+            if not (value := getattr(self, name)) >= 0
+        ]
+        if self.devices_per_node is not None and not 0 < self.devices_per_node <= self.gpus_per_node:
+            found.append(
+                f"{key}.devices_per_node={self.devices_per_node}: is above 0 and at most the ranks of a machine "
+                f"(gpus_per_node={self.gpus_per_node}); null would work where each has a device of its own"
+            )
+        for row in self.products:
+            if len(row) != 4 or not all(value > 0 for value in row):
+                found.append(f"{key}.products={row}: is [m, k, n, TFLOP/s]; [8192, 8192, 8192, 800] would work")
+        return found
+
+
+def _default(name: str) -> object:
+    return getattr(Cluster(), name)
+
+
+def size_problems(spec: str, nodes: str, gpus: str) -> list[str]:
+    """Return why a cluster's size, as in ``32x8xh100``, is none, a sentence each.
+
+    Args:
+        spec: as it was given, for the sentence.
+        nodes, gpus: the number of machines, and of GPUs in each, as text.
+    """
+    found = []
+    for what, text in (("machines", nodes), ("GPUs of a machine", gpus)):
+        if not text.isdecimal() or int(text) < 1:
+            found.append(f"--cluster={spec}: {text!r} is no number of {what}; 1 or more would work, as in 32x8xh100")
+    return found
+
+
+def rank_problems(cluster: Cluster, tp: int) -> list[str]:
+    """Return why ranks that share matrices do not fit into the machines of a cluster, a sentence with what would work.
+
+    Args:
+        cluster: the machines.
+        tp: the number of tensor-parallel ranks.
+    """
+    if cluster.gpus_per_node % tp == 0:
+        return []
+    fitting = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
+    works = either("parallel.tp", nearest(fitting, tp))
+    return [f"parallel.tp={tp}: does not divide the {cluster.gpus_per_node} GPUs of a machine; {works} would"]
