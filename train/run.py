@@ -17,7 +17,7 @@ from conf.train_settings import Precision
 from model.batch import Batch
 from model.kernels import which_and_why
 from parallel.costs import layer_costs
-from parallel.engine import Engine, EngineSettings, build_engine
+from parallel.engine import Engine, build_engine
 from parallel.environment import quiet
 from parallel.layout import Layout
 from parallel.processes import use_cpus_fairly
@@ -35,8 +35,9 @@ from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples, mixtures_of
 from train.data.sources import shares, table
 from train.health import all_finite
+from train.job import engine_settings
 from train.learning_rate import rate_share
-from train.length import Consumed, Length, length_of, longest
+from train.length import Consumed, Length, length_of
 from train.metrics import peak_flops
 from train.optimizer import adamw
 from train.patient_file import patient_logs
@@ -244,19 +245,8 @@ def _stages(config: Config, device: torch.device, dtype: torch.dtype) -> list[St
 
 
 def _engine(config: Config, layout: Layout, stages: list[Stage], dtype: torch.dtype) -> Engine:
-    train, parallel = config.train, config.parallel
-    settings = EngineSettings(
-        micro_batch=train.micro_batch,
-        accumulation=rungs(train.global_batch)[0].global_batch // (train.micro_batch * layout.dp),
-        clip=config.optimizer.clip,
-        bf16=dtype is torch.bfloat16,
-        seed=train.seed,
-        seq_len=longest(config),
-        recompute=parallel.recompute,
-        head_pieces=parallel.head_pieces,
-        schedule=parallel.schedule,
-        placement=parallel.placement,
-    )
+    batch = rungs(config.train.global_batch)[0].global_batch
+    settings = engine_settings(config, layout, bf16=dtype is torch.bfloat16, global_batch=batch)
     make_optimizer = partial(adamw, settings=config.optimizer)
     return build_engine(config.model, layout, stages, settings, make_optimizer=make_optimizer)
 
