@@ -31,7 +31,7 @@ def cluster_of(spec: str) -> Cluster:
         BadInput: the size is none, there is no such preset or file, or the file has what a cluster has not.
     """
     parts = spec.split("x", 2)
-    sized = len(parts) == 3 and not Path(spec).suffix == ".yaml" or (len(parts) == 3 and parts[0].isdecimal())
+    sized = len(parts) == 3 and (parts[0].isdecimal() or Path(spec).suffix not in (".yaml", ".yml"))
     kind = parts[2] if sized else spec
     problems = size_problems(spec, *parts[:2]) if sized else []
     try:
