@@ -12,7 +12,7 @@ from conf.paths import expanded
 from model.problems import BadInput, either
 from parallel.plan.cluster import Cluster, size_problems
 
-_FOLDER = Path(__file__).parent / "cluster"
+_FOLDER = Path(__file__).parent / "clusters"
 
 
 def presets() -> list[str]:

@@ -1,4 +1,4 @@
-"""A cluster to plan for: its GPUs, what links them, and what they cost. Presets are in `conf/cluster/`."""
+"""A cluster to plan for: its GPUs, what links them, and what they cost. Presets are in `conf/clusters/`."""
 
 from dataclasses import dataclass, field
 
