@@ -1,7 +1,7 @@
 """A job to plan: a model, the rank grid that trains it, and the settings of its engine."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from model.config import ModelConfig
 from parallel.engine import EngineSettings
@@ -32,10 +32,16 @@ class Job:
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages, cut by FLOPs."""
-        return split_for([float(flops) for flops in self.model.layer_flops(self.settings.seq_len)], self.placement)
+        return list(_cut(tuple(map(float, self.model.layer_flops(self.settings.seq_len))), self.placement))
 
     @property
     def tokens_per_step(self) -> int:
         """The tokens of a step of all replicas."""
         settings = self.settings
         return settings.accumulation * settings.micro_batch * settings.seq_len * self.layout.dp
+
+
+@lru_cache(maxsize=1024)
+def _cut(costs: tuple[float, ...], placement: Placement) -> tuple[Stage, ...]:
+    """Cut the layers once for all jobs that cut them alike: a search plans thousands."""
+    return tuple(split_for(costs, placement))
