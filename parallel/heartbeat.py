@@ -1,0 +1,268 @@
+"""Heartbeats: each rank says in memory that others on its host read where it is: ``B stage 3 micro-batch 17``, and when.
+
+A hang has no traceback, and neither NCCL nor Gloo say which rank it is that the others wait for. We know what each rank
+does next, and on whom that waits; a rank that writes down where it is lets whoever watches find the one that all the
+others wait for (`parallel.waits`). To write costs less than a microsecond, and no system call.
+
+Each rank has a file of its own in a folder in memory, which the process that watches makes and names in the environment
+(`FOLDER`). Without one, nothing is written anywhere.
+"""
+
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+
+from parallel.schedules import Action, Pass
+
+FOLDER = "DEEPNARROW_HEARTBEATS"
+"""Environment variable: the folder of the files of this host's ranks."""
+STACKS = signal.SIGRTMIN + 6 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
+"""The signal upon which a rank writes the Python stacks of its threads, whatever it is waiting for."""
+
+
+class Phase(IntEnum):
+    """What a rank is doing. Those with a collective of all ranks say so in `OF_ALL`."""
+
+    START = 0
+    LOAD = 1
+    DATA = 2
+    PASS = 3
+    RECEIVE = 4
+    SEND = 5
+    REDUCE = 6
+    AGREE = 7
+    UPDATE = 8
+    REPORT = 9
+    RECORD = 10
+    EVALUATE = 11
+    SAVE = 12
+    SAMPLE = 13
+    END = 14
+
+
+OF_ALL = (Phase.START, Phase.LOAD, Phase.AGREE, Phase.REPORT, Phase.EVALUATE, Phase.SAVE, Phase.SAMPLE, Phase.END)
+"""Phases that end when all ranks have come to them."""
+PATIENT = (Phase.START, Phase.LOAD, Phase.SAVE, Phase.SAMPLE, Phase.END)
+"""Phases that may take long: they read or write a whole checkpoint or a corpus, or take leave of W&B."""
+SAID = {
+    Phase.START: "starting",
+    Phase.LOAD: "loading a checkpoint or the first weights",
+    Phase.DATA: "reading a micro-batch",
+    Phase.REDUCE: "summing gradients over the replicas",
+    Phase.AGREE: "summing the loss and the norm over all ranks",
+    Phase.UPDATE: "updating the weights",
+    Phase.REPORT: "merging the reports of all ranks",
+    Phase.RECORD: "writing records and logs",
+    Phase.EVALUATE: "summing a validation over all ranks",
+    Phase.SAVE: "saving",
+    Phase.SAMPLE: "sampling text",
+    Phase.END: "ending",
+}
+_KINDS = list(Pass)
+_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
+_RECORD, _COUNT = struct.Struct("@QdqqqqqqqqqQ"), struct.Struct("@q")
+_pack, _now, _PASS = _RECORD.pack_into, time.monotonic, int(Phase.PASS)
+_COLLECTIVES, _HEADER, _SIZE = 128, 256, 4096
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank has last written.
+
+    Attributes:
+        beats: how often it has written so far.
+        time: when it did, by `time.monotonic` of its host.
+        step: of the run; 0 before the first.
+        phase: what it is doing.
+        what, stage, micro_batch: the pass that it is in, or whose result it waits for.
+        index: of the pass that it is in, in its own order of this step or evaluation.
+        peer: the global rank that it waits for; -1 for none.
+        awaited: the index of what it waits for in the order of that rank.
+        evaluating: the number of evaluations that this rank has begun in this step, 0 while it trains.
+        collectives: the tensor-parallel collectives that it has come to so far.
+        in_collective: whether it waits in the last of these.
+        rank, pid, host: which process it is.
+    """
+
+    beats: int
+    time: float
+    step: int
+    phase: Phase
+    what: Pass
+    stage: int
+    micro_batch: int
+    index: int
+    peer: int
+    awaited: int
+    evaluating: int
+    collectives: int
+    in_collective: bool
+    rank: int
+    pid: int
+    host: str
+
+    @property
+    def action(self) -> str:
+        """The pass, as ``B stage 3 micro-batch 17``."""
+        return f"{self.what.name} stage {self.stage} micro-batch {self.micro_batch}"
+
+    def __str__(self) -> str:
+        """What it does, in words."""
+        if self.phase is Phase.PASS:
+            doing = self.action + (" (in a collective of its tensor-parallel ranks)" if self.in_collective else "")
+        elif self.phase is Phase.RECEIVE:
+            doing = f"waiting for rank {self.peer}'s result of {self.action}"
+        elif self.phase is Phase.SEND:
+            doing = f"waiting until rank {self.peer} has received what it needs for {self.action}"
+        else:
+            doing = SAID[self.phase]
+        return f"{doing}, {f'step {self.step:,}' if self.step else 'before the first step'}"
+
+
+class Heart:
+    """The heartbeat of this process, which writes to memory of its own until `share` gives it a file."""
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | bytearray = bytearray(_SIZE)
+        self._beats, self._step, self._evaluating, self._collectives = 0, 0, 0, 0
+        self._action, self._index = Action(Pass.F, 0, 0), 0
+
+    def share(self, folder: str | None, rank: int) -> None:
+        """Write to a file that others read from here on, and have `STACKS` write this process's stacks beside it.
+
+        Args:
+            folder: of the heartbeats of this host; None writes nothing.
+            rank: the global rank of this process.
+        """
+        if folder is None or not os.path.isdir(folder):
+            return
+        path = file_of(Path(folder), rank)
+        whose = json.dumps({"rank": rank, "pid": os.getpid(), "host": socket.gethostname()}).encode()
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_bytes(bytes(_HEADER) + whose.ljust(_SIZE - _HEADER, b"\0"))
+        with open(unfinished, "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), _SIZE)
+        self.at(Phase.START)
+        unfinished.rename(path)  # a file that is there is whole
+        faulthandler.register(STACKS, open(stacks_of(Path(folder), rank), "w"), all_threads=True)  # noqa: SIM115
+
+    def begin_step(self, step: int) -> None:
+        """Say that a step begins."""
+        self._step, self._evaluating = step, 0
+
+    def begin_evaluation(self) -> None:
+        """Say that passes from here on are of an evaluation."""
+        self._evaluating += 1
+
+    def at(self, phase: Phase) -> None:
+        """Say that this rank has come to a phase that is no pass."""
+        self._write(phase, 0, 0, 0, self._index, -1, -1)
+
+    def next_pass(self, action: Action, index: int) -> None:
+        """Name the pass that comes next, before what it needs is there.
+
+        Args:
+            action: the pass.
+            index: its index in the order of this rank.
+        """
+        self._action, self._index = action, index
+
+    def in_pass(self) -> None:
+        """Say that the pass last named computes."""
+        action = self._action
+        self._write(_PASS, _NUMBER[action.what], action.stage, action.micro_batch, self._index, -1, -1)
+
+    def waits_for(self, phase: Phase, action: Action, peer: int, awaited: int) -> None:
+        """Say that this rank, in the pass last named, waits for another one.
+
+        Args:
+            phase: RECEIVE for the result of an action, SEND until its input has been received.
+            action: of the other rank.
+            peer: its global rank.
+            awaited: the index of the action in its order.
+        """
+        self._write(phase, _NUMBER[action.what], action.stage, action.micro_batch, self._index, peer, awaited)
+
+    def _write(self, phase: int, what: int, stage: int, micro_batch: int, index: int, peer: int, awaited: int) -> None:
+        beats = self._beats = self._beats + 1
+        # What is read while it is written has two counts of beats: the first is written first, the second last.
+        _pack(
+            *(self._memory, 0, beats, _now(), self._step, self._evaluating),
+            *(phase, what, stage, micro_batch, index, peer, awaited, beats),
+        )
+
+    def __enter__(self) -> None:
+        """Wait, inside this context, in a collective of the tensor-parallel ranks."""
+        self._collectives += 2
+        _COUNT.pack_into(self._memory, _COLLECTIVES, self._collectives + 1)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _COUNT.pack_into(self._memory, _COLLECTIVES, self._collectives)
+
+
+heart = Heart()
+"""Of this process. It is one for all of it, as a log is, so that no layer has to be handed it."""
+
+
+def read(path: Path) -> Beat | None:
+    """Read what a rank has last written; None where it is not there, or is being written again and again.
+
+    Args:
+        path: of `file_of`.
+    """
+    for _ in range(100):
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        beats, when, step, evaluating, phase, what, stage, micro_batch, index, peer, awaited, again = (
+            _RECORD.unpack_from(content)
+        )
+        if beats == again:
+            break
+    else:
+        return None
+    whose = json.loads(content[_HEADER:].rstrip(b"\0"))
+    (collectives,) = _COUNT.unpack_from(content, _COLLECTIVES)
+    return Beat(
+        beats=beats,
+        time=when,
+        step=step,
+        phase=Phase(phase),
+        what=_KINDS[what],
+        stage=stage,
+        micro_batch=micro_batch,
+        index=index,
+        peer=peer,
+        awaited=awaited,
+        evaluating=evaluating,
+        collectives=collectives // 2,
+        in_collective=bool(collectives % 2),
+        **whose,
+    )
+
+
+def file_of(folder: Path, rank: int) -> Path:
+    """Name the file of a rank's heartbeat."""
+    return folder / f"rank-{rank}.beat"
+
+
+def stacks_of(folder: Path, rank: int) -> Path:
+    """Name the file that a rank writes its stacks to."""
+    return folder / f"rank-{rank}.stacks"
+
+
+def failure_of(folder: Path, rank: int) -> Path:
+    """Name the file in which a rank says what it has failed with."""
+    return folder / f"rank-{rank}.failure"
