@@ -39,11 +39,20 @@ def settings(arguments: Sequence[str]) -> Config:
     Raises:
         BadInput: with every problem.
     """
+    composition, source, _ = compose_with_source(take_over(of_presets(arguments)), checked=False)
+    return sound(composition, source)
+
+
+def of_presets(arguments: Sequence[str]) -> list[str]:
+    """Write a bare word as the preset of the model that it stands for, ``67b`` as ``model=67b``.
+
+    Raises:
+        BadInput: several models are given.
+    """
     words = [f"model={text}" if _PRESET.fullmatch(text) else text for text in arguments]
     if len(presets := [text for text in words if text.startswith("model=")]) > 1:
         raise BadInput([f"{' '.join(presets)}: one model is described at a time; {presets[0]} alone would work"])
-    composition, source, _ = compose_with_source(take_over(words), checked=False)
-    return sound(composition, source)
+    return words
 
 
 def facts(config: Config) -> dict[str, Any]:

@@ -42,7 +42,13 @@ def job_of(config: Config, *, num_processes: int | None = None, on_gpus: bool = 
     """
     parallel = config.parallel
     layout = layout_for(parallel, num_processes or parallel.pp * parallel.tp * (parallel.dp or 1))
-    asked, length = config.train.precision, length_of(config)
-    bf16 = asked is Precision.bf16 or (asked is Precision.auto and on_gpus)
+    length = length_of(config)
     batch = length.at(length.schedule_steps).global_batch
+    bf16 = computes_in_bf16(config, on_gpus=on_gpus)
     return Job(config.model, layout, engine_settings(config, layout, bf16=bf16, global_batch=batch))
+
+
+def computes_in_bf16(config: Config, *, on_gpus: bool) -> bool:
+    """Tell whether the stages compute in bf16: `train.precision`, which by default goes by the device."""
+    asked = config.train.precision
+    return asked is Precision.bf16 or (asked is Precision.auto and on_gpus)

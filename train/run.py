@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from conf.ramp import rungs
 from conf.schema import Config, to_jsonable
-from conf.train_settings import Precision
 from model.batch import Batch
 from model.kernels import which_and_why
 from parallel.costs import layer_costs
@@ -35,7 +34,7 @@ from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples, mixtures_of
 from train.data.sources import shares, table
 from train.health import all_finite
-from train.job import engine_settings
+from train.job import computes_in_bf16, engine_settings
 from train.learning_rate import rate_share
 from train.length import Consumed, Length, length_of
 from train.metrics import peak_flops
@@ -231,9 +230,7 @@ def be_deterministic() -> None:
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Choose the dtype that the stages compute in: `train.precision`, which by default goes by the device."""
-    asked = config.train.precision
-    bf16 = asked is Precision.bf16 or (asked is Precision.auto and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if computes_in_bf16(config, on_gpus=device.type == "cuda") else torch.float32
 
 
 def _stages(config: Config, device: torch.device, dtype: torch.dtype) -> list[Stage]:

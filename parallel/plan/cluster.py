@@ -75,6 +75,11 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     @property
+    def has_gpus(self) -> bool:
+        """Whether there are GPUs: only ranks on a CPU share devices, and these compute in fp32 by default."""
+        return self.devices_per_node is None
+
+    @property
     def allocatable_gib(self) -> float:
         """The memory that a plan may fill, in GiB."""
         return self.memory_gib - self.reserved_gib

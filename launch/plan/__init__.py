@@ -1,0 +1,1 @@
+"""Which layout of a cluster trains a model fastest (`deepnarrow plan`)."""
