@@ -19,6 +19,7 @@ from parallel.build import RankStages, build_stages, forward_functions, initial_
 from parallel.decode import StageDecoder
 from parallel.environment import quiet
 from parallel.groups import Ranks, make_ranks
+from parallel.heartbeat import Phase, heart
 from parallel.layout import Layout, Recompute
 from parallel.pipeline import ActivationSpec, Pipeline
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
@@ -164,7 +165,11 @@ class Engine:
 
     def _train(self, batches: Iterator[Batch]) -> StepResult:
         loss = self.pipeline.train(batches, self._accumulation)
-        total, count, squares, lengths = self._over_all_ranks(loss, self.zero.reduce())
+        heart.at(Phase.REDUCE)
+        own_squares = self.zero.reduce()
+        heart.at(Phase.AGREE)
+        total, count, squares, lengths = self._over_all_ranks(loss, own_squares)
+        heart.at(Phase.UPDATE)
         norm = squares.sqrt() / count
         self.zero.update(self._rate, norm, count)
         figures = [total / count, norm, norm.isfinite().double(), lengths]
@@ -173,7 +178,10 @@ class Engine:
         return StepResult(mean_loss, grad_norm, not finite, squared_lengths, spans, self.pipeline.began)
 
     def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        total, count, *_ = self._over_all_ranks(self.pipeline.evaluate(batches, micro_batches), None)
+        heart.begin_evaluation()
+        loss = self.pipeline.evaluate(batches, micro_batches)
+        heart.at(Phase.EVALUATE)
+        total, count, *_ = self._over_all_ranks(loss, None)
         return float(total / count)
 
     @torch.no_grad()

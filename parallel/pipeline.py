@@ -17,6 +17,7 @@ from model.loss import SummedLoss
 from parallel.build import Forward
 from parallel.deferral import Deferred, DeferredGradients
 from parallel.groups import Links
+from parallel.heartbeat import Phase, heart
 from parallel.loss import Loss
 from parallel.schedules import (
     Action,
@@ -165,11 +166,13 @@ class _Evaluation:
         """Run all passes of the program."""
         compute: dict[Pass, Callable[[Action, Any], torch.Tensor | None]]
         compute = {Pass.F: self.forward, Pass.B: self.backward, Pass.W: self.weights}
-        for action, awaited in zip(self._program.actions, self._program.receives, strict=True):
+        for index, (action, awaited) in enumerate(zip(self._program.actions, self._program.receives, strict=True)):
+            heart.next_pass(action, index)
             for source in awaited:  # a micro-batch has sequences of its own length
                 self._messages.receive(source, self._batch(source.micro_batch).tokens.shape[-1])
             with _span(action):
                 inputs = self._inputs(action)
+                heart.in_pass()
                 begin = self._pipeline._now()
                 result = compute[action.what](action, inputs)
                 if result is not None:
@@ -217,6 +220,7 @@ class _Evaluation:
     def _batch(self, micro_batch: int) -> Batch:
         """Return a micro-batch, which every rank reads: the stages in the middle need its documents as well."""
         while micro_batch not in self.batches:
+            heart.at(Phase.DATA)
             self.batches[len(self.batches)] = next(self._source).to(self._pipeline.spec.device)
         return self.batches[micro_batch]
 
@@ -293,7 +297,7 @@ class _Messages:
     def __init__(self, pipeline: Pipeline, program: Program, most_sent: int | None):
         self._pipeline, self._index, self._most_sent = pipeline, program.index, most_sent
         self._receiving: dict[Action, tuple[torch.Tensor, Any]] = {}
-        self._sent: dict[int, deque[tuple[int, Any, torch.Tensor]]] = {}
+        self._sent: dict[int, deque[tuple[int, Action, Any, torch.Tensor]]] = {}
 
     def receive(self, source: Action, seq_len: int) -> None:
         """Post the receive of the result of another rank's action, on sequences of so many tokens."""
@@ -304,10 +308,12 @@ class _Messages:
 
     def take(self, source: Action) -> torch.Tensor:
         """Wait for the result of another rank's action and return it."""
+        sender, index = self._pipeline.placement.rank_of(source.stage), self._index[source]
+        heart.waits_for(Phase.RECEIVE, source, self._pipeline.ranks[sender], index)
         with _span(source, "wait for "):
             tensor, work = self._receiving.pop(source)
             work.wait()
-        self._release(self._pipeline.placement.rank_of(source.stage), self._index[source])
+        self._release(sender, index)
         return tensor
 
     def send(self, action: Action, to: int, result: torch.Tensor) -> None:
@@ -315,21 +321,28 @@ class _Messages:
         pipeline = self._pipeline
         work = dist.isend(result, dst=pipeline.ranks[to], group=pipeline.links[pipeline.rank, to])
         sent = self._sent.setdefault(to, deque())
-        sent.append((self._index[consumer_of(action)], work, result))
+        consumer = consumer_of(action)
+        sent.append((self._index[consumer], consumer, work, result))
         if self._most_sent and len(sent) > self._most_sent:
-            sent.popleft()[1].wait()
+            self._wait_for_receipt(to)
 
     def wait(self) -> None:
         """Wait until all messages of this rank have been received."""
-        for sent in self._sent.values():
+        for receiver, sent in self._sent.items():
             while sent:
-                sent.popleft()[1].wait()
+                self._wait_for_receipt(receiver)
+
+    def _wait_for_receipt(self, receiver: int) -> None:
+        """Wait until a rank has received the earliest of the messages to it."""
+        index, consumer, work, _ = self._sent[receiver].popleft()
+        heart.waits_for(Phase.SEND, consumer, self._pipeline.ranks[receiver], index)
+        work.wait()
 
     def _release(self, receiver: int, index: int) -> None:
         """Release the tensors that a rank has received once it has run the action of this index in its order."""
         sent = self._sent.get(receiver, deque())
         while sent and sent[0][0] < index:
-            sent.popleft()[1].wait()
+            sent.popleft()[2].wait()
 
 
 def _span(action: Action, prefix: str = "") -> AbstractContextManager:
