@@ -1,4 +1,4 @@
-"""Heartbeats: each rank says in memory that others on its host read where it is: ``B stage 3 micro-batch 17``, and when.
+"""Heartbeats: each rank writes where it is, ``B stage 3 micro-batch 17``, into memory that others on its host read.
 
 A hang has no traceback, and neither NCCL nor Gloo say which rank it is that the others wait for. We know what each rank
 does next, and on whom that waits; a rank that writes down where it is lets whoever watches find the one that all the
