@@ -128,12 +128,30 @@ class Beat:
         return f"{doing}, {f'step {self.step:,}' if self.step else 'before the first step'}"
 
 
+class _InCollective:
+    """A context of the tensor-parallel collectives of a heart: the time in which a rank waits for the others in one."""
+
+    def __init__(self, of: "Heart"):
+        self._heart, self._state = of, 0
+
+    def __enter__(self) -> None:
+        self._state += 2
+        _COUNT.pack_into(self._heart.memory, _COLLECTIVES, self._state + 1)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _COUNT.pack_into(self._heart.memory, _COLLECTIVES, self._state)
+
+
 class Heart:
     """The heartbeat of this process, which writes to memory of its own until `share` gives it a file."""
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | bytearray = bytearray(_SIZE)
-        self._beats, self._step, self._evaluating, self._collectives = 0, 0, 0, 0
+        self.memory: mmap.mmap | bytearray = bytearray(_SIZE)
+        self.in_collective = _InCollective(self)
+        """The context in which this rank waits in a collective of the ranks that share its matrices."""
+        self._beats, self._step, self._evaluating = 0, 0, 0
         self._action, self._index = Action(Pass.F, 0, 0), 0
 
     def share(self, folder: str | None, rank: int) -> None:
@@ -150,7 +168,7 @@ class Heart:
         unfinished = path.with_suffix(".tmp")
         unfinished.write_bytes(bytes(_HEADER) + whose.ljust(_SIZE - _HEADER, b"\0"))
         with open(unfinished, "r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), _SIZE)
+            self.memory = mmap.mmap(file.fileno(), _SIZE)
         self.at(Phase.START)
         unfinished.rename(path)  # a file that is there is whole
         faulthandler.register(STACKS, open(stacks_of(Path(folder), rank), "w"), all_threads=True)  # noqa: SIM115
@@ -196,19 +214,9 @@ class Heart:
         beats = self._beats = self._beats + 1
         # What is read while it is written has two counts of beats: the first is written first, the second last.
         _pack(
-            *(self._memory, 0, beats, _now(), self._step, self._evaluating),
+            *(self.memory, 0, beats, _now(), self._step, self._evaluating),
             *(phase, what, stage, micro_batch, index, peer, awaited, beats),
         )
-
-    def __enter__(self) -> None:
-        """Wait, inside this context, in a collective of the tensor-parallel ranks."""
-        self._collectives += 2
-        _COUNT.pack_into(self._memory, _COLLECTIVES, self._collectives + 1)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        _COUNT.pack_into(self._memory, _COLLECTIVES, self._collectives)
 
 
 heart = Heart()

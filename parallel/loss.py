@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from model.loss import WHOLE_VOCABULARY, SummedLoss, VocabularyShard, cross_entropy, head_loss
 from model.transformer import Head
+from parallel.heartbeat import heart
 from parallel.tensor import TensorParallel, whole_sequence
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -24,7 +25,8 @@ def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
     def over(op: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def reduced(values: torch.Tensor) -> torch.Tensor:
             values = values.clone()
-            dist.all_reduce(values, op=op, group=tp.group)
+            with heart.in_collective:
+                dist.all_reduce(values, op=op, group=tp.group)
             return values
 
         return reduced

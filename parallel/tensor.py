@@ -27,6 +27,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.layers import FusedLinears
 from parallel.deferral import DeferredGradients, DeferringFusedLinears, DeferringLinear, input_gradient, linear
+from parallel.heartbeat import heart
 from parallel.sharding import Cut, cut_of, shard
 
 
@@ -65,7 +66,8 @@ def _gathered(out: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
 
 def _gather(x_BlD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     out, handle = _start_gather(x_BlD, tp)
-    handle.wait()
+    with heart.in_collective:
+        handle.wait()
     return _gathered(out, tp)
 
 
@@ -81,10 +83,12 @@ def _reduce(x_BLD: torch.Tensor, tp: TensorParallel) -> torch.Tensor:
     """Sum partial sums over the ranks; return this rank's part of the sequence, or all of it."""
     if tp.sequence_parallel:
         out, handle, _ = _start_reduce_scatter(x_BLD, tp)
-        handle.wait()
+        with heart.in_collective:
+            handle.wait()
         return out
     out = x_BLD.clone()  # the input may be saved by selective recomputation, and must not change under it
-    dist.all_reduce(out, group=tp.group)
+    with heart.in_collective:
+        dist.all_reduce(out, group=tp.group)
     return out
 
 
@@ -141,7 +145,8 @@ class _ColumnParallel(torch.autograd.Function):
             gathering, gather = _start_gather(x, tp)
         grad_x = input_gradient(grads, weights)
         if gather:
-            gather.wait()
+            with heart.in_collective:
+                gather.wait()
             x = _gathered(gathering, tp)
         if tp.sequence_parallel:
             grad_x, reduction, _alive = _start_reduce_scatter(grad_x, tp)
@@ -153,7 +158,8 @@ class _ColumnParallel(torch.autograd.Function):
             return [grad.flatten(0, -2).T @ whole.flatten(0, -2) for grad in grads]
 
         gradients = ctx.deferred.gradients(weights, grad_weights)
-        reduction.wait()
+        with heart.in_collective:
+            reduction.wait()
         return grad_x, None, None, *gradients
 
 

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.build import Layer
+from parallel.heartbeat import heart
 from parallel.sharding import ParameterInfo
 
 BUCKET = 2**25
@@ -253,7 +254,8 @@ class Zero:
         """
         for bucket in self.buckets:
             if (shared_by := bucket.kind.shared_by) > 1:
-                dist.all_reduce(bucket.gradients, group=self._sharing[shared_by])
+                with heart.in_collective:
+                    dist.all_reduce(bucket.gradients, group=self._sharing[shared_by])
                 if not bucket.kind.summed:
                     bucket.gradients /= shared_by
             bucket.reduce(self._replicas)
@@ -265,19 +267,21 @@ class Zero:
         return squares
 
     @torch.no_grad()
-    def update(self, rate: float, norm: torch.Tensor, count: torch.Tensor) -> None:
+    def update(self, rate: float, norm: torch.Tensor, count: torch.Tensor, sound: torch.Tensor | None = None) -> None:
         """Update the master weights and begin to gather the weights; the host does not wait for the GPU.
 
-        Gradients that are not finite change no weight, and Adam does not count the step.
+        A step that is not sound changes no weight and no moment, and Adam does not count it.
 
         Args:
             rate: the learning rate.
             norm: the norm over all ranks of the gradient of the mean loss, before clipping.
             count: the number of labels that the loss was summed over.
+            sound: whether to update, bool on the device, the same on every rank; None wherever the norm is finite.
         """
+        sound = norm.isfinite() if sound is None else sound
         excess = (norm / self._clip).clamp(min=1.0) if self._clip else torch.ones_like(norm)
         self.adam.grad_scale = (excess * count).float()  # type: ignore[attr-defined]
-        self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.adam.found_inf = (~sound).float()  # type: ignore[attr-defined]
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
