@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from model.config import Kernels
 from model.rematerialization import Rematerialization
+from model.stand_ins import stand_ins
 
 Formula = TypeVar("Formula", bound=Callable[..., Any])
 
@@ -41,13 +42,18 @@ _MAX_SHAPES = 64
 """Shapes, dtypes and devices for which one formula is compiled before Dynamo refuses the next; its default is 8."""
 
 
-@cache
 def compiled(formula: Formula) -> Formula:
     """A function of tensors as torch.compile makes it, without graph breaks, compiled anew for each shape.
 
     With symbolic shapes, which PyTorch would use from the second shape on, kernels can no longer be specialised to a
     width, and a change of width in one place would slow down another.
     """
+    standing = stand_ins()
+    return standing.compiled(formula) if standing else _compiled(formula)  # type: ignore[return-value]
+
+
+@cache
+def _compiled(formula: Formula) -> Formula:
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return torch.compile(formula, **options, recompile_limit=_MAX_SHAPES)  # type: ignore[call-overload]
@@ -84,9 +90,16 @@ def _chosen(kernels: Kernels, device_type: str) -> Kernels:
     return chosen(kernels, device_type)[0]
 
 
+def _way(kernels: Kernels, x: torch.Tensor) -> Kernels:
+    """How formulas of this tensor run here; something stands in for compiled kernels and for Liger-Kernel's alike."""
+    if stand_ins():
+        return Kernels.plain if kernels is Kernels.plain else Kernels.compiled
+    return _chosen(kernels, x.device.type)
+
+
 def runs_compiled(kernels: Kernels, x: torch.Tensor) -> bool:
     """Whether the loss runs compiled: where it has a gradient, since shapes in training do not change."""
-    return x.requires_grad and _chosen(kernels, x.device.type) is not Kernels.plain
+    return x.requires_grad and _way(kernels, x) is not Kernels.plain
 
 
 def rms_norm(
@@ -99,7 +112,7 @@ def rms_norm(
     """x / rms(x) * weight (arXiv 1910.07467), (B, L, D) to (B, L, D), with the mean square in fp32."""
     if not torch.is_grad_enabled():
         return F.rms_norm(x_BLD, weight_D.shape, weight_D, eps)
-    way = _chosen(kernels, x_BLD.device.type)
+    way = _way(kernels, x_BLD)
     normed = _liger_norm(x_BLD, weight_D, eps) if way is Kernels.liger else _RMSNorm.apply(x_BLD, weight_D, eps, way)
     if rematerialization is not None:
         rematerialization.offer([normed], partial(_recomputed_norm, weight_D, eps, way), x_BLD, product=False)
@@ -118,7 +131,7 @@ def add_rms_norm(
     if not torch.is_grad_enabled():
         sum_BLD = x_BLD + y_BLD
         return sum_BLD, F.rms_norm(sum_BLD, weight_D.shape, weight_D, eps)
-    way = _chosen(kernels, x_BLD.device.type)
+    way = _way(kernels, x_BLD)
     if way is Kernels.liger:
         from liger_kernel.ops import LigerFusedAddRMSNormFunction
 
@@ -154,7 +167,7 @@ def rotary(
     """
     if not torch.is_grad_enabled():
         return _rotated(q_BLHK, k_BLGK, cos_MK, sin_MK, positions_BL, False)
-    way = _chosen(kernels, q_BLHK.device.type)
+    way = _way(kernels, q_BLHK)
     if way is Kernels.liger:
         from liger_kernel.ops import LigerRopeFunction
 
@@ -175,7 +188,7 @@ def silu_mul(
     """silu(gate) * up (arXiv 2002.05202), (B, L, F)."""
     if not torch.is_grad_enabled():
         return _silu_mul(gate_BLF, up_BLF)
-    way = _chosen(kernels, gate_BLF.device.type)
+    way = _way(kernels, gate_BLF)
     if way is Kernels.liger:
         from liger_kernel.ops import LigerSiLUMulFunction
 

@@ -10,7 +10,7 @@ B batch, L sequence, H query heads, G key/value heads (H = G x R), K head width.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -22,12 +22,10 @@ import torch.nn.functional as F
 from model import fused
 from model.config import AttentionBackend, ModelConfig
 from model.documents import Documents, documents_of
+from model.stand_ins import AttentionKernel, stand_ins
 from model.varlen import by_document, varlen, visible
 
 _16_BITS = (torch.bfloat16, torch.float16)
-
-AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
-"""From queries (B, L, H, K), keys and values (B, L, G, K) and documents or None to (B, L, H, K)."""
 
 
 def causal_attention(
@@ -53,7 +51,8 @@ def causal_attention(
     Raises:
         RuntimeError: a backend that was asked for by name cannot run here.
     """
-    kernel = _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents is not None)
+    standing = stand_ins() if backend is not AttentionBackend.reference else None
+    kernel = standing.attention if standing else _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents is not None)
     return kernel(q_BLHK, k_BLGK, v_BLGK, documents)
 
 

@@ -4,6 +4,7 @@
 one file below it, `parallel/deepspeed_engine.py`.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 from model.batch import Batch
 from model.config import ModelConfig
 from model.loss import SummedLoss
-from parallel.build import RankStages, build_stages, forward_functions, initial_values
+from parallel.build import RankStages, Value, build_stages, forward_functions, initial_values
 from parallel.decode import StageDecoder
 from parallel.environment import quiet
 from parallel.groups import Ranks, make_ranks
@@ -67,13 +68,21 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """The largest loss, in nats, and the largest gradient norm, before clipping, with which a step updates weights."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+@dataclass(frozen=True)
 class StepResult:
     """The results of a step, the same on every rank but for spans and the time at which the rank began.
 
     Attributes:
         loss: the mean loss over all labels that count of the global batch, in nats.
         grad_norm: the norm over all ranks of the gradient of that mean, before clipping.
-        skipped: whether the gradient was not finite, so that no weight was updated.
+        skipped: whether loss or norm were not finite or above the step's limits, so that no weight was updated.
         squared_lengths: the sum over the global batch of the squares of the documents' lengths, by which the FLOPs of
             attention are counted; sequences count as documents where attention does not stop at their borders.
         spans: the passes of this rank, in seconds since `began`; empty for a single stage.
@@ -115,12 +124,14 @@ class Engine:
         self.layers: Mapping[str, nn.Module] = {layer.name: layer.module for layer in stages.in_order()}
         self.zero, self.pipeline, self.ranks = zero, pipeline, ranks
         self.device = pipeline.spec.device
-        self._rate = 0.0
+        self._rate, self._limits = 0.0, Limits()
         self._frame = StageEngine(
             list(self.layers.values()), ranks, settings.micro_batch, settings.accumulation, self._train, self._evaluate
         )
 
-    def step(self, batches: Iterator[Batch], rate: float, micro_batches: int | None = None) -> StepResult:
+    def step(
+        self, batches: Iterator[Batch], rate: float, micro_batches: int | None = None, limits: Limits | None = None
+    ) -> StepResult:
         """Run a training step on the next micro-batches, which have sequences of one length.
 
         The host waits for the device once, for the loss and the norm.
@@ -130,8 +141,9 @@ class Engine:
             rate: the learning rate.
             micro_batches: the number of micro-batches to read, the same on every rank; None for as many as in the step
                 before, at first `EngineSettings.accumulation`.
+            limits: the limits above which the update is skipped, the same on every rank; None for none.
         """
-        self._rate = rate
+        self._rate, self._limits = rate, limits or Limits()
         if micro_batches is not None and micro_batches != self._accumulation:
             self._accumulation = micro_batches
             self._frame.set_train_batch_size(self._micro_batch * micro_batches * self.ranks.layout.dp)
@@ -170,12 +182,13 @@ class Engine:
         heart.at(Phase.AGREE)
         total, count, squares, lengths = self._over_all_ranks(loss, own_squares)
         heart.at(Phase.UPDATE)
-        norm = squares.sqrt() / count
-        self.zero.update(self._rate, norm, count)
-        figures = [total / count, norm, norm.isfinite().double(), lengths]
-        mean_loss, grad_norm, finite, squared_lengths = torch.stack(figures).tolist()
+        mean, norm = total / count, squares.sqrt() / count
+        # Of figures that all ranks have alike, so that each decides as the others do; the host learns of it below.
+        sound = mean.isfinite() & norm.isfinite() & (mean <= self._limits.loss) & (norm <= self._limits.grad_norm)
+        self.zero.update(self._rate, norm, count, sound)
+        mean_loss, grad_norm, updated, squared_lengths = torch.stack([mean, norm, sound.double(), lengths]).tolist()
         spans = self.pipeline.spans() if self.ranks.layout.pp > 1 else []
-        return StepResult(mean_loss, grad_norm, not finite, squared_lengths, spans, self.pipeline.began)
+        return StepResult(mean_loss, grad_norm, not updated, squared_lengths, spans, self.pipeline.began)
 
     def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
         heart.begin_evaluation()
@@ -215,6 +228,7 @@ def build_engine(
     settings: EngineSettings,
     make_optimizer: MakeOptimizer,
     device: torch.device | None = None,
+    value: Value | None = None,
 ) -> Engine:
     """Build this rank's engine on its device, with initial weights. All ranks call it together.
 
@@ -225,6 +239,7 @@ def build_engine(
         settings: the settings of the engine.
         make_optimizer: makes the optimizer of this replica's share of the master weights, matrices and vectors.
         device: the device of the layers; None for the one that `start_process_group` has returned.
+        value: the value of each parameter; None draws initial values by `settings.seed`.
     """
     from parallel.deepspeed_engine import current_device
 
@@ -233,7 +248,8 @@ def build_engine(
     with quiet():
         ranks = make_ranks(layout, placement, kv_copies(model, layout.tp))
         own = {index: range(stages[index].start, stages[index].stop) for index in placement.stages_of(ranks.pp_rank)}
-        built = build_stages(model, own, ranks.tensor_parallel, device, initial_values(model, settings.seed))
+        value = value or initial_values(model, settings.seed)
+        built = build_stages(model, own, ranks.tensor_parallel, device, value)
         functions, loss = forward_functions(built, settings.recompute, settings.head_pieces)
         length = settings.seq_len // layout.tp if layout.sequence_parallel else settings.seq_len
         shape = (settings.micro_batch, length, model.d_model)

@@ -16,6 +16,9 @@ from parallel.layout import Layout
 from parallel.schedules import Placement
 from parallel.tensor import TensorParallel
 
+DRY = "dry"
+"""The name of the backend of `parallel/dry_run`, which stands for NCCL and sends nothing."""
+
 Links = Mapping[tuple[int, int], Any]
 """The process groups of two ranks of a pipeline by (sender, receiver), one for each direction, so that no message waits
 for one that goes the other way."""
@@ -171,5 +174,6 @@ def split_color(ranks: Sequence[int]) -> int:
 
 
 def _is_nccl() -> bool:
-    """Return whether the backend is NCCL: it splits the world into groups, and runs a group's operations in order."""
-    return dist.is_initialized() and dist.get_backend() == "nccl"
+    """Return whether the backend is NCCL, or the one of `parallel/dry_run` that stands for it: it splits the world into
+    groups, and runs a group's operations in order."""
+    return dist.is_initialized() and dist.get_backend() in ("nccl", DRY)

@@ -91,6 +91,8 @@ class Pipeline:
         """The wall-clock time at which this rank began its last step."""
         self.squared_lengths = 0
         """The sum over the micro-batches of its last step of the squares of the documents' lengths."""
+        self.around: Callable[[Action], AbstractContextManager] = _span
+        """Gives the context that each pass is run in; by default the span of a profiler's trace."""
         self._programs: dict[tuple[bool, int], Program] = {}
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
@@ -170,7 +172,7 @@ class _Evaluation:
             heart.next_pass(action, index)
             for source in awaited:  # a micro-batch has sequences of its own length
                 self._messages.receive(source, self._batch(source.micro_batch).tokens.shape[-1])
-            with _span(action):
+            with self._pipeline.around(action):
                 inputs = self._inputs(action)
                 heart.in_pass()
                 begin = self._pipeline._now()
