@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -151,6 +152,7 @@ class Heart:
         self.memory: mmap.mmap | bytearray = bytearray(_SIZE)
         self.in_collective = _InCollective(self)
         """The context in which this rank waits in a collective of the ranks that share its matrices."""
+        self._failures: Path | None = None
         self._beats, self._step, self._evaluating = 0, 0, 0
         self._action, self._index = Action(Pass.F, 0, 0), 0
 
@@ -171,7 +173,14 @@ class Heart:
             self.memory = mmap.mmap(file.fileno(), _SIZE)
         self.at(Phase.START)
         unfinished.rename(path)  # a file that is there is whole
+        self._failures = failure_of(Path(folder), rank)
         faulthandler.register(STACKS, open(stacks_of(Path(folder), rank), "w"), all_threads=True)  # noqa: SIM115
+
+    def fail(self, reason: str) -> None:
+        """Say, where a folder is shared, what this rank fails with; only the first that it says counts."""
+        if self._failures is not None:
+            with suppress(OSError), open(self._failures, "x") as file:
+                json.dump({"time": time.monotonic(), "reason": reason}, file)
 
     def begin_step(self, step: int) -> None:
         """Say that a step begins."""

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.heartbeat import Phase, heart
 from train.agreement import max_over_ranks
 from train.checkpoint.folder import CHECKPOINTS, mark_damaged, newest_first, step_of
 from train.checkpoint.saver import Outcome
@@ -37,13 +38,16 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
         SystemExit: 1: its last step could not be saved, or not all of its records are kept; 3: it has diverged.
     """
     run.engine.wait()  # for weights that travel to a step that does not come
+    heart.at(Phase.SAVE)
     last_save = run.saver.wait()
     if run.tracker:
         run.tracker.saved(last_save)
     diverged = progress.diverged or (None if last_save is None or last_save.finite else NOT_FINITE)
     if diverged is not None and health.weights_are_lost() and run.rank == 0:
         _set_aside(run, health.last_sound)
+    heart.at(Phase.SAMPLE)
     texts = [] if diverged is not None or progress.stopped else _samples(run)
+    heart.at(Phase.END)
     lost = diverged is None and last_save is not None and last_save.error is not None
     code = DIVERGED if diverged is not None else LOST if lost else 0
     if tracker := run.tracker:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from parallel.engine import StepResult
+from parallel.heartbeat import Phase, heart
 from parallel.rendezvous import Rendezvous
 from train import timeline
 from train.checkpoint.saver import Outcome
@@ -78,6 +79,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
     settings = run.config.train
     while progress.step < run.length.steps and not progress.stopped and progress.diverged is None:
         step = progress.step = progress.step + 1
+        heart.begin_step(step)
         rate, size = run.rate(step), run.length.at(step)
         with _traced(run, step):
             begin = time.perf_counter()
@@ -88,7 +90,9 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
             progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
             progress.timed_tokens += size.tokens
 
+        heart.at(Phase.REPORT)
         report = own_report(run, step, result).merged(run.group)
+        heart.at(Phase.RECORD)
         progress.stopped = report.told_to_stop and step < run.length.steps
 
         record = as_record(step, size, result, rate, seconds, report, run.constants)
@@ -101,6 +105,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         if run.layout.pp > 1 and step in settings.timeline_at:
             _keep_timeline(run, step, result)
 
+        heart.at(Phase.RECORD)
         _save(run, progress, report, learned=not health.in_a_row)
         if step % COLLECT_EVERY == 0:
             gc.collect()
@@ -141,6 +146,8 @@ def _save(run: Run, progress: Progress, report: StepReport, learned: bool) -> No
     due = last or ((report.save_due or progress.save_put_off) and learned)
     progress.save_put_off = run.config.checkpoint.enabled and not due and (report.save_due or progress.save_put_off)
     saves = run.config.checkpoint.enabled and due and (last or not report.save_busy) and progress.diverged is None
+    if saves:
+        heart.at(Phase.SAVE)
     outcome = run.saver.wait() if saves else run.saver.news()
     _tell_of_save(run, outcome)
     if run.tracker and saves:

@@ -29,6 +29,7 @@ from conf.job import run_as_job  # noqa: E402
 from conf.schema import register  # noqa: E402
 from conf.search import searched, split_options  # noqa: E402
 from model.problems import BadInput  # noqa: E402
+from parallel.heartbeat import FOLDER, heart  # noqa: E402
 from parallel.processes import SUPERVISOR, die_with, free_port, read_launcher  # noqa: E402
 from train.stopping import StopSignals  # noqa: E402
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         stand_alone_unless_launched()
         die_with(os.environ.get(SUPERVISOR))
+        heart.share(os.environ.get(FOLDER), int(os.environ["RANK"]))
         met = join()
     except (BadInput, RankLost) as error:
         print("\n".join(error.problems if isinstance(error, BadInput) else [str(error)]), file=sys.stderr)
@@ -70,10 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             met.fail(2, error.problems)
             raise SystemExit(2) from None
         except RankLost as error:
+            heart.fail(str(error))
             met.fail(1, [str(error)])
             raise SystemExit(1) from None
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            heart.fail(reason)
             met.fail(1, [f"rank {met.rank} failed: {reason}"], said=True)
             raise
         finally:

@@ -18,6 +18,7 @@ from model.kernels import which_and_why
 from parallel.costs import layer_costs
 from parallel.engine import Engine, build_engine
 from parallel.environment import quiet
+from parallel.heartbeat import Phase, heart
 from parallel.layout import Layout
 from parallel.processes import use_cpus_fairly
 from parallel.rendezvous import Rendezvous
@@ -174,6 +175,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
     engine = _engine(config, layout, stages, dtype)
     state = OptimizerState(engine.zero)
     patient = checkpoint_group()
+    heart.at(Phase.LOAD)
     past = _restore(prepared, start, state, patient)
     steps_before = past.step if past else 0
 
