@@ -172,9 +172,9 @@ class Heart:
         with open(unfinished, "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), _SIZE)
         self.at(Phase.START)
-        unfinished.rename(path)  # a file that is there is whole
         self._failures = failure_of(Path(folder), rank)
         faulthandler.register(STACKS, open(stacks_of(Path(folder), rank), "w"), all_threads=True)  # noqa: SIM115
+        unfinished.rename(path)  # whoever finds it finds it whole, and may ask for stacks
 
     def fail(self, reason: str) -> None:
         """Say, where a folder is shared, what this rank fails with; only the first that it says counts."""
@@ -183,12 +183,14 @@ class Heart:
                 json.dump({"time": time.monotonic(), "reason": reason}, file)
 
     def begin_step(self, step: int) -> None:
-        """Say that a step begins."""
-        self._step, self._evaluating = step, 0
+        """Say that a step begins, with the reading of its first micro-batch."""
+        self._step, self._evaluating, self._index = step, 0, 0
+        self.at(Phase.DATA)
 
     def begin_evaluation(self) -> None:
-        """Say that passes from here on are of an evaluation."""
-        self._evaluating += 1
+        """Say that an evaluation begins, with the reading of its first micro-batch."""
+        self._evaluating, self._index = self._evaluating + 1, 0
+        self.at(Phase.DATA)
 
     def at(self, phase: Phase) -> None:
         """Say that this rank has come to a phase that is no pass."""
