@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.launch_settings import LaunchConfig
 from conf.train_settings import (
     CheckpointConfig,
     DataConfig,
@@ -48,6 +49,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 
 _RECIPE_SECTIONS = ("model", "data", "optimizer", "schedule", "train")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from conf import mixtures
+from conf import launch_settings, mixtures
 from conf.paths import name_problems
 from conf.schema import Config
 from model.problems import not_utf8
@@ -46,6 +46,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
     problems += name_problems("name", config.name) + _text(config)
     problems += mixtures.source_problems(config) + mixtures.batch_problems(config, run_layout)
     problems += _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += launch_settings.problems(config.launch)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
