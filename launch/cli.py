@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verbs[known.verb].error(unknown_options(unknown, verbs[known.verb]))
     if known.verb == "train":
         known.overrides = given[given.index("train") + 1 :]
-    if known.verb != "generate":  # the one verb that a launcher may start; the others start their processes themselves
+    if known.verb not in ("generate", "check"):  # which a launcher may start; the others start processes themselves
         from parallel.processes import forget_launcher
 
         forget_launcher(os.environ)
@@ -134,13 +134,19 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         _options_of_overrides(verb)
     if name == "describe":
         a_path(verb, "--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
+    if name == "plan":
+        _plan_arguments(verb)
+    if name == "check":
+        a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
+        a_path(verb, "--save", metavar="FILE", help="a cluster file in which to write the links as measured")
+        verb.add_argument("--percent", type=float, default=20.0, help="slower than the median that is named (20)")
     if name == "prepare":
         verb.add_argument("--ray", metavar="ADDRESS", help="start it on every node of a Ray cluster, such as auto")
     if name == "tokenizer":
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in ("describe", "inspect", "bench", "tokenizer"):
+    if name in ("describe", "plan", "inspect", "bench", "check", "tokenizer"):
         verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -215,6 +221,13 @@ def describe(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Print which layouts of a cluster train a model fastest."""
+    from launch.plan.command import run
+
+    return run(options)
+
+
 def export_weights(options: argparse.Namespace) -> int:
     """Write a Hugging Face directory."""
     from launch import convert
@@ -255,6 +268,16 @@ def _options_of_overrides(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--config-path", action="append", help=argparse.SUPPRESS)
 
 
+def _plan_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--cluster", metavar="CLUSTER", help="NODESxGPUSxPRESET, such as 32x8xh100, or a YAML file")
+    verb.add_argument("--price", type=float, help="of an hour of a GPU, in any currency (the cluster's)")
+    verb.add_argument("--top", type=int, default=10, help="layouts to print (10)")
+    verb.add_argument("--dry-runs", type=int, default=3, help="of the best so many; 0 leaves the formula's memory (3)")
+    verb.add_argument("--explain", metavar="OVERRIDES", help="a layout of yours in one word: where it stands, and why")
+    a_path(verb, "--write", metavar="FILE", help="the best as DIR/NAME.yaml, for --config-dir DIR --config-name NAME")
+    a_path(verb, "--picture", metavar="FILE", help="draw the best's step and its memory, as .png or .svg")
+
+
 def _written_out(arguments: Sequence[str]) -> list[str]:
     """Write Hydra's short options out, ``-cd`` and ``-cn``."""
     if not any(word.startswith(("-cd", "-cn", "-cp")) for word in arguments):
@@ -284,6 +307,13 @@ def gqa_study(options: argparse.Namespace) -> int:
     from train.like import take_over
 
     return run(take_over(options.overrides))
+
+
+def check(options: argparse.Namespace) -> int:
+    """Check a cluster; 1 if something in it is slow."""
+    from launch.check.run import run
+
+    return run(options)
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -317,12 +347,14 @@ VERBS = {
     "refine": refine,
     "tokenizer": tokenizer,
     "describe": describe,
+    "plan": plan,
     "export": export_weights,
     "import": import_weights,
     "regroup": regroup,
     "gqa-study": gqa_study,
     "generate": generate,
     "bench": bench,
+    "check": check,
     "timeline": timeline,
     "inspect": inspect,
 }

@@ -51,6 +51,16 @@ HELP = {
         "  deepnarrow describe 67b parallel.pp=12\n"
         "  deepnarrow describe 7b model.n_kv_heads=8 --json",
     ),
+    "plan": (
+        "find the layout of a cluster that trains a model fastest, before it is paid for",
+        "Takes a preset or any Hydra overrides; keys that these set are kept, and the others searched.\n\n"
+        "  deepnarrow plan 67b --cluster 32x8xh100 --price 2.5\n"
+        "  deepnarrow plan model=67b parallel.tp=4 --cluster cluster.yaml --write plans/67b.yaml\n"
+        "  deepnarrow plan 67b --cluster 32x8xh100 --explain 'parallel.pp=16 parallel.tp=8 parallel.schedule=zbv'\n\n"
+        "Layouts that would be refused or do not fit drop out; the others are ranked by the predicted time of a step:\n"
+        "tokens/s, MFU, bubble, exposed messages, memory of the rank that needs most, days and cost of the run, and\n"
+        "the overrides of each. Seconds by formula; the memory of the best by dry runs of the code itself, without a GPU.",
+    ),
     "export": (
         "write a Hugging Face directory of a run's weights",
         "transformers and vLLM load it as Llama. Ends by comparing its logits with the source's.\n\n"
@@ -81,6 +91,18 @@ HELP = {
         "  deepnarrow generate runs/67b-files-f6aa340 --prompt 'def ' --pp 2 --tp 4\n\n"
         "A model that is too large for one device is cut over --pp x --tp processes, which are started here, or which\n"
         "a launcher has started: torchrun --nproc-per-node 8 --no-python deepnarrow generate RUN --tp 8 ...",
+    ),
+    "check": (
+        "measure a cluster for seconds before a run, and name what is slow in it",
+        "Takes the overrides of the run that it is for.\n\n"
+        "  deepnarrow check parallel.pp=2 parallel.tp=2\n"
+        "  deepnarrow check --hostfile hosts model=67b parallel.pp=12 parallel.tp=8 --save cluster.yaml\n"
+        "  srun deepnarrow check model=67b parallel.pp=12 parallel.tp=8\n\n"
+        "All ranks of the layout measure a matrix product, their memory, and the links of its groups, in three\n"
+        "rounds of which the best counts: messages to the next stage and back, gathers, scatters and reductions among\n"
+        "tensor-parallel ranks and among replicas. A table by host and rank is printed, and whatever is slower than\n"
+        "the median of its like by more than --percent is named; the exit code is then 1. --save writes bandwidth and\n"
+        "latency into a cluster file, for `deepnarrow plan --cluster FILE` and the key `cluster` of a run.",
     ),
     "bench": (
         "measure what things cost on this machine",

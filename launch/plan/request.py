@@ -1,5 +1,6 @@
 """What a plan is asked for: the run as it is composed, the cluster, and the keys that are to stay as they are."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,16 +16,18 @@ from launch.describe import of_presets
 from model.problems import BadInput
 from parallel.plan.cluster import Cluster
 from parallel.plan.search import Choice, Space, Task, space_for
+from parallel.schedules import ONE_F_ONE_B
 from train.job import computes_in_bf16
 from train.length import Length, length_of, longest
 from train.like import take_over
-from train.uptrain import compose_with_source, sound
+from train.uptrain import compose_with_source, other_shape
 
 SEARCHED = ("pp", "tp", "dp", "schedule", "virtual_stages", "recompute", "head_pieces")
 """The keys of `parallel` that a plan chooses; it chooses train.micro_batch as well."""
 KEYS = {**{name: f"parallel.{name}" for name in SEARCHED}, "micro_batch": "train.micro_batch"}
 """The full key of each field of `Choice`."""
 _GROUPS = ("model", "data", "schedule")
+_ANY = Choice(1, 1, 1, ONE_F_ONE_B, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -84,24 +87,25 @@ def read(arguments: Sequence[str], cluster: str | None, price: float | None) -> 
     Raises:
         BadInput: with every problem.
     """
-    problems, found = [], None
     taken = take_over(of_presets(arguments))
     composition, source, _ = compose_with_source(taken, checked=False)
-    spec = cluster or getattr(composition.config, "cluster", None)
+    config = composition.config
+    # Any layout will do for what else is asked: those that are searched are judged one by one.
+    _, problems = validate(with_choice(config, _ANY), Machine(gpus=0, elsewhere=True))
+    problems = composition.all_problems(problems + (other_shape(config, source) if source else []))
+    if price is not None and not 0 <= price < math.inf:
+        problems.append(f"--price={price}: must be at least 0, for an hour of a GPU; --price=2.5 would work")
+    found, spec = None, cluster or getattr(config, "cluster", None)
     try:
         if spec is None:
             problems.append("--cluster: a plan is for machines; --cluster=32x8xh100 would work, or --cluster=FILE.yaml")
         else:
             found = cluster_of(spec)
-        if price is not None and not price >= 0:
-            problems.append(f"--price={price}: must be at least 0, for an hour of a GPU; --price=2.5 would work")
-        config = sound(composition, source)
     except BadInput as error:
-        raise BadInput([*problems, *error.problems]) from None
+        problems += error.problems
     if problems or found is None:
         raise BadInput(problems)
-    if price is not None:
-        found = replace(found, price_per_gpu_hour=price)
+    found = found if price is None else replace(found, price_per_gpu_hour=price)
     choices = composition.node.hydra.runtime.choices
     groups = {group: str(choices[group]) for group in _GROUPS if choices.get(group)}
     return Request(taken, config, found, _fixed(taken, config, groups), groups)

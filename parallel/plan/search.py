@@ -241,19 +241,35 @@ def search(
         The candidates by their predicted seconds; of equal ones, those that need less memory first.
     """
     found = Found()
+    for choice, rank, memory in _fitting(task, space, problems, found):
+        job = task.job(choice)
+        found.candidates.append(Candidate(choice, job, predict(job, task.cluster), rank, memory))
+    found.candidates.sort(key=lambda one: (one.seconds, one.memory.peak))
+    return found
+
+
+def first_fitting(task: Task, space: Space, problems: Callable[[Choice], Sequence[str]]) -> Choice | None:
+    """Return the first choice of a space that would run and fits; None where there is none.
+
+    Args:
+        task, space, problems: as for `search`.
+    """
+    return next((choice for choice, _, _ in _fitting(task, space, problems, Found())), None)
+
+
+def _fitting(
+    task: Task, space: Space, problems: Callable[[Choice], Sequence[str]], found: Found
+) -> Iterator[tuple[Choice, int, Memory]]:
+    """Yield the choices that would run, fit, and recompute no more than that takes; the others are counted."""
+    recomputations = space.recomputations
     for choice in space.layouts():
-        recomputations = space.recomputations
         found.tried += len(recomputations)
         if said := problems(choice):
             key = said[0].partition("=")[0]
             found.refused[key] += len(recomputations)
             found.examples.setdefault(key, said[0])
             continue
-        for fitting, rank, memory in _least_recomputing(task, choice, recomputations, found):
-            job = task.job(fitting)
-            found.candidates.append(Candidate(fitting, job, predict(job, task.cluster), rank, memory))
-    found.candidates.sort(key=lambda one: (one.seconds, one.memory.peak))
-    return found
+        yield from _least_recomputing(task, choice, recomputations, found)
 
 
 def _least_recomputing(

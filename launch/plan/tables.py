@@ -1,0 +1,120 @@
+"""A plan as text."""
+
+from collections.abc import Collection, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from launch.plan.request import KEYS, Request, overrides_of
+from launch.plan.rows import GIB, Row
+from parallel.plan.search import Found, groups
+
+_WIDTH = 120
+
+
+def head(request: Request, found: Found) -> str:
+    """Say what was planned, for which machines, and how many choices were looked at."""
+    cluster, task = request.cluster, request.task
+    figures = f"measured: {', '.join(cluster.measured)}; else data sheet" if cluster.measured else "data-sheet figures"
+    size = f"{task.global_batch:,} x {task.seq_len:,} tokens a step, {'bf16' if task.bf16 else 'fp32'}"
+    lines = [
+        f"{request.config.preset} on {cluster.nodes:,} x {cluster.gpus_per_node} {cluster.name} ({figures}): {size}"
+    ]
+    if request.length.varies:
+        lines[0] += ", the last step's; days and cost are of all steps, each with its own"
+    if request.fixed:
+        lines.append(f"kept as they are set: {' '.join(kept(request))}")
+    refused = ", ".join(f"{key} {count:,}" for key, count in found.refused.most_common())
+    lines.append(
+        f"{found.tried:,} choices: {found.refused.total():,} refused{f' ({refused})' if refused else ''}, "
+        f"{found.too_large:,} do not fit the {cluster.allocatable_gib:.1f} GiB that a plan may fill\n"
+        f"({cluster.memory_gib:.1f} less {cluster.reserved_gib:.1f}, assumed for CUDA, NCCL and the allocator), "
+        f"{found.idle:,} recompute more than they need to fit, {len(found.candidates):,} timed"
+    )
+    return "\n".join(lines)
+
+
+def kept(request: Request) -> list[str]:
+    """Return the overrides of the keys that were not searched."""
+    return [f"{KEYS[name]}={getattr(value, 'name', value)}" for name, value in request.fixed.items()]
+
+
+def tables(request: Request, rows: Sequence[Row], found: Found) -> str:
+    """Render the fastest layouts: what they reach, where steps go, what fills memory, and their overrides."""
+    text = _reached(request, rows) + _spent(rows) + "what fills the rank that needs most, GiB\n"
+    text += "".join(
+        f"{number:>3}  {row.peak.num_bytes / GIB:.1f} on {row.peak.said}{' (dry run)' if row.peak.where else ''}\n"
+        for number, row in enumerate(rows, 1)
+    )
+    text += f"\n{_equal(rows, found)}\n\noverrides\n"
+    return text + "\n".join(
+        f"{number:>3}  {' '.join(overrides_of(row.candidate.choice))}" for number, row in enumerate(rows, 1)
+    )
+
+
+def _equal(rows: Sequence[Row], found: Found) -> str:
+    """Say how many layouts cannot be told from the fastest."""
+    error = rows[0].candidate.prediction.error
+    count = len(groups(found.candidates, error)[0])
+    said = f"Predictions of steps that others have measured were off by {error:.0%} (docs/planner.md)"
+    if count == 1:
+        return f"{said}: the first is faster than all others by more."
+    return (
+        f"{said}:\n{count:,} of the {len(found.candidates):,} are no slower than the first by more, and any of them may "
+        "be the fastest."
+    )
+
+
+def _reached(request: Request, rows: Sequence[Row]) -> str:
+    priced = request.cluster.price_per_gpu_hour is not None
+    columns = ["", "pp", "tp", "dp", "schedule", "micro-batch", "recompute", "head pieces", "s/step", "tokens/s/GPU"]
+    columns += ["MFU", "whole", "GiB", "days", *(["cost"] if priced else [])]
+    table = _table(columns, "the fastest; MFU with causal attention halved, and whole", texts=(4, 6))
+    group = rows[0].group
+    for number, row in enumerate(rows, 1):
+        if row.group != group:
+            table.add_section()
+            group = row.group
+        choice, prediction = row.candidate.choice, row.candidate.prediction
+        stages = f" x {choice.virtual_stages}" if choice.virtual_stages > 1 else ""
+        table.add_row(
+            str(number),
+            *(str(size) for size in (choice.pp, choice.tp, choice.dp)),
+            choice.schedule.name + stages if choice.pp > 1 else "-",
+            str(choice.micro_batch),
+            choice.recompute.name,
+            str(choice.head_pieces),
+            f"{prediction.seconds:,.3g}",
+            f"{prediction.tokens_per_second_per_gpu:,.0f}",
+            f"{prediction.mfu:.1%}",
+            f"{prediction.mfu_whole_attention:.1%}",
+            f"{row.peak.num_bytes / GIB:.1f}",
+            f"{row.run_seconds / 86400:,.3g}",
+            *([f"{row.cost:,.0f}"] if row.cost is not None else []),
+        )
+    return _rendered(table)
+
+
+def _spent(rows: Sequence[Row]) -> str:
+    names = list(rows[0].parts)
+    table = _table(["", *names], "where a step goes", texts=())
+    for number, row in enumerate(rows, 1):
+        seconds = row.candidate.seconds
+        table.add_row(str(number), *(f"{part / seconds:.1%}" for part in row.parts.values()))
+    return _rendered(table)
+
+
+def _table(columns: Sequence[str], title: str, texts: Collection[int]) -> Table:
+    """Make a table whose columns are numbers, but for those at the indices of `texts`."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index in texts else "right")
+    return table
+
+
+def _rendered(table: Table) -> str:
+    console = Console(width=_WIDTH, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
