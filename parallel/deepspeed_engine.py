@@ -8,6 +8,7 @@ internal that this file relies on, so that an upgrade fails there. Importing it 
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from parallel.rendezvous import Rendezvous
 name_accelerator(os.environ)
 with quiet():
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.pipe.module import PipelineModule
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
     from deepspeed.utils.timer import NoopTimer
+
+_RENAMED = ".*is deprecated. Please use"
+"""PyTorch warns so once per collective and process; the new names are not in every version that is supported."""
 
 
 def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
@@ -41,8 +46,7 @@ def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
     Raises:
         RuntimeError: this system lets a process open too few files for so many processes, or some did not come.
     """
-    # PyTorch warns once per collective and process; the new names are not in every version that is supported.
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
     raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
     with quiet():
         # On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good. Asked
@@ -66,6 +70,39 @@ def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
 def current_device() -> torch.device:
     """Return the current device of DeepSpeed's accelerator."""
     return torch.device(get_accelerator().current_device_name())
+
+
+class _MetaAccelerator(CPU_Accelerator):
+    """The meta device, as DeepSpeed asks for the device that it computes on."""
+
+    def device_name(self, device_index: int | None = None) -> str:
+        return "meta"
+
+    current_device_name = current_device = device_name
+
+    def device(self, device_index: int | None = None) -> Any:
+        return nullcontext()
+
+
+@contextmanager
+def on_meta(backend: str) -> Iterator[None]:
+    """Have DeepSpeed compute on the meta device inside this context, and use the process group that there is.
+
+    Args:
+        backend: the name of the backend of that group.
+    """
+    real = get_accelerator()
+    set_accelerator(_MetaAccelerator())
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    try:
+        with quiet():
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
+            yield
+    finally:
+        deepspeed.comm.comm.cdb = None
+        set_accelerator(real)
 
 
 class RankGrid(PipelineParallelGrid):

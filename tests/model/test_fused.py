@@ -137,7 +137,7 @@ def test_every_width_is_compiled_for_itself_however_many_and_on_whatever_thread(
         "torch.compile", partial(real, backend=backend) if version != "without" else older(real, backend)
     )
     torch.compiler.reset()
-    function = compiled.__wrapped__(lambda x: x * 2)
+    function = compiled(lambda x: x * 2)
     widths = range(2, 2 + 3 * torch._dynamo.config.recompile_limit // 2)
 
     def run():
