@@ -34,6 +34,7 @@ from train.checkpoint.saver import Saver
 from train.data.batches import ahead, eval_micro_batches, train_micro_batches
 from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples, mixtures_of
 from train.data.sources import shares, table
+from train.events import tell_of_restart
 from train.health import all_finite
 from train.job import computes_in_bf16, engine_settings
 from train.learning_rate import rate_share
@@ -191,6 +192,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
+        tell_of_restart(tracker, run_dir, os.environ)
         _announce(prepared, stages, facts, past, begun, length, held_out)
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)

@@ -234,7 +234,13 @@ class Tracker:
         )
         if outcome.path.exists() or not self.was_deleted:
             self._newest = outcome.path
-        self._costs = {"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib}
+        self.add_to_next(
+            {"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib}
+        )
+
+    def add_to_next(self, figures: dict[str, float]) -> None:
+        """Have figures stand in the record of the next step."""
+        self._costs |= figures
 
     def sync(self) -> None:
         """Make metrics.jsonl durable, as far as its disk can."""
