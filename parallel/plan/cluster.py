@@ -37,33 +37,33 @@ class Cluster:
     products: list[list[float]] = field(default_factory=list)
     """Measured products as [m, k, n, TFLOP/s] of bf16, or of fp32 where the cluster computes in it; where given, the
     rate of the nearest shape takes the place of `product_share` and `tile_units`."""
-    attention_forward_share: float = 0.58
-    """The share of the peak that attention's forward kernel reaches, its causal half counted (4,096 tokens or more)."""
-    attention_backward_share: float = 0.48
-    """The share of the peak that attention's backward kernel reaches."""
+    attention_forward_share: float = 0.66
+    """The share of the peak that attention's forward kernel reaches on long sequences, its causal half counted."""
+    attention_backward_share: float = 0.52
+    """The share of the peak that attention's backward kernel reaches on long sequences."""
+    attention_half_length: float = 500.0
+    """Tokens of a sequence with which attention reaches half of that."""
     hbm_gb_per_s: float = 3350.0
     """Bandwidth of a GPU's memory by its data sheet, in GB/s."""
     hbm_share: float = 0.85
     """The share of it that norms, additions and the optimizer reach."""
     launch_us: float = 2.0
     """Microseconds between two kernels on a GPU that has its work queued."""
-    host_us: float = 12.0
+    host_us: float = 25.0
     """Microseconds for which a host is busy with each operation, forward or backward: a pass takes no less than that
     for all of its operations."""
     intra_gb_per_s: float = 450.0
     """Bandwidth of a GPU to others of its machine, in GB/s in one direction, by the data sheet."""
     intra_share: float = 0.8
     """The share of it that collectives reach with large messages (bus bandwidth of nccl-tests)."""
-    intra_base_us: float = 8.4
-    """Microseconds that a message takes within a machine before its first step."""
-    intra_step_us: float = 3.4
-    """Microseconds of each step of a ring within a machine."""
     inter_gb_per_s: float = 50.0
     """A GPU's part of its machine's bandwidth to other machines, in GB/s in one direction, by the data sheet."""
     inter_share: float = 0.9
     """The share of it that messages between machines reach."""
-    inter_step_us: float = 14.0
-    """Microseconds of each step of a ring, or of a message, between machines."""
+    protocols: list[list[float]] = field(default_factory=lambda: [[1.0, 8.4, 3.4, 14.0], [0.92, 14.0, 1.9, 4.0]])
+    """Ways to send a message, of which the fastest is taken, as [share of the bandwidth, microseconds before the first
+    step of a ring, of each step within a machine, of each step between machines]: NCCL's own figures for its protocols
+    Simple and LL128 (`src/graph/tuning.cc`)."""
     price_per_gpu_hour: float | None = None
     """What an hour of a GPU costs, in any currency; null says no cost."""
     measured: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Cluster:
         above_0 += ["intra_gb_per_s", "inter_gb_per_s"]
         shares = ["product_share", "attention_forward_share", "attention_backward_share", "hbm_share"]
         shares += ["intra_share", "inter_share"]
-        times = ["launch_us", "host_us", "intra_base_us", "intra_step_us", "inter_step_us", "reserved_gib"]
+        times = ["launch_us", "host_us", "attention_half_length", "reserved_gib"]
         limits = [(name, f"must be above 0; {_default(name)} would work") for name in above_0]
         found = [f"{key}.{name}={getattr(self, name)}: {said}" for name, said in limits if not getattr(self, name) > 0]
         found += [
@@ -116,6 +116,14 @@ class Cluster:
         for row in self.products:
             if len(row) != 4 or not all(value > 0 for value in row):
                 found.append(f"{key}.products={row}: is [m, k, n, TFLOP/s]; [8192, 8192, 8192, 800] would work")
+        for row in self.protocols:
+            if len(row) != 4 or not 0 < row[0] <= 1 or not all(value >= 0 for value in row[1:]):
+                found.append(
+                    f"{key}.protocols={row}: is [share of the bandwidth, microseconds at first, of a step within a "
+                    "machine, between machines]; [1.0, 8.4, 3.4, 14.0] would work"
+                )
+        if not self.protocols:
+            found.append(f"{key}.protocols=[]: messages need one; [[1.0, 8.4, 3.4, 14.0]] would work")
         return found
 
 

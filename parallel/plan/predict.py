@@ -1,12 +1,19 @@
 """The time of a training step of a job on a cluster, and where it goes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from parallel.plan.cluster import Cluster
+from parallel.plan.costs import Prices, Reach, pass_time, reaches
 from parallel.plan.job import Job
-from parallel.schedules import orders
+from parallel.plan.operations import GroupKind
+from parallel.plan.replicas import LayerTime, rank_time, stage_time
+from parallel.plan.steps import StageTime, Step, step_time
+from parallel.plan.work import LayerWork, Shape, layers_of, shape_of
+from parallel.schedules import orders, splits_backward
 from parallel.simulation import Costs, Timeline, simulate
+from parallel.stages import Stage
 
 ERROR = 0.15
 """The mean relative error against published steps (docs/planner.md): layouts that are closer than that are equal."""
@@ -16,14 +23,14 @@ ERROR = 0.15
 class Prediction:
     """The predicted time of a step, and where it goes, averaged over the ranks of a pipeline.
 
-    The parts add up: products, attention, traffic, tp, pp, dp, optimizer and waiting are `seconds`.
+    The parts add up: those of `compute` and `exposed`, `optimizer` and `waiting` are `seconds`.
 
     Attributes:
         job: the job.
         cluster: the cluster.
         seconds: of a step.
-        compute: seconds by kind of operation, ``products``, ``attention`` and ``traffic`` (kernels that are bound by
-            memory), recomputation included.
+        compute: seconds by kind of operation, ``products``, ``attention``, ``traffic`` (kernels that are bound by
+            memory) and ``host`` (the device waits for its host), recomputation included.
         exposed: seconds by kind of message, ``tp``, ``pp`` and ``dp``, in which nothing is computed.
         optimizer: seconds of the gradient's norm and the update of the master weights.
         waiting: seconds in which a rank waits for others, by the schedule and by uneven stages.
@@ -79,15 +86,74 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
         job: the job, whose layout `parallel.layout.problems` accepts.
         cluster: the cluster, which has at least as many GPUs as the layout.
     """
-    model, settings, layout = job.model, job.settings, job.layout
-    tokens = settings.micro_batch * settings.seq_len
-    rate = cluster.product_share * 1e12 * (cluster.peak_tflops if settings.bf16 else cluster.peak_fp32_tflops)
-    layers = model.layer_flops(settings.seq_len)
-    forward = [sum(layers[stage.start : stage.stop]) * tokens / layout.tp / rate for stage in job.stages]
-    costs = Costs(forward, forward, forward)
-    made = orders(settings.schedule, job.placement, settings.accumulation)
-    timeline = simulate(made, job.placement, costs)
-    products = 3 * settings.accumulation * sum(forward) / layout.pp
-    waiting = timeline.seconds - products
-    compute = {"products": products, "attention": 0.0, "traffic": 0.0}
-    return Prediction(job, cluster, timeline.seconds, compute, {"tp": 0.0, "pp": 0.0, "dp": 0.0}, 0.0, waiting, costs)
+    settings, placement, shape = job.settings, job.placement, shape_of(job)
+    prices = Prices(cluster, shape.bytes_per_value)
+    where = reaches(job.layout, cluster.gpus_per_node)
+    layers = _layer_times(shape, prices, where)
+    per_layer = [layers[0], *[layers[1]] * job.model.n_layers, layers[2]]
+    stages = [_stage_time(layers, stage, job.model.n_layers + 2) for stage in job.stages]
+    hop = shape.micro_batch * shape.seq_len * job.model.d_model * shape.bytes_per_value
+    hop //= job.layout.tp if job.layout.sequence_parallel else 1
+    links = [prices.message("send", hop, reach) for reach in _link_reaches(job, cluster.gpus_per_node)]
+    time = step_time(
+        Step(
+            settings.schedule,
+            placement,
+            settings.accumulation,
+            stages,
+            links,
+            [rank_time(job, rank, per_layer, prices, where) for rank in range(placement.num_ranks)],
+            prices.agreement(where[GroupKind.world]),
+        )
+    )
+    forward, whole, split, weights = ([one.seconds for one in kind] for kind in zip(*stages, strict=True))
+    backward = split if splits_backward(settings.schedule) else [a - b for a, b in zip(whole, weights, strict=True)]
+    return Prediction(
+        job,
+        cluster,
+        time.seconds,
+        {name: getattr(time, name) for name in ("products", "attention", "traffic", "host")},
+        {name: getattr(time, name) for name in ("tp", "pp", "dp")},
+        time.optimizer,
+        time.waiting,
+        Costs(forward, backward, weights, max(links, default=0.0)),
+    )
+
+
+def _layer_times(shape: Shape, prices: Prices, where: Mapping[GroupKind, Reach]) -> Sequence[LayerTime]:
+    """Return the times of the embedding, a block and the head, which a search asks for again and again."""
+    key = (shape, where[GroupKind.tp], repr(prices.cluster))
+    if key not in _LAYER_TIMES:
+        if len(_LAYER_TIMES) > _MOST_KEPT:
+            _LAYER_TIMES.clear()
+        layers = layers_of(shape)
+        _LAYER_TIMES[key] = [
+            LayerTime(work, _times(work, prices, where)) for work in (layers.embedding, layers.block, layers.head)
+        ]
+    return _LAYER_TIMES[key]
+
+
+_LAYER_TIMES: dict[tuple[Shape, Reach, str], Sequence[LayerTime]] = {}
+_MOST_KEPT = 4096
+
+
+def _times(work: LayerWork, prices: Prices, where: Mapping[GroupKind, Reach]) -> StageTime:
+    passes = (work.forward, work.backward, work.input_gradient, work.weights)
+    return StageTime(*(pass_time(operations, prices, where) for operations in passes))
+
+
+def _stage_time(layers: Sequence[LayerTime], stage: Stage, num_layers: int) -> StageTime:
+    embedding, head = stage.start == 0, stage.stop == num_layers
+    blocks = stage.stop - stage.start - embedding - head
+    return stage_time(list(zip(layers, (int(embedding), blocks, int(head)), strict=True)))
+
+
+def _link_reaches(job: Job, gpus_per_node: int) -> list[Reach]:
+    """Return where each stage and the next one are: the pair of ranks, of all replicas, that are farthest apart."""
+    size = job.layout.dp * job.layout.tp
+    found = []
+    for stage in range(job.placement.num_stages - 1):
+        a, b = (job.placement.rank_of(one) * size for one in (stage, stage + 1))
+        apart = any((a + at) // gpus_per_node != (b + at) // gpus_per_node for at in range(size))
+        found.append(Reach(1 if a == b else 2, 1 if apart else 2))
+    return found
