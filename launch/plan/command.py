@@ -2,9 +2,11 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
+from launch.plan import explain
 from launch.plan.request import Request, overrides_of, read
-from launch.plan.rows import GIB, as_json, rows_of
+from launch.plan.rows import as_json, gib, rows_of
 from launch.plan.tables import head, kept, tables
 from model.problems import BadInput
 from parallel.layout import ParallelConfig, layout_for
@@ -23,11 +25,16 @@ def run(options: argparse.Namespace) -> int:
     if not found.candidates:
         raise BadInput(_none(request, found))
     rows = rows_of(request, found.candidates, {}, options.top)
+    more: dict[str, Any] = {}
+    explained = None if options.explain is None else explain.explain(request, found, options.explain)
     if options.json:
-        print(as_json(request, found, rows, {}))
-    else:
-        print(head(request, found))
-        print(tables(request, rows, found))
+        more["explained"] = None if explained is None else explain.as_json(explained)
+        print(as_json(request, found, rows, more))
+        return 0
+    print(head(request, found))
+    print(tables(request, rows, found))
+    if explained is not None:
+        print(f"\n{explain.as_text(request, found, explained)}")
     return 0
 
 
@@ -39,7 +46,7 @@ def _none(request: Request, found: Found) -> list[str]:
         choice, rank, memory = found.least
         said = (
             f"--cluster: no layout of {request.config.preset} fits {on}: the one that needs least, "
-            f"{' '.join(overrides_of(choice))}, needs {memory.peak / GIB:,.1f} GiB on rank {rank} of its pipeline, and "
+            f"{' '.join(overrides_of(choice))}, needs {gib(memory.peak)} GiB on rank {rank} of its pipeline, and "
             f"a plan may fill {cluster.allocatable_gib:.1f}"
         )
         return [f"{said}; {_more_machines(request)} would work"]

@@ -13,6 +13,14 @@ from parallel.plan.search import Candidate, Choice, Found, Task, groups
 
 GIB = 2**30
 _HOUR, _DAY = 3600, 86400
+_NAMES = {"traffic": "memory-bound", "host": "launches"}
+"""What users read of the kinds of `Prediction.compute`."""
+
+
+def gib(num_bytes: float) -> str:
+    """Write bytes in GiB."""
+    number = num_bytes / GIB
+    return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Peak:
     def said(self) -> str:
         """What fills it, most first, as text."""
         parts = sorted(self.parts.items(), key=lambda part: -part[1])
-        listed = ", ".join(f"{name} {size / GIB:,.1f}" for name, size in parts if size >= 0.05 * GIB)
+        listed = ", ".join(f"{name} {gib(size)}" for name, size in parts if size >= 0.001 * self.num_bytes)
         return f"rank {self.rank}{f' at {self.where}' if self.where else ''}: {listed}"
 
 
@@ -93,16 +101,14 @@ def parts_of(task: Task, choice: Choice, prediction: Prediction) -> dict[str, fl
     """Return the seconds of a step by where they go; they add up to it.
 
     What is recomputed is told from what is computed for the first time by the prediction of a step that recomputes
-    nothing, and so is no part of products, attention and kernels that are bound by memory.
+    nothing, and so is no part of the kinds of operations.
     """
     first_time = prediction.compute
     if choice.recompute is not Recompute.none or choice.head_pieces > 1:
         without = replace(choice, recompute=Recompute.none, head_pieces=1)
         first_time = predict(task.job(without), task.cluster).compute
     return {
-        "products": first_time["products"],
-        "attention": first_time["attention"],
-        "memory-bound": first_time["traffic"],
+        **{_NAMES.get(kind, kind): seconds for kind, seconds in first_time.items()},
         "recomputed": sum(prediction.compute.values()) - sum(first_time.values()),
         **{f"exposed {kind}": seconds for kind, seconds in prediction.exposed.items()},
         "optimizer": prediction.optimizer,

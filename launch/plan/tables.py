@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan.request import KEYS, Request, overrides_of
-from launch.plan.rows import GIB, Row
+from launch.plan.rows import Row, gib
 from parallel.plan.search import Found, groups
 
 _WIDTH = 120
@@ -44,7 +44,7 @@ def tables(request: Request, rows: Sequence[Row], found: Found) -> str:
     """Render the fastest layouts: what they reach, where steps go, what fills memory, and their overrides."""
     text = _reached(request, rows) + _spent(rows) + "what fills the rank that needs most, GiB\n"
     text += "".join(
-        f"{number:>3}  {row.peak.num_bytes / GIB:.1f} on {row.peak.said}{' (dry run)' if row.peak.where else ''}\n"
+        f"{number:>3}  {gib(row.peak.num_bytes)} on {row.peak.said}{' (dry run)' if row.peak.where else ''}\n"
         for number, row in enumerate(rows, 1)
     )
     text += f"\n{_equal(rows, found)}\n\noverrides\n"
@@ -61,15 +61,15 @@ def _equal(rows: Sequence[Row], found: Found) -> str:
     if count == 1:
         return f"{said}: the first is faster than all others by more."
     return (
-        f"{said}:\n{count:,} of the {len(found.candidates):,} are no slower than the first by more, and any of them may "
-        "be the fastest."
+        f"{said}:\n{count:,} of the {len(found.candidates):,} are no slower than the first by more, and any of them "
+        "may be the fastest."
     )
 
 
 def _reached(request: Request, rows: Sequence[Row]) -> str:
     priced = request.cluster.price_per_gpu_hour is not None
     columns = ["", "pp", "tp", "dp", "schedule", "micro-batch", "recompute", "head pieces", "s/step", "tokens/s/GPU"]
-    columns += ["MFU", "whole", "GiB", "days", *(["cost"] if priced else [])]
+    columns += ["MFU", "whole", "GiB", "run", *(["cost"] if priced else [])]
     table = _table(columns, "the fastest; MFU with causal attention halved, and whole", texts=(4, 6))
     group = rows[0].group
     for number, row in enumerate(rows, 1):
@@ -89,8 +89,8 @@ def _reached(request: Request, rows: Sequence[Row]) -> str:
             f"{prediction.tokens_per_second_per_gpu:,.0f}",
             f"{prediction.mfu:.1%}",
             f"{prediction.mfu_whole_attention:.1%}",
-            f"{row.peak.num_bytes / GIB:.1f}",
-            f"{row.run_seconds / 86400:,.3g}",
+            gib(row.peak.num_bytes),
+            _duration(row.run_seconds),
             *([f"{row.cost:,.0f}"] if row.cost is not None else []),
         )
     return _rendered(table)
@@ -111,6 +111,13 @@ def _table(columns: Sequence[str], title: str, texts: Collection[int]) -> Table:
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index in texts else "right")
     return table
+
+
+def _duration(seconds: float) -> str:
+    for length, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:,.3g} {name}"
+    return f"{seconds:.3g} s"
 
 
 def _rendered(table: Table) -> str:
