@@ -58,7 +58,8 @@ _NOT_RECIPE = {
     "model": set(EXECUTION_KEYS),
     "data": {"cache_dir", "max_bad", "workers"},
     "train": {"max_steps", "max_skipped", "micro_batch", "precision", "deterministic", "profile", "profile_ranks"}
-    | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences"},
+    | {"log_every", "timeline_at", "val_at", "val_every", "val_sequences", "straggler_percent", "straggler_steps"}
+    | {"skip_steps", "skip_samples_at"},  # of bad data, which a run passes over when it is taken back
 }
 # What came later, with the value that runs of before were trained with.
 _BEFORE: dict[str, Any] = {
@@ -67,6 +68,7 @@ _BEFORE: dict[str, Any] = {
     "data.token_dtype": None,
     "data.document_mask": False,
     "data.packing": "concat",
+    "train.spike_sigmas": 6.0,  # they skipped for no spike; that what guards them is new makes them no other runs
 }
 # Values that do not name a run, so that the commands of those runs find them again.
 _UNNAMED = {**_BEFORE, "data.document_mask": None}

@@ -224,8 +224,28 @@ class TrainConfig:
     max_steps: int | None = None
     """For trials: stop after so many steps, with the schedule of the full run."""
     max_skipped: int | None = 10
-    """The run has diverged, and stops with exit code 3, after so many steps in a row whose loss or gradients are not
-    finite (their updates are skipped); null sets no limit. Weights that are not finite stop it at once."""
+    """The run has diverged, and stops with exit code 3, after so many steps in a row whose updates were skipped, as
+    not finite or as spikes; null sets no limit. Weights that are not finite stop it at once."""
+    spike_sigmas: float | None = 6.0
+    """The update of a step is skipped, on all ranks, where its loss or its gradient norm before clipping is more than
+    so many standard deviations above the mean of the last 128 steps (`train/spikes.py`; 6 and 128 are what OLMo-core's
+    skip-step optimizers have). Nothing is skipped for it in the first 64 steps, nor in those after a change of batch,
+    length or mixture. Which samples the batch was is in skipped.jsonl. Null skips only what is not finite."""
+    skip_steps: list[str] = field(default_factory=list)
+    """Steps to pass over, such as [812,830-840], both ends included: their batches are neither read nor trained on and
+    their updates are not made, but they count, so that all other steps have the samples and the rate that they had.
+    They have to come after the checkpoint that the run goes on from, which resume=PATH says."""
+    skip_samples_at: list[str] = field(default_factory=list)
+    """Places in the order of samples that are passed over, such as [6496-6503], both ends included; skipped.jsonl has
+    those of a batch that was skipped. The samples behind them move up, so that no step is lost. They have to come after
+    the checkpoint that the run goes on from, and stay in the settings from then on. The places are those behind
+    train.skip_samples."""
+    straggler_percent: float | None = 20.0
+    """A rank whose passes take so many percent longer than the median of the ranks of its stage is named, with its
+    host, in the log and in metrics.jsonl; where there is one replica, than the fastest that the rank has been before.
+    Null measures nothing."""
+    straggler_steps: int = 50
+    """The steps whose median is compared, each time that so many have been taken."""
     precision: Precision = Precision.auto
     """auto, bf16 or fp32."""
     val_every: int = 1000

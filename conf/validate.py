@@ -7,6 +7,7 @@ from typing import Any
 
 from conf import launch_settings, mixtures
 from conf.paths import name_problems
+from conf.ranges import ranges_of
 from conf.schema import Config
 from model.problems import not_utf8
 from parallel import layout
@@ -45,7 +46,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
             problems += found
     problems += name_problems("name", config.name) + _text(config)
     problems += mixtures.source_problems(config) + mixtures.batch_problems(config, run_layout)
-    problems += _lengths(config) + _recipe(config) + _checkpoint(config)
+    problems += _lengths(config) + range_problems(config) + _guards(config) + _recipe(config) + _checkpoint(config)
     problems += launch_settings.problems(config.launch)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
@@ -112,6 +113,33 @@ def _lengths(config: Config) -> list[str]:
         problems.append(
             f"sample.temperature={config.sample.temperature}: must be 0 (the likeliest token) or above, and finite"
         )
+    return problems
+
+
+def range_problems(config: Config) -> list[str]:
+    """Find steps and samples to pass over that are no numbers or ranges, or that no run has."""
+    problems = []
+    for key, least in (("skip_steps", 1), ("skip_samples_at", 0)):
+        value = getattr(config.train, key)
+        try:
+            ranges = ranges_of(value)
+        except ValueError as error:
+            problems.append(f"train.{key}={value}: {error}")
+        else:
+            if ranges and ranges[0].start < least:
+                problems.append(f"train.{key}={value}: steps count from 1")
+    return problems
+
+
+def _guards(config: Config) -> list[str]:
+    train = config.train
+    problems = []
+    for key, instead in (("spike_sigmas", "to skip no spike"), ("straggler_percent", "to measure nothing")):
+        value = getattr(train, key)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"train.{key}={value}: must be above 0 and finite, or null {instead}")
+    if train.straggler_steps < 2:
+        problems.append(f"train.straggler_steps={train.straggler_steps}: must be at least 2, such as 50")
     return problems
 
 

@@ -95,7 +95,7 @@ def _length(config: Config) -> list[dict[str, int]]:
 def _sources(config: Config) -> list[dict[str, Any]]:
     """Return the tokens that the run takes of each source, and its share of those of each data stage."""
     length, mixtures = length_of(config), mixtures_of(config)
-    order = MixedOrder(length, mixtures, Consumed(skip=config.train.skip_samples))
+    order = MixedOrder.of(config, length, Consumed(skip=config.train.skip_samples))
     tokens = order.source_tokens(length.samples_after(length.schedule_steps))
     prepared = bool(config.data.sources) and already_prepared(corpora(config.data), config.model.vocab_size)
     whole = replace(config, train=replace(config.train, max_steps=None))

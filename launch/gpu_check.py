@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from launch.bench.suite import facts, write
-from train.tracking import METRICS
+from train.records import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [

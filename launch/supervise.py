@@ -11,16 +11,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
 
 from parallel.environment import name_accelerator
 from parallel.processes import SUPERVISOR, forget_launcher, free_port
-from train.tracking import SUMMARY
+from train.records import SUMMARY
+
+if TYPE_CHECKING:
+    from launch.persistence import Persistence
 
 _LAUNCHER = "import sys; sys.path[:] = filter(None, sys.path); from deepspeed.launcher.launch import main; main()"
 """Not with ``-m``, which puts the working directory on the path before all else: a folder ``deepspeed`` or a file
@@ -32,35 +37,113 @@ GRACE = 10.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def launch(arguments: Sequence[str], num_processes: int, run_dir: Path) -> int:
-    """Start `train/pretrain.py` on this machine under DeepSpeed's launcher and stay until all of it has ended.
+def launch(
+    arguments: Sequence[str], num_processes: int, run_dir: Path, persistence: "Persistence | None" = None
+) -> int:
+    """Start `train/pretrain.py` on this machine under DeepSpeed's launcher, and stay until all of it has ended.
 
     Args:
         arguments: of the script: Hydra overrides.
         num_processes: ranks to start.
         run_dir: of the run; its summary.json, written last, tells that the run ended as it should.
+        persistence: what starts a run again that has failed; None starts it once.
 
     Returns:
         An exit code for the shell: 0 for a run that is complete, or was told to stop and is saved; 128 + N where signal
         N ended it at once; else that of the rank that failed.
     """
+    with PassedOn() as signals:
+        start = partial(start_once, num_processes=num_processes, run_dir=run_dir, signals=signals)
+        return persistence.run(start, arguments, signals) if persistence else start(arguments)
+
+
+def start_once(
+    arguments: Sequence[str],
+    num_processes: int,
+    run_dir: Path,
+    signals: "PassedOn",
+    environment: Mapping[str, str] | None = None,
+    look: Callable[[], bool] = lambda: False,
+) -> int:
+    """Start a run once; arguments and result are those of `launch`.
+
+    Args:
+        arguments, num_processes, run_dir: see `launch`.
+        signals: that this process gets meanwhile.
+        environment: of the ranks, besides that of this process.
+        look: is called all the while, and tells whether all is to be ended at once.
+    """
     completed_before = _completion(run_dir)
-    command, environment = launcher_command(PRETRAIN, arguments, num_processes), launcher_environment()
-    group = subprocess.Popen(command, env=environment, start_new_session=True)
-    ended_by, told = _wait_passing_signals_on(group)
+    command = launcher_command(PRETRAIN, arguments, num_processes)
+    group = subprocess.Popen(command, env={**launcher_environment(), **(environment or {})}, start_new_session=True)
+    signals.to(group.pid)
+    while group.poll() is None:
+        if look():
+            _signal_group(group.pid, signal.SIGKILL)
+            group.wait()
+        time.sleep(0.1)
     completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
     end_group(group.pid)
+    signals.to(None)
 
     code = group.returncode
-    if ended_by is not None:
-        return 128 + ended_by
-    if told is not None and code == 128 + signal.SIGTERM:  # SIGINT goes to the ranks by that name
-        return 128 + told
+    if signals.fatal is not None:
+        return 128 + signals.fatal
+    if signals.first is not None and code == 128 + signal.SIGTERM:  # SIGINT goes to the ranks by that name
+        return 128 + signals.first
     if code == 0 and completed in (None, completed_before):
         print("the launcher ended without an error, but the run did not end as it should", file=sys.stderr)
         return 1
     # The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
     return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
+
+
+class PassedOn:
+    """A context in which signals to this process are passed on to the ranks of a run.
+
+    The first signal reaches the ranks alone, and they save and end: told as well, the launcher would kill them after
+    30 s each. Where there are none yet, and for a second signal, everything is ended.
+
+    Attributes:
+        first: the first signal that there was.
+        fatal: the one that has ended the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.fatal: int | None = None
+        self._launcher: int | None = None
+
+    def __enter__(self) -> "PassedOn":
+        self._before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def to(self, launcher: int | None) -> None:
+        """Pass signals on to the ranks of this launcher from here on; None while there is none."""
+        self._launcher = launcher
+        if launcher is not None and self.fatal is not None:  # it came before there was anything to end
+            _signal_group(launcher, signal.SIGKILL)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        later, self.first = self.first is not None, self.first or number
+        ranks = _ranks(self._launcher) if self._launcher and not later and number != signal.SIGQUIT else []
+        for rank in ranks:
+            with suppress(psutil.Error):
+                # Python would answer SIGINT with a traceback where it is not awaited yet.
+                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        if ranks:
+            with suppress(OSError):  # the terminal may be what is gone
+                print("stopping after the step under way; a second signal stops at once", file=sys.stderr)
+            return
+        self.fatal = self.fatal or number
+        if self._launcher is not None:
+            _signal_group(self._launcher, signal.SIGKILL)
 
 
 def launcher_command(script: Path, arguments: Sequence[str], num_processes: int) -> list[str]:
@@ -95,39 +178,6 @@ def _completion(run_dir: Path) -> int | None:
         return (run_dir / SUMMARY).stat().st_mtime_ns
     except OSError:
         return None
-
-
-def _wait_passing_signals_on(group: subprocess.Popen[bytes]) -> tuple[int | None, int | None]:
-    """Wait for the launcher; the signal that ended the run at once, if one did, and the first that there was.
-
-    The first signal reaches the ranks alone, and they save and end: told as well, the launcher would kill them after
-    30 s each. Where there are none yet, and for a second signal, everything is ended.
-    """
-    received: list[int] = []
-    fatal: list[int] = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        ranks = _ranks(group.pid) if len(received) == 1 and number != signal.SIGQUIT else []
-        for rank in ranks:
-            with suppress(psutil.Error):
-                # Python would answer SIGINT with a traceback where it is not awaited yet.
-                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-        if ranks:
-            with suppress(OSError):  # the terminal may be what is gone
-                print("stopping after the step under way; a second signal stops at once", file=sys.stderr)
-        else:
-            fatal.append(number)
-            _signal_group(group.pid, signal.SIGKILL)
-
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        while group.poll() is None:
-            time.sleep(0.1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return fatal[0] if fatal else None, received[0] if received else None
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:

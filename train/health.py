@@ -1,4 +1,4 @@
-"""Health of a run: whether its losses, gradients and weights are finite, and when it has diverged."""
+"""Health of a run: whether its losses, gradients and weights are as they should be, and when it has diverged."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ class Health:
     """Judges the steps of a run. It is told the same on every rank, and so says the same on every rank.
 
     Attributes:
-        in_a_row: so many steps up to the last had a loss or gradients that are not finite.
+        in_a_row: the number of steps up to the last that were skipped, as not finite or as spikes.
         last_sound: the last step before those, or the one that a run was resumed at.
 
     Args:
@@ -34,7 +34,7 @@ class Health:
         validation_loss: Callable[[], float | None],
     ):
         self.in_a_row, self.last_sound = 0, steps_before
-        self._max_skipped, self._losses_in_a_row = max_skipped, 0
+        self._max_skipped, self._losses_in_a_row, self._nonfinite_in_a_row = max_skipped, 0, 0
         self._weights_are_finite, self._validation_loss = weights_are_finite, validation_loss
 
     def diverged(self, step: int, result: StepResult, val_loss: float | None, last: bool) -> str | None:
@@ -48,7 +48,7 @@ class Health:
         """
         loss_is_finite = math.isfinite(result.loss)
         if loss_is_finite and not result.skipped:
-            self.in_a_row, self._losses_in_a_row, self.last_sound = 0, 0, step
+            self.in_a_row, self._losses_in_a_row, self._nonfinite_in_a_row, self.last_sound = 0, 0, 0, step
             if not last:
                 return None
             # No loss follows that would tell what the last update has made of the weights.
@@ -58,11 +58,14 @@ class Health:
             return f"the validation loss after the last step is {val_loss}" if unsound else None
         self.in_a_row += 1
         self._losses_in_a_row += not loss_is_finite
+        self._nonfinite_in_a_row += not (loss_is_finite and math.isfinite(result.grad_norm))
         # Skipped updates leave weights as they are: one look at them is enough.
         if self.in_a_row == 1 and not self._weights_are_finite():
             return NOT_FINITE
         if self._max_skipped is not None and self.in_a_row >= self._max_skipped:
-            return f"{self.in_a_row} steps in a row had no finite loss and gradients, which is train.max_skipped"
+            spikes = self.in_a_row - self._nonfinite_in_a_row
+            why = f"{spikes} as spikes (train.spike_sigmas), the others as not finite" if spikes else "as not finite"
+            return f"{self.in_a_row} steps in a row were skipped, {why}; so many are train.max_skipped"
         if last and not loss_is_finite and not (val_loss is not None and math.isfinite(val_loss)):
             return f"the loss of the last step is {result.loss}"
         return None

@@ -56,12 +56,14 @@ class Consumed:
         positions: where each source's order stands, by sequence length and the name of the source.
         skip: samples to pass over before the next one.
         source_tokens: of each source, tokens trained on.
+        passed: samples of the order that were passed over for `train.skip_samples_at`.
     """
 
     steps: tuple[Steps, ...] = ()
     positions: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     skip: int = 0
     source_tokens: Mapping[str, int] = field(default_factory=dict)
+    passed: int = 0
 
     @property
     def step(self) -> int:
@@ -74,6 +76,11 @@ class Consumed:
         return sum(steps.count * steps.global_batch for steps in self.steps)
 
     @property
+    def place(self) -> int:
+        """The place in the order of samples, with which the run goes on."""
+        return self.samples + self.passed
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on."""
         return sum(steps.count * steps.global_batch * steps.seq_len for steps in self.steps)
@@ -83,14 +90,14 @@ class Consumed:
         steps = [[one.count, one.global_batch, one.seq_len] for one in self.steps]
         positions = {str(seq_len): dict(of) for seq_len, of in self.positions.items()}
         of_sources = {"positions": positions, "source_tokens": dict(self.source_tokens)}
-        return {"steps": steps, **of_sources, "skip": self.skip}
+        return {"steps": steps, **of_sources, "skip": self.skip, "passed": self.passed}
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> "Consumed":
         """Read what `as_json` has made."""
         positions = {int(seq_len): dict(of) for seq_len, of in found["positions"].items()}
         steps = tuple(Steps(*one) for one in found["steps"])
-        return Consumed(steps, positions, found["skip"], dict(found["source_tokens"]))
+        return Consumed(steps, positions, found["skip"], dict(found["source_tokens"]), found.get("passed", 0))
 
 
 @dataclass(frozen=True)

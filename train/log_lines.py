@@ -1,6 +1,5 @@
-"""Progress of a run in its log: lines with loss, speed and ETA, and warnings of skipped steps."""
+"""Progress of a run in its log: lines with loss, speed and ETA."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,44 +49,6 @@ class StepLines:
         first, began = self._first
         pace = (now - began) / (step - first) if step > first else seconds
         return pace * (self._steps - step)
-
-
-class SkippedSteps:
-    """Counter of optimizer steps that were skipped since their gradients were not finite, and of what to say of them.
-
-    Attributes:
-        total: so many in the run, those before it was resumed among them.
-        said: whether anything has been said so far.
-
-    Args:
-        clock: seconds that only rise.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.total, self.said = 0, False
-        self._clock, self._last = clock, -float("inf")
-
-    def add(self, record: dict[str, Any], skipped: bool = True) -> str | None:
-        """Look at the step of a record, and count it if it was skipped.
-
-        Returns:
-            The warning to log of one with a loss or gradients that are not finite, the first time and then at most once
-            a minute.
-        """
-        self.total += skipped
-        if not skipped and math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"]):
-            return None
-        now = self._clock()
-        if now - self._last < EVERY_SECONDS:
-            return None
-        self._last, self.said = now, True
-        what = f"loss {record['loss']}, norm {record['grad_norm']}"
-        if not skipped:
-            return f"step {record['step']} is not finite ({what}); where that goes on, {CALMER} would help"
-        return (
-            f"step {record['step']} was skipped: its gradients are not finite ({what}), and the weights stay as they "
-            f"were; where that goes on, {CALMER} would help; skipped so far: {self.total:,}"
-        )
 
 
 def loss_and_rate(record: dict[str, Any]) -> str:

@@ -79,12 +79,16 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
     settings = run.config.train
     while progress.step < run.length.steps and not progress.stopped and progress.diverged is None:
         step = progress.step = progress.step + 1
+        if step in run.passed_steps:
+            _pass_over(run, progress)
+            continue
         heart.begin_step(step)
-        rate, size = run.rate(step), run.length.at(step)
+        rate, size, limits = run.rate(step), run.length.at(step), run.window.limits(run.kind(step))
         with _traced(run, step):
             begin = time.perf_counter()
-            result = run.engine.step(run.batches, rate, run.micro_batches(step))
+            result = run.engine.step(run.batches, rate, run.micro_batches(step), limits)
             seconds = time.perf_counter() - begin
+        run.window.add(result, limits)
         # The first step pays for allocations and kernel choices, one that is traced for its trace.
         if (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile:
             progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
@@ -101,7 +105,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         record |= {} if val_loss is None else {"val_loss": val_loss}
         progress.diverged = health.diverged(step, result, val_loss, last=step == run.length.steps)
         if run.tracker:
-            run.tracker.step(record, skipped=result.skipped)
+            run.tracker.step(record, run.skipped(step, result, limits))
         if run.layout.pp > 1 and step in settings.timeline_at:
             _keep_timeline(run, step, result)
 
@@ -109,6 +113,17 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         _save(run, progress, report, learned=not health.in_a_row)
         if step % COLLECT_EVERY == 0:
             gc.collect()
+
+
+def _pass_over(run: Run, progress: Progress) -> None:
+    """Pass over a step that is not to be taken; a save that is due after it comes after the next that is."""
+    step, every = progress.step, run.config.checkpoint.every_steps
+    progress.save_put_off |= bool(run.config.checkpoint.enabled and every and step % every == 0)
+    if run.tracker:
+        size = run.length.at(step)
+        first, last = run.order.places([size.samples_before, size.samples_before + size.global_batch - 1]).tolist()
+        run.tracker.passed_over({"step": step, "tokens": size.tokens_before + size.tokens, "passed_over": True})
+        run.say(f"step {step} is passed over (train.skip_steps), and with it samples {first:,} to {last:,}")
 
 
 def _traced(run: Run, step: int) -> AbstractContextManager[None]:

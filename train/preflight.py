@@ -24,7 +24,7 @@ from model.problems import BadInput
 from parallel import environment
 from parallel.layout import Layout
 from parallel.processes import local_processes
-from train import uptrain, wandb_check
+from train import passed_over, uptrain, wandb_check
 from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -34,7 +34,7 @@ from train.data.sources import PreparedSources, prepare_run, repeated, shares, t
 from train.learning_rate import warnings as length_warnings
 from train.length import length_of
 from train.pretrained import Source
-from train.tracking import SUMMARY
+from train.records import SUMMARY
 from train.uptrain import compose_with_source
 
 
@@ -117,7 +117,7 @@ def preflight(
         raise BadInput(problems)
     begun = history.begun(config, resume.newest(start), data.fingerprints)
     length, of_sources = length_of(config, begun), shares(config, data, begun)
-    if problems := too_often(config, of_sources):
+    if problems := too_often(config, of_sources) + passed_over.last_step_problems(config, length):
         raise BadInput(problems)
     complete = _complete(config, composition.run_dir, start)
     return PreparedRun(
@@ -135,6 +135,7 @@ def preflight(
         + uptrain.warnings(config, source)
         + repeated(config, data, of_sources, length)
         + length_warnings(config, length)
+        + passed_over.warnings(config, length)
         + (wandb_check.warnings(config, os.environ) if writes else []),
     )
 

@@ -122,7 +122,7 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
 def clear_run_dir(prepared: "PreparedRun") -> None:
     """Clear the run folder of what this run does not go on from; only half-written checkpoints are deleted."""
     from train.checkpoint import folder
-    from train.tracking import set_aside
+    from train.records import set_aside
 
     start = prepared.start
     folder.clean(prepared.run_dir / folder.CHECKPOINTS)
@@ -143,6 +143,12 @@ def for_ranks(arguments: Sequence[str], run_dir: Path) -> list[str]:
     fixed = [f"hydra.run.dir={quoted(run_dir)}", "hydra.job.chdir=false"]
     # Options last: Hydra's parser takes the overrides on one side of them only.
     return [*overrides, *fixed, *options.arguments]
+
+
+def goes_on(prepared: "PreparedRun") -> list[str]:
+    """Write the overrides with which a run that has begun goes on from its own checkpoints, and not where it began."""
+    begins = prepared.config.resume == "never" or prepared.start.rewind
+    return ["resume=auto"] if begins else []
 
 
 def lost_quotes(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -5,24 +5,27 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from conf.ramp import rungs
+from conf.ranges import below, ranges_of
 from conf.schema import Config, to_jsonable
 from model.batch import Batch
 from model.kernels import which_and_why
 from parallel.costs import layer_costs
-from parallel.engine import Engine, build_engine
+from parallel.engine import Engine, Limits, StepResult, build_engine
 from parallel.environment import quiet
 from parallel.heartbeat import Phase, heart
 from parallel.layout import Layout
 from parallel.processes import use_cpus_fairly
 from parallel.rendezvous import Rendezvous
-from parallel.stages import Stage, split_for, stage_rows, stage_table
+from parallel.stages import Stage, split_for
 from parallel.state import OptimizerState
 from train import timeline
 from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks
@@ -32,9 +35,9 @@ from train.checkpoint.manifest import Manifest
 from train.checkpoint.resume import Start
 from train.checkpoint.saver import Saver
 from train.data.batches import ahead, eval_micro_batches, train_micro_batches
-from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples, mixtures_of
-from train.data.sources import shares, table
+from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples
 from train.events import tell_of_restart
+from train.header import announce
 from train.health import all_finite
 from train.job import computes_in_bf16, engine_settings
 from train.learning_rate import rate_share
@@ -43,9 +46,11 @@ from train.metrics import peak_flops
 from train.optimizer import adamw
 from train.patient_file import patient_logs
 from train.preflight import PreparedRun
+from train.records import diverged_before
 from train.report import RunConstants
+from train.spikes import Kind, SkippedStep, SpikeWindow
 from train.stopping import StopSignals
-from train.tracking import Tracker, diverged_before
+from train.tracking import Tracker
 from train.version import code_version
 
 log = logging.getLogger(__name__)
@@ -66,6 +71,9 @@ class Run:
         patient_group: the same, for what takes longer; saves use it, and nothing else while one is under way.
         engine: this rank's stages and optimizer.
         order: of the samples, over the sources and stages of the data.
+        samples: where those lie.
+        passed_steps: steps to pass over.
+        window: of losses and norms, by which the next step is judged.
         batches: micro-batches to train on, without end.
         held_out: sequences to validate on; may be none.
         steps_before: optimizer steps that a checkpoint brought along.
@@ -86,6 +94,9 @@ class Run:
     patient_group: dist.ProcessGroup
     engine: Engine
     order: MixedOrder
+    samples: TrainSamples
+    passed_steps: frozenset[int]
+    window: SpikeWindow
     batches: Iterator[Batch]
     held_out: HeldOutSamples
     steps_before: int
@@ -119,7 +130,20 @@ class Run:
     def history(self, step: int) -> dict[str, Any]:
         """Return what a checkpoint of a step says of what was trained on."""
         now = self.order.consumed(self.length, step)
-        return history.as_json(self.begun, now, self.prepared.data.fingerprints)
+        return history.as_json(self.begun, now, self.prepared.data.fingerprints, self.window.as_json())
+
+    def kind(self, step: int) -> Kind:
+        """Return what the losses of a step are comparable by: batch, length and mixture."""
+        size = self.length.at(step)
+        return [size.global_batch, size.seq_len, self.order.shares(size.samples_before)]
+
+    def skipped(self, step: int, result: StepResult, limits: Limits) -> SkippedStep | None:
+        """Describe a step whose update was skipped, with the samples of its batch; None for any other."""
+        if not result.skipped:
+            return None
+        size = self.length.at(step)
+        samples = np.arange(size.samples_before, size.samples_before + size.global_batch)
+        return SkippedStep.of(step, result, limits, self.order.places(samples), *self.samples.named(samples))
 
     def evaluates_after(self, step: int) -> bool:
         """Tell whether a validation follows a step."""
@@ -182,9 +206,12 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
 
     begun = history.begun(config, past, prepared.data.fingerprints)
     length = length_of(config, begun)
-    order, held_out = MixedOrder(length, mixtures_of(config), begun), prepared.data.held_out(config)
+    order, held_out = MixedOrder.of(config, length, begun), prepared.data.held_out(config)
     samples = TrainSamples(order, prepared.data.by_name, config.train.seed)
-    batches = train_micro_batches(samples, length.at, first_step=steps_before + 1, **_reading(prepared, rank))
+    passed_steps = frozenset(chain(*below(ranges_of(config.train.skip_steps), length.steps + 1)))
+    batches = train_micro_batches(
+        samples, length.at, first_step=steps_before + 1, passed_over=passed_steps, **_reading(prepared, rank)
+    )
     facts = _facts(prepared, stages, device, dtype)
     saver = _saver(prepared, run_dir, start, state, facts, patient)
     tracker = None
@@ -193,7 +220,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
         tell_of_restart(tracker, run_dir, os.environ)
-        _announce(prepared, stages, facts, past, begun, length, held_out)
+        announce(prepared, stages, facts, past, begun, length, order, held_out)
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
     return Run(
@@ -208,6 +235,9 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         patient_group=patient,
         engine=engine,
         order=order,
+        samples=samples,
+        passed_steps=passed_steps,
+        window=SpikeWindow(config.train.spike_sigmas, history.window(past)),
         batches=ahead(batches, pinned=device.type == "cuda"),
         held_out=held_out,
         steps_before=steps_before,
@@ -327,49 +357,4 @@ def _saver(
         },
         tokenizer=data.tokenizer_path,
         group=group,
-    )
-
-
-def _announce(
-    prepared: PreparedRun,
-    stages: list[Stage],
-    facts: dict[str, Any],
-    past: Manifest | None,
-    begun: Consumed,
-    length: Length,
-    held_out: HeldOutSamples,
-) -> None:
-    """Log the warnings, the header and the table of stages."""
-    config = prepared.config
-    changes: list[str] = []
-    if past:
-        changes = resume.warnings(config, past, prepared.data.fingerprint) + history.said(config, past, begun)
-    for warning in prepared.warnings + changes:
-        log.warning("%s", warning)
-    log.info("%s", header(prepared, facts, held_out, length))
-    if len(prepared.data.by_name) > 1 or config.data.stages:
-        log.info("%s", table(shares(config, prepared.data, begun)))
-    for line in prepared.data.packed(config):
-        log.info("%s", line)
-    log.info("%s", stage_table(stage_rows(config.model, stages, config.parallel.placement)))
-    if past:
-        log.info("%s", f"going on after step {past.step:,}")
-    elif prepared.source:
-        log.info("%s", f"beginning with the weights of {prepared.source.path}")
-
-
-def header(prepared: PreparedRun, facts: dict[str, Any], held_out: HeldOutSamples, length: Length) -> str:
-    """Describe a run in four lines, of which the third lists its steps by batch and length."""
-    config, val_count = prepared.config, f"{len(held_out):,} held-out sequences"
-    if len(prepared.data.by_name) > 1 and len(held_out) < config.train.val_sequences:
-        val_count += f" (in the mixture's shares: {held_out.first_to_end} has no more)"
-    alike = length.taken(length.schedule_steps)
-    steps = [f"{of.count:,} steps of {of.global_batch} x {of.seq_len} tokens" for of in alike]
-    some = f", of which this run takes {length.steps:,}" if length.steps < length.schedule_steps else ""
-    return (
-        f"{config.name}: {facts['parameters']:,} parameters, {facts['precision']} on {facts['device']}, "
-        f"{prepared.layout}\n"
-        f"{prepared.data.num_train_tokens:,} training tokens, {val_count}; vocabulary {config.model.vocab_size:,}\n"
-        f"{', then '.join(steps)}{some}, micro-batches of {config.train.micro_batch}\n"
-        f"{facts['kernels']}"
     )

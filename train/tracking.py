@@ -1,12 +1,10 @@
 """Tracking of a run: metrics.jsonl, Weights & Biases, the terminal. Only rank 0 has a tracker."""
 
-import json
 import logging
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +13,17 @@ from typing import Any
 from tqdm import tqdm
 
 from conf.schema import Config, to_jsonable
-from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
+from train.checkpoint.folder import CHECKPOINTS, newest_first
 from train.checkpoint.saver import Outcome
-from train.log_lines import SkippedSteps, StepLines, loss_and_rate
+from train.log_lines import StepLines, loss_and_rate
 from train.patient_file import PatientFile
-from train.profiling import PROFILES
+from train.records import METRICS, SUMMARY, cut, records
+from train.spikes import SKIPPED, SkippedStep, SkippedSteps
 from train.strict_json import dumps_flagged, with_nan
-from train.timeline import TIMELINES
 from train.version import code_version
 from train.wandb_run import start_wandb, wandb_id, wandb_mode
 
 log = logging.getLogger(__name__)
-
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
 
 
 class Tracker:
@@ -67,7 +62,6 @@ class Tracker:
         """The validation loss last measured."""
         self.was_deleted = False
         """Whether files of the run were, while it goes on."""
-        self._skipped = SkippedSteps(clock)
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
         self._wandb_id = wandb_id(run_dir)
         self._wandb_settings = {
@@ -79,12 +73,15 @@ class Tracker:
             "config": {**to_jsonable(asdict(config)), **facts, "code": code_version()},
         }
         self._start_wandb(wandb_mode(config.wandb))
-        for written in _cut(run_dir / METRICS, resumed) if resumed is not None else ():
+        if resumed is not None:
+            deque(cut(run_dir / SKIPPED, resumed), maxlen=0)
+        self._skipped = SkippedSteps(run_dir, clock)
+        for written in cut(run_dir / METRICS, resumed) if resumed is not None else ():
             record = with_nan(written)
             self._remember(record)
             self._log(record)  # what W&B missed of it, killed with the run
         self._metrics = PatientFile(run_dir / METRICS, clock)
-        self._files, self._remade, self._deleted = [self._metrics, *logs], 0, deleted
+        self._logs, self._remade, self._deleted = logs, 0, deleted
         self._to_resume = {path: path.read_bytes() for path in _needed_to_resume(run_dir)}
         # A bar where someone watches; in a log file, a line now and then.
         watched = sys.stderr.isatty()
@@ -100,27 +97,32 @@ class Tracker:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps of the run that were skipped since their gradients were not finite."""
+        """Optimizer steps of the run whose updates were skipped."""
         return self._skipped.total
 
-    def step(self, record: dict[str, Any], skipped: bool = False) -> None:
+    @property
+    def _files(self) -> list[PatientFile]:
+        listed = [self._skipped.file] if self._skipped.file else []
+        return [self._metrics, *listed, *self._logs]
+
+    def step(self, record: dict[str, Any], skipped: SkippedStep | None = None) -> None:
         """Log one step.
 
         Args:
             record: of the step: at least step, loss, grad_norm, lr, tokens and tokens_per_second; a number that is not
                 finite is null in metrics.jsonl, and flagged.
-            skipped: whether the optimizer skipped it.
+            skipped: what there is to say of it, if its update was skipped.
         """
-        record, self._costs = {**record, **self._costs}, {}
+        record, self._costs = {**record, **self._costs, **(skipped.figures if skipped else {})}, {}
         first = not self._skipped.said
-        if warning := self._skipped.add(record, skipped):
+        if warning := self._skipped.add(skipped) if skipped else None:
             self.say(warning, logging.WARNING)
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps
         self._keep(record)
         self._look_after_files()
         if warning and first:
-            self.alert("not finite", warning, "WARN")
+            self.alert("step skipped", warning, "WARN")
         if self._bar is not None:
             self._bar.set_postfix_str(loss_and_rate(record), refresh=False)
             self._bar.update(1)
@@ -128,6 +130,12 @@ class Tracker:
             log.info("%s", line)
         if "val_loss" in record:
             self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}")
+
+    def passed_over(self, record: dict[str, Any]) -> None:
+        """Log a step that was not taken: its record has no loss."""
+        self._keep(record)
+        if self._bar is not None:
+            self._bar.update(1)
 
     def _keep(self, record: dict[str, Any]) -> None:
         self._metrics.write(dumps_flagged(record))
@@ -163,7 +171,7 @@ class Tracker:
             self._tell_of_deletion(self._wandb_folder, f"W&B gets the records of {METRICS} again")
             self._tell_wandb(lambda run: run.finish())
             self._start_wandb("offline")
-            for record in _records(self.run_dir / METRICS):
+            for record in records(self.run_dir / METRICS):
                 self._log(with_nan(record))
         for file in self._files:
             if news := file.news():
@@ -234,9 +242,7 @@ class Tracker:
         )
         if outcome.path.exists() or not self.was_deleted:
             self._newest = outcome.path
-        self.add_to_next(
-            {"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib}
-        )
+        self.add_to_next({"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib})
 
     def add_to_next(self, figures: dict[str, float]) -> None:
         """Have figures stand in the record of the next step."""
@@ -297,7 +303,7 @@ class Tracker:
         summary["wandb"] = self._where_in_wandb()
         self._newest = None  # of a run that has diverged it may be set aside
         self._look_after_files()
-        summary["missing_records"] = self._metrics.close()
+        summary["missing_records"] = self._metrics.close() + (self._skipped.file.close() if self._skipped.file else 0)
         if ended:
             try:
                 unfinished = self.run_dir / (SUMMARY + ".tmp")
@@ -309,84 +315,6 @@ class Tracker:
         return not self.was_deleted and not any(file.lacking for file in self._files)
 
 
-def diverged_before(run_dir: Path) -> str | None:
-    """Read why the run that was in this folder has diverged; None where it has not."""
-    try:
-        summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
-        return summary["reason"] if summary["diverged"] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _needed_to_resume(run_dir: Path) -> list[Path]:
     """List the small files of a run folder without which a run is not the same when it goes on."""
     return [path for path in (*run_dir.glob(".hydra/*.yaml"), *run_dir.glob("wandb/*id")) if path.is_file()]
-
-
-def _records(metrics: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of a file; none where it cannot be read."""
-    with suppress(OSError), open(metrics, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with suppress(ValueError):
-                yield json.loads(line)
-
-
-def _cut(metrics: Path, last_step: int) -> Iterator[dict[str, Any]]:
-    """Cut a file after the record of a step, partly written lines included, and yield the records up to there."""
-    kept: list[bytes] = []
-    beginning, whole = 0, True
-    with suppress(FileNotFoundError), open(metrics, "rb") as lines:
-        for line in lines:
-            record = None
-            with suppress(ValueError):
-                record = json.loads(line)
-            if isinstance(record, dict) and line.endswith(b"\n") and record.get("step", last_step + 1) <= last_step:
-                kept.append(line)
-                beginning += len(line) if whole else 0
-                yield record
-            else:
-                whole = False
-    if beginning == sum(map(len, kept)):
-        with suppress(FileNotFoundError):
-            os.truncate(metrics, beginning)  # takes no room, where a disk may be full
-    else:
-        unfinished = metrics.with_name(METRICS + ".tmp")
-        with open(unfinished, "wb") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(metrics)
-
-
-def set_aside(run_dir: Path, after: int | None = None) -> Path | None:
-    """Move what an earlier run left in this folder to ``earlier/N``, so that nothing already written is lost.
-
-    Only what a run writes is moved, since a run folder may hold other things.
-
-    Args:
-        run_dir: the run folder.
-        after: for a run that goes back to this step of the one before: what that was up to there stays, checkpoints and
-            records (the latter are copied, and the run then drops those that follow).
-
-    Returns:
-        The folder moved to, or None where there was nothing to move.
-    """
-    newer = [path for path in newest_first(run_dir / CHECKPOINTS) if (step_of(path) or 0) > (after or 0)]
-    if not (run_dir / METRICS).exists() and not newer:
-        return None
-    earlier = run_dir / "earlier"
-    earlier.mkdir(exist_ok=True)
-    taken = [int(path.name) for path in earlier.iterdir() if path.name.isdigit()]
-    target = earlier / str(max(taken, default=0) + 1)
-    target.mkdir()
-    if after is None:
-        moved = [METRICS, CHECKPOINTS, TIMELINES, PROFILES]
-    else:
-        moved = [f"{CHECKPOINTS}/{path.name}" for path in newer]
-        (target / CHECKPOINTS).mkdir()
-        with suppress(FileNotFoundError):
-            shutil.copyfile(run_dir / METRICS, target / METRICS)
-    for name in (*moved, SUMMARY, ".hydra", "pretrain.log", "wandb"):
-        if (run_dir / name).exists():
-            (run_dir / name).rename(target / name)
-    return target

@@ -19,8 +19,8 @@ from train import pretrain
 from train import pretrained as trained
 from train.preflight import preflight
 from train.pretrained import Source, open_source
+from train.records import METRICS, SUMMARY
 from train.strict_json import dumps, with_nan
-from train.tracking import METRICS, SUMMARY
 from train.version import code_version
 from train.wandb_run import start_wandb, wandb_id, wandb_mode
 

@@ -1,10 +1,8 @@
 """Lines of a log file, by a clock that is set by hand."""
 
-import math
-
 import pytest
 
-from train.log_lines import SkippedSteps, StepLines, as_duration
+from train.log_lines import StepLines, as_duration
 
 
 class Clock:
@@ -60,20 +58,3 @@ def test_what_evaluation_and_saves_take_counts_in_the_time_that_is_left():
 )
 def test_durations(seconds, said):
     assert as_duration(seconds) == said
-
-
-def test_the_first_skipped_step_is_said_and_then_at_most_one_a_minute():
-    clock = Clock()
-    skipped = SkippedSteps(clock)
-    said = []
-    for step in range(1, 100):
-        clock.now += 1.5
-        if step % 2:
-            said.append(skipped.add({"step": step, "loss": math.nan, "grad_norm": math.inf}))
-    told = [text for text in said if text]
-    assert len(told) == 3 and skipped.total == 50
-    assert told[0].startswith("step 1 was skipped: its gradients are not finite (loss nan, norm inf)")
-    assert told[0].endswith("skipped so far: 1") and told[1].endswith("skipped so far: 21")
-    skipped.total = 10  # as a resumed run has it
-    clock.now += 100
-    assert skipped.add({"step": 200, "loss": 1.0, "grad_norm": math.nan}).endswith("skipped so far: 11")

@@ -4,21 +4,24 @@ import gc
 import inspect
 import math
 import os
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conf.ranges import ranges_of
 from parallel.engine import StepResult
 from parallel.layout import Layout
 from tests.shapes import preset
 from train import loop, report, run
-from train.data.mixed_order import MixedOrder, mixtures_of
+from train.data.mixed_order import MixedOrder
 from train.health import Health
 from train.length import Consumed, length_of
 from train.loop import Progress, garbage_collected_by_hand, take_steps
 from train.report import RunConstants
 from train.run import be_deterministic, compute_dtype
+from train.spikes import SpikeWindow
 
 STEPS = 4
 
@@ -35,18 +38,21 @@ class Played(SimpleNamespace):
         self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
         self.constants, self.weights_are_finite = RunConstants(config.model, None, {}), True
         self.begun = Consumed()
-        self.order = MixedOrder(self.length, mixtures_of(config), self.begun)
+        self.order = MixedOrder.of(config, self.length, self.begun)
+        self.window = SpikeWindow(config.train.spike_sigmas)
+        self.passed_steps = frozenset(chain(*ranges_of(config.train.skip_steps)))
         self.prepared = SimpleNamespace(data=SimpleNamespace(fingerprints={"corpus": "0f"}))
         self.engine = SimpleNamespace(step=self.step)
         self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
+        self.tracker.passed_over = lambda record: self.done.append(("passed over", record["step"]))
         self.saver = SimpleNamespace(
             busy=busy, due=lambda step: step % 2 == 1, save=self.save, wait=lambda: None, news=lambda: None
         )
 
-    rate, evaluates_after = run.Run.rate, run.Run.evaluates_after
+    rate, evaluates_after, kind = run.Run.rate, run.Run.evaluates_after, run.Run.kind
     micro_batches, source_tokens, history = run.Run.micro_batches, run.Run.source_tokens, run.Run.history
 
-    def step(self, batches, rate, micro_batches):
+    def step(self, batches, rate, micro_batches, limits):
         self.accumulated.append(micro_batches)
         number = sum(what == "step" for what, _ in self.done) + 1
         self.done.append(("step", rate))
@@ -58,6 +64,9 @@ class Played(SimpleNamespace):
     def validation_loss(self):
         self.done.append(("evaluate", None))
         return 3.0
+
+    def skipped(self, step, result, limits):
+        return result.skipped
 
     def track(self, record, skipped):
         self.records.append((record, skipped))
@@ -142,6 +151,21 @@ def test_a_skipped_step_is_recorded_as_such():
     done(played)
     assert [skipped for _, skipped in played.records] == [False, True, False, False]
     assert math.isnan(played.records[1][0]["loss"])
+
+
+def test_a_step_that_is_passed_over_is_not_taken_and_puts_its_save_off():
+    played = Played("train.skip_steps=[2,4-5]", "train.max_steps=8", "checkpoint.every_steps=4", "train.val_at=[4]")
+    played.saver.due = lambda step: step % 4 == 0
+    _, order = done(played)
+    acts = [one for one in order if one != "say"]
+    assert acts == [
+        *["step", ("record", 1), "passed over", "step", ("record", 3), "passed over", "passed over"],
+        *["step", ("record", 6), ("save", 6), "step", ("record", 7), "step", "evaluate", ("record", 8), ("save", 8)],
+    ]
+    rates = [rate for what, rate in played.done if what == "step"]
+    assert rates == [played.rate(step) for step in (1, 3, 6, 7, 8)]
+    (said, *_) = [text for what, text in played.done if what == "say"]
+    assert said == "step 2 is passed over (train.skip_steps), and with it samples 8 to 15"
 
 
 def test_all_ranks_collect_garbage_at_the_same_steps(monkeypatch):

@@ -11,7 +11,9 @@ from conf.train_settings import WandbConfig, WandbMode
 from tests.shapes import preset
 from train.checkpoint.saver import Outcome
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
-from train.tracking import METRICS, SUMMARY, Tracker, _cut, set_aside
+from train.records import METRICS, SUMMARY, cut, set_aside
+from train.spikes import SKIPPED, SkippedStep
+from train.tracking import Tracker
 from train.wandb_run import wandb_mode
 
 
@@ -168,32 +170,42 @@ def quiet_tracker(folder, *overrides, **facts):
     return Tracker(preset("tiny", "wandb.mode=disabled", *overrides), folder, facts={}, **facts)
 
 
+def lost(step):
+    """A step that was skipped since it was not finite."""
+    nothing = dict(loss_limit=None, grad_norm_limit=None, seq_len=8, samples=[[0, 7]], places={}, sequences={})
+    return SkippedStep(step, "not finite", "it is not finite", math.nan, math.inf, **nothing)
+
+
 def test_skipped_steps_are_counted_said_and_written_as_json(tmp_path, caplog):
     tracker = quiet_tracker(tmp_path, steps=5)
-    lost = {"loss": math.nan, "grad_norm": math.inf, "memory_gib": [1.0]}
+    figures = {"loss": math.nan, "grad_norm": math.inf, "memory_gib": [1.0]}
     tracker.step(record(1))
-    tracker.step(record(2) | lost, skipped=True)
+    tracker.step(record(2) | figures, lost(2))
     tracker.step(record(3))
-    tracker.step(record(4) | lost, skipped=True)
+    tracker.step(record(4) | figures, lost(4))
     tracker.finish({"complete": True, "loss_last": tracker.last["loss"], "skipped_steps": tracker.skipped_steps})
     records = [strictly(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert records[1]["loss"] is None and records[1]["nonfinite"] == ["loss", "grad_norm"]
     assert [found.get("skipped_steps") for found in records] == [None, 1, 1, 2]
-    assert "nonfinite" not in records[2]
+    assert "nonfinite" not in records[2] and [found.get("skipped") for found in records[:2]] == [None, "not finite"]
+    listed = [strictly(line) for line in (tmp_path / SKIPPED).read_text().splitlines()]
+    assert [(found["step"], found["samples"]) for found in listed] == [(2, [[0, 7]]), (4, [[0, 7]])]
     summary = strictly((tmp_path / SUMMARY).read_text())
     assert summary["loss_last"] is None and summary["nonfinite"] == ["loss_last"] and summary["skipped_steps"] == 2
     warnings = [said.message for said in caplog.records if said.levelname == "WARNING"]
-    assert len(warnings) == 1 and warnings[0].startswith("step 2 was skipped: its gradients are not finite")
+    assert len(warnings) == 1 and warnings[0].startswith("step 2 was skipped: it is not finite, and")
 
 
 def test_a_run_that_goes_on_goes_on_counting_skipped_steps(tmp_path):
     first = quiet_tracker(tmp_path, steps=9)
     for step in (1, 2, 3):
-        first.step(record(step) | {"loss": math.nan}, skipped=step < 3)
+        first.step(record(step) | {"loss": math.nan}, lost(step) if step < 3 else None)
     second = quiet_tracker(tmp_path, steps=9, resumed=1)  # its checkpoint is older than its records
     assert second.skipped_steps == 1 and math.isnan(second.first["loss"])
-    second.step(record(2) | {"grad_norm": math.inf}, skipped=True)
+    assert [strictly(line)["step"] for line in (tmp_path / SKIPPED).read_text().splitlines()] == [1]
+    second.step(record(2) | {"grad_norm": math.inf}, lost(2))
     second.step(record(3))
+    assert [strictly(line)["step"] for line in (tmp_path / SKIPPED).read_text().splitlines()] == [1, 2]
     records = [strictly(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [found["step"] for found in records] == [1, 2, 3]
     assert [found["skipped_steps"] for found in records] == [1, 2, 2]
@@ -220,7 +232,7 @@ def test_metrics_are_cut_where_a_disk_is_full(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        assert [found["step"] for found in _cut(metrics, 4)] == [1, 2, 3, 4]
+        assert [found["step"] for found in cut(metrics, 4)] == [1, 2, 3, 4]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
@@ -231,22 +243,21 @@ def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
     run.log = lambda values, step, commit: logged.append(values)
     monkeypatch.setattr(wandb, "init", lambda **given: run)
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
-    tracker.step(record(1) | {"loss": math.nan}, skipped=True)
+    tracker.step(record(1) | {"loss": math.nan}, lost(1))
     assert math.isnan(logged[0]["loss"]) and logged[0]["skipped_steps"] == 1
 
 
-def test_the_first_figure_that_is_not_finite_is_alerted_and_no_other(monkeypatch, tmp_path):
+def test_the_first_skipped_step_is_alerted_and_no_other(monkeypatch, tmp_path):
     run, alerts = Online(0), []
     run.log = lambda values, step, commit: None
     run.alert = lambda title, text, level: alerts.append((title, text))
     monkeypatch.setattr(wandb, "init", lambda **given: run)
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
     tracker.step(record(1))
-    tracker.step(record(2) | {"loss": math.inf})
-    tracker.step(record(3) | {"loss": math.nan, "grad_norm": math.nan}, skipped=True)
+    tracker.step(record(2), lost(2))
+    tracker.step(record(3), lost(3))
     ((title, text),) = alerts
-    assert title == "not finite" and text.startswith("step 2 is not finite (loss inf, norm 1.0); ")
-    assert "a lower optimizer.lr" in text
+    assert title == "step skipped" and text.startswith("step 2 was skipped: ") and "a lower optimizer.lr" in text
 
 
 def test_a_log_has_a_line_a_minute_or_by_steps(tmp_path, caplog):

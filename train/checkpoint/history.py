@@ -5,25 +5,35 @@ it is resumed with another batch, length, mixture or stages, it goes on from wha
 then on in its checkpoints.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from conf.ramp import rungs
 from conf.schema import Config, to_jsonable
+from train import passed_over
 from train.checkpoint.manifest import Manifest
 from train.length import Consumed, Steps
 
 
-def as_json(begun: Consumed, now: Consumed, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def as_json(
+    begun: Consumed, now: Consumed, fingerprints: Mapping[str, str], window: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return what a manifest keeps.
 
     Args:
         begun: what was trained on before the settings of the run held.
         now: what is by the step of the checkpoint.
         fingerprints: of the sources, by name.
+        window: of losses and norms, by which the next steps are judged (`train.spikes`).
     """
-    return {"begun": begun.as_json(), "now": now.as_json(), "sources": dict(fingerprints)}
+    return {"begun": begun.as_json(), "now": now.as_json(), "sources": dict(fingerprints), "window": window}
+
+
+def window(found: Manifest | None) -> Mapping[str, Any] | None:
+    """Return the window of losses and norms that a checkpoint holds; None where it holds none."""
+    return ((found.history if found else None) or {}).get("window")
 
 
 def begun(config: Config, found: Manifest | None, fingerprints: Mapping[str, str] | None = None) -> Consumed:
@@ -61,14 +71,23 @@ def changed(config: Config, found: Manifest) -> bool:
     return _course(to_jsonable(asdict(config))) != _course(found.config)
 
 
-def problems(config: Config, found: Manifest) -> list[str]:
-    """Say why a run cannot go on in the data where a checkpoint stands, in a sentence."""
+def problems(config: Config, found: Manifest, earlier: Iterable[tuple[Path, Manifest]] = ()) -> list[str]:
+    """Say why a run cannot go on in the data where a checkpoint stands, in a sentence each.
+
+    Args:
+        config: of the run, whose ranges can be read.
+        found: the checkpoint.
+        earlier: those before it with their paths, newest first, one of which may do.
+    """
+    now = Consumed.from_json((found.history or _of_before(found))["now"])
+    lines = passed_over.problems(config, found, now, earlier)
     then = found.config["train"].get("skip_samples", 0)
     if config.train.skip_samples >= then:
-        return []
+        return lines
     return [
+        *lines,
         f"train.skip_samples={config.train.skip_samples}: the run has passed over {then:,} samples already; "
-        f"train.skip_samples={then} or more would work"
+        f"train.skip_samples={then} or more would work",
     ]
 
 

@@ -1,7 +1,8 @@
 """Resuming from a checkpoint: which one, whether it fits, and how each rank loads its part of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from conf.mixtures import length_problems
 from conf.paths import checked
 from conf.schema import Config, recipe_fields, to_jsonable
+from conf.validate import range_problems
 from model.problems import BadInput, either
 from model.weights import StoredWeights
 from parallel.state import OptimizerState
@@ -89,9 +91,18 @@ def check(config: Config, start: Start, tokenizer: Path | None = None) -> list[s
         if not any("/" in name for name in found.tensors):
             return [f"resume={config.resume}: {path} holds weights alone; init_from={path} would begin with them"]
         problems = _differences(config, path, found) + _other_tokenizer(config, path, found, tokenizer)
-        problems += history.problems(config, found)
+        if not range_problems(config):
+            problems += history.problems(config, found, _earlier(path))
         return problems or _past_the_end(config, path, found, start)
     return [_none_is_sound(config, start, reasons)] if reasons else []
+
+
+def _earlier(path: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Yield the checkpoints beside one that are of earlier steps and can be read, newest first."""
+    behind = [one for one in newest_first(path.parent) if (step_of(one) or 0) < (step_of(path) or 0)]
+    for one in behind:
+        with suppress(Damaged, BadInput):
+            yield one, manifest.read(one)
 
 
 def newest(start: Start) -> Manifest | None:
@@ -109,6 +120,9 @@ def warnings(config: Config, found: Manifest, data: str) -> list[str]:
     now, then = recipe_fields(to_jsonable(asdict(config))), recipe_fields(found.config)
     changed = [key for key in now if now[key] != then.get(key) and key not in _MAY_DIFFER]
     lines = [f"{key}={now[key]}: the run had {then.get(key)} up to step {found.step}" for key in changed]
+    sigmas = config.train.spike_sigmas
+    if sigmas is not None and "spike_sigmas" not in found.config["train"]:
+        lines.append(f"train.spike_sigmas={sigmas:g}: up to step {found.step} no update was skipped as a spike")
     if data != found.data and not any(key.startswith("data.") for key in changed):
         lines.append(
             "the corpus is not prepared as it was, since its files have changed or this version reads them otherwise: "

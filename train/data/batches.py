@@ -1,7 +1,7 @@
 """The micro-batches of one data-parallel rank, read from the packed sequences of its sources."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -25,6 +25,7 @@ def train_micro_batches(
     first_step: int = 1,
     eos_id: int | None = None,
     document_mask: bool = False,
+    passed_over: Container[int] = (),
 ) -> Iterator[Batch]:
     """Yield the micro-batches of one rank without end, each (micro_batch, seq_len) on the CPU.
 
@@ -41,11 +42,14 @@ def train_micro_batches(
         first_step: number of the step to begin with.
         eos_id: the token after each document; None where there is none.
         document_mask: whether attention and positions stop at the borders of documents.
+        passed_over: steps whose batches are not read.
 
     Raises:
         ValueError: at the first item of a step whose sizes do not divide.
     """
     for step in count(first_step):
+        if step in passed_over:
+            continue
         size = size_of(step)
         if size.global_batch % (micro_batch * dp_size) or not 0 <= dp_rank < dp_size:
             raise ValueError(

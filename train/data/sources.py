@@ -162,7 +162,7 @@ def shares(config: Config, data: PreparedSources, begun: Consumed | None = None)
     """
     begun = begun or Consumed(skip=config.train.skip_samples)
     length = length_of(config, begun)
-    order, samples = MixedOrder(length, mixtures_of(config), begun), length.samples_after(length.steps)
+    order, samples = MixedOrder.of(config, length, begun), length.samples_after(length.steps)
     tokens, positions = order.source_tokens(samples), order.positions(samples)
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     found = []

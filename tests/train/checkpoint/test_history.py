@@ -9,7 +9,7 @@ from tests.shapes import preset
 from train.checkpoint import history
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.resume import warnings
-from train.data.mixed_order import MixedOrder, mixtures_of
+from train.data.mixed_order import MixedOrder
 from train.length import Consumed, Steps, length_of
 
 ONE = ["data=files", "data.path=/web"]
@@ -22,7 +22,7 @@ def run(*overrides, past=None, prints=PRINTS):
     config = preset("tiny", "train.seq_len=128", "train.total_tokens=1e6", *overrides)
     begun = history.begun(config, past, prints)
     length = length_of(config, begun)
-    return config, begun, length, MixedOrder(length, mixtures_of(config), begun)
+    return config, begun, length, MixedOrder.of(config, length, begun)
 
 
 def saved(step, *overrides, past=None, prints=PRINTS, kept=True):
