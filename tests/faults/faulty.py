@@ -13,7 +13,7 @@ import wandb
 from model import generate
 from parallel import zero
 from parallel.engine import Engine
-from train import farewell, profiling, run, timeline
+from train import farewell, profiling, run, spikes, timeline
 from train.checkpoint.saver import Saver
 from train.checkpoint.storage import Writer
 from train.pretrain import main
@@ -55,6 +55,23 @@ def gradients(first, last):
         return squares * math.nan if int(first) <= STEPS[0] + 1 <= int(last) else squares
 
     zero.Zero.reduce = spoilt
+    after_step(lambda engine, step: None)
+
+
+def spike_and_nan(spike, nan, rank, least):
+    """The gradients of one rank are far too large in a step, and one of them is not a number in another; so many steps
+    are enough to judge a spike by."""
+    reduce, add = zero.Zero.reduce, zero.Bucket.add
+
+    def enlarged(self):
+        return reduce(self) * (1e6 if (STEPS[0] + 1, RANK) == (int(spike), int(rank)) else 1.0)
+
+    def spoilt(self, index):
+        if (STEPS[0] + 1, RANK, index) == (int(nan), int(rank), 0):
+            self.slots[index].parameter.grad.view(-1)[3] = math.nan
+        return add(self, index)
+
+    zero.Zero.reduce, zero.Bucket.add, spikes.LEAST = enlarged, spoilt, int(least)
     after_step(lambda engine, step: None)
 
 
