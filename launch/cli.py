@@ -152,6 +152,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Check everything, prepare the data, then start DeepSpeed's launcher and stay with it."""
+    from launch.persistence import Persistence
     from launch.supervise import launch
     from train import pretrain
     from train.like import take_over
@@ -166,7 +167,9 @@ def train(options: argparse.Namespace) -> int:
         print(prepared.complete, file=sys.stderr)
         return 0
     arguments = pretrain.for_ranks(prepared.arguments, prepared.run_dir)
-    return launch(arguments, prepared.layout.world_size, prepared.run_dir)
+    again = pretrain.for_ranks([*prepared.arguments, *pretrain.goes_on(prepared)], prepared.run_dir)
+    persistence = Persistence(prepared.layout, prepared.run_dir.absolute(), prepared.config.launch, again)
+    return launch(arguments, prepared.layout.world_size, prepared.run_dir, persistence)
 
 
 def prepare(options: argparse.Namespace) -> int:

@@ -1,0 +1,214 @@
+"""A run kept going: watched, ended where it does not move, and started again from its newest sound checkpoint."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING
+
+import torch
+
+from conf.launch_settings import LaunchConfig
+from launch.restarts import Events, Failure, Recovery, Restarts
+from launch.stacks import collect, innermost, record_flights
+from launch.watchdog import Gone, Stall, Watchdog, described, heartbeats_folder
+from parallel.heartbeat import FOLDER, Phase
+from parallel.layout import Layout
+from train.events import RESTART
+from train.records import SUMMARY
+
+if TYPE_CHECKING:
+    from launch.supervise import PassedOn
+
+STALLS = "stalls"
+"""The folder of a run in which stacks are kept."""
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_FINAL = (0, 2, 3)
+"""Exit codes after which nothing is to be started again: complete or stopped, bad input, diverged."""
+
+
+@dataclass
+class Persistence:
+    """What keeps a run going.
+
+    Attributes:
+        layout: the rank grid.
+        run_dir: of the run.
+        settings: how often, and when a run does not move.
+        again: the arguments of the script at every further start, where they are not those of the first.
+    """
+
+    layout: Layout
+    run_dir: Path
+    settings: LaunchConfig
+    again: Sequence[str]
+    _restarts: Restarts = field(init=False)
+    _events: Events = field(init=False)
+    _recovery: Recovery | None = field(init=False, default=None)
+
+    def run(self, start: Callable[..., int], arguments: Sequence[str], signals: "PassedOn") -> int:
+        """Start the run until it has ended for good; return its exit code.
+
+        Args:
+            start: starts it once, and returns its exit code: `launch.supervise.start_once` on arguments, environment
+                and look.
+            arguments: of the script at the first start.
+            signals: to this process; one ends the run for good.
+        """
+        self._restarts, self._events = Restarts(self.settings.restarts), Events(self.run_dir)
+        while True:
+            watch = _Watch(self)
+            try:
+                code = start(arguments, environment=watch.environment(self._restarts.count), look=watch.look)
+                if code in _FINAL or signals.first is not None or watch.has_ended():
+                    self.progress(watch.dog, ended=code == 0)
+                    return code
+                failure = watch.failure(code)
+            finally:
+                rmtree(watch.folder, ignore_errors=True)
+            then = self._restarts.after(failure)
+            self._events.failed(failure, then)
+            if isinstance(then, str):
+                _say(f"{failure}: the run has failed, and is not started again: {then}")
+                return code
+            _say(f"{failure}: the run has failed, and goes on from its newest sound checkpoint in {then:g} s "
+                 f"(restart {self._restarts.count}, launch.restarts={self.settings.restarts})")  # fmt: skip
+            self._recovery = Recovery(failure, watch.noticed())
+            end = time.monotonic() + then
+            while time.monotonic() < end and signals.fatal is None:
+                time.sleep(0.1)
+            if signals.fatal is not None:
+                return 128 + signals.fatal
+            if watch.came_to(Phase.LOAD):  # the folder is cleared by then of what this run does not go on from
+                arguments = self.again
+
+    def progress(self, dog: Watchdog, ended: bool = False) -> None:
+        """Note how far a run that was started again has come."""
+        recovery, now = self._recovery, time.monotonic()
+        if recovery is None:
+            return
+        begun = [beat for beat in dog.beats.values() if beat]
+        if recovery.loading is None and any(beat.step or beat.phase >= Phase.LOAD for beat in begun):
+            recovery.loading = now
+        if recovery.training is None and dog.step:
+            recovery.training = now
+        if dog.step > recovery.failure.step or ended:
+            seconds = self._events.recovered(recovery, now, self._restarts.count)
+            lost = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "lost")
+            _say(f"beyond step {recovery.failure.step:,} again: {seconds['lost']:.1f} s lost ({lost})")
+            self._recovery = None
+
+
+class _Watch:
+    """The watch over one start of a run.
+
+    Args:
+        of: what keeps it going.
+    """
+
+    def __init__(self, of: Persistence):
+        self.folder = heartbeats_folder()
+        self.dog = Watchdog(self.folder, of.layout, of.settings.stall_seconds)
+        self._of = of
+        self._stall: Stall | None = None
+        self._began = time.time_ns()
+
+    def environment(self, restarts: int) -> dict[str, str]:
+        """Return what the ranks find in their environment, besides that of this process."""
+        made = dict(os.environ)
+        made[FOLDER] = str(self.folder)
+        if restarts:
+            made[RESTART] = str(restarts)
+        if torch.cuda.is_available():
+            record_flights(made, self.folder, self._of.run_dir / STALLS)
+        return {key: value for key, value in made.items() if os.environ.get(key) != value}
+
+    def look(self) -> bool:
+        """Look at the ranks; whether they are to be ended at once, since they do not move."""
+        stall = self.dog.look()
+        self._of.progress(self.dog)
+        if stall is None:
+            return False
+        self._stall = stall
+        stacks = collect(stall.beats, self.folder, stall.verdict.culprits)
+        lines = described(stall)
+        for rank in stall.verdict.culprits[:4]:
+            if frames := innermost(stacks[rank]):
+                lines += [f"rank {rank}, innermost first:", *[f"  {frame}" for frame in frames]]
+        path = self._of.run_dir / STALLS / f"step-{self.dog.step:08d}-{int(time.time())}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            whole = [f"\n---- rank {rank}: {stall.beats[rank]} ----\n{text}" for rank, text in stacks.items()]
+            path.write_text("\n".join([*lines, *whole]), encoding="utf-8")
+            lines.append(f"stacks of all ranks: {path}")
+        except OSError as error:
+            lines.append(f"the stacks of all ranks could not be kept ({error})")
+        _say("\n".join(lines))
+        return True
+
+    def has_ended(self) -> bool:
+        """Tell whether the run has come to its end in this start, whatever it lacks: summary.json is written last."""
+        with suppress(OSError):
+            return (self._of.run_dir / SUMMARY).stat().st_mtime_ns >= self._began
+        return False
+
+    def came_to(self, phase: Phase) -> bool:
+        """Tell whether any rank came to a phase, or further."""
+        return any(beat.step or beat.phase >= phase for beat in self.dog.beats.values() if beat)
+
+    def noticed(self) -> float:
+        """Return when the failure was noticed, by `time.monotonic`."""
+        return self.dog.gone_at if self._stall is None and self.dog.gone_at is not None else time.monotonic()
+
+    def failure(self, code: int) -> Failure:
+        """Say what the run has failed with.
+
+        Args:
+            code: its exit code.
+        """
+        step = self.dog.step
+        if self._stall is not None:
+            culprits = self._stall.verdict.culprits
+            rank = culprits[0] if culprits else None
+            word = self._stall.halted.get(rank, "held up the others") if rank is not None else "does not move"
+            return self._of_rank(rank, f"was {word}" if word.startswith("stopped") else word, step, self._stall.seconds)
+        killed = [gone for gone in self.dog.gone if gone.code is not None and gone.code < 0]
+        if killed:
+            return self._of_killed(killed[0], step)
+        if failures := self.dog.failures():
+            _, rank, reason = failures[0]
+            return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself=True)
+        if self.dog.gone:
+            gone = self.dog.gone[0]
+            cause = f"ended with exit code {code if gone.code is None else gone.code}"
+            return self._of_rank(gone.beat.rank, cause, step, self._after(gone.beat.rank), by_itself=True)
+        how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+        after = time.monotonic() - self.dog.moved
+        return Failure(f"DeepSpeed's launcher {how}", None, None, step, "", code <= 128, after)
+
+    def _of_killed(self, gone: Gone, step: int) -> Failure:
+        assert gone.code is not None
+        number = signal.Signals(-gone.code)
+        hint = " (as a system does that is out of memory)" if number == signal.SIGKILL else ""
+        cause = f"was ended by {number.name}{hint}"
+        return self._of_rank(gone.beat.rank, cause, step, self._after(gone.beat.rank), by_itself=number in _CRASHES)
+
+    def _of_rank(self, rank: int | None, cause: str, step: int, after: float, by_itself: bool = False) -> Failure:
+        beat = self.dog.beats[rank] if rank is not None else None
+        host, doing = (beat.host, str(beat)) if beat else (None, "")
+        return Failure(cause, rank, host, step, doing, by_itself, round(after, 3))
+
+    def _after(self, rank: int) -> float:
+        """Return the seconds from the last heartbeat of a rank until its end was seen."""
+        beat = self.dog.beats[rank]
+        return self.noticed() - beat.time if beat else 0.0
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(text, file=sys.stderr, flush=True)

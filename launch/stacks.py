@@ -1,0 +1,108 @@
+"""The stacks of ranks that do not move: Python's by faulthandler, native by py-spy, NCCL's by its flight recorder."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+from parallel.heartbeat import STACKS, Beat, stacks_of
+
+WAIT = 3.0
+"""Seconds in which ranks write their stacks."""
+NATIVE = 8
+"""Ranks at most whose native stacks are taken; each takes py-spy a second or two."""
+_PIPE = "nccl-"
+
+
+def record_flights(environment: MutableMapping[str, str], folder: Path, stalls: Path) -> None:
+    """Have NCCL keep a record of its last operations, and write it when `collect` asks or a collective times out.
+
+    Args:
+        environment: of the ranks; what it sets already stays.
+        folder: of the heartbeats, where the pipes are over which ranks are asked.
+        stalls: where the dumps go, one for each rank, for PyTorch's analyzer (`torchfrtrace`).
+    """
+    environment.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    environment.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(folder / _PIPE))
+    for name in ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"):  # its name before 2.9, and since
+        environment.setdefault(name, str(stalls / "flight-recorder-rank-"))
+
+
+def collect(beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[int]) -> dict[int, str]:
+    """Collect the stacks of the ranks of this host, by rank; of the culprits first native ones, where py-spy is.
+
+    Args:
+        beats: by which their processes are known.
+        folder: of the heartbeats.
+        culprits: the ranks to look at first.
+    """
+    for rank, beat in beats.items():
+        if beat is not None:
+            with suppress(OSError):
+                os.kill(beat.pid, STACKS)
+            with suppress(OSError):
+                pipe = os.open(folder / f"{_PIPE}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(pipe, b"1")
+                os.close(pipe)
+    files = {rank: stacks_of(folder, rank) for rank in beats}
+    _settle(list(files.values()))
+    found = {rank: _text(path) or "no stack: the process does not answer\n" for rank, path in files.items()}
+    first = [*culprits, *(rank for rank in beats if rank not in set(culprits))][:NATIVE]
+    for rank, native in _native({rank: beat.pid for rank in first if (beat := beats[rank])}).items():
+        found[rank] += native
+    return found
+
+
+def innermost(stacks: str, frames: int = 8) -> list[str]:
+    """Pick the innermost frames of a rank's main thread, a line each.
+
+    Args:
+        stacks: of faulthandler, which names that thread the current one; it is the one that gets signals.
+        frames: at most so many.
+    """
+    _, _, own = stacks.partition("Current thread")
+    lines = [line for line in own.partition("\n\n")[0].splitlines()[1:] if line.startswith("  File ")]
+    return [re.sub(r'^ +File "(.*)", line (\d+)', r"\1:\2", line) for line in lines[:frames]]
+
+
+def _settle(files: list[Path]) -> None:
+    """Wait until all files have something, and no more comes."""
+    before: list[int] = []
+    end = time.monotonic() + WAIT
+    while time.monotonic() < end:
+        sizes = [path.stat().st_size if path.exists() else 0 for path in files]
+        if all(sizes) and sizes == before:
+            return
+        before = sizes
+        time.sleep(0.1)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _native(pids: Mapping[int, int]) -> dict[int, str]:
+    """Have py-spy say where processes are, native frames included; nothing where it is not installed."""
+    spy = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if spy is None:
+        return {}
+    found = {}
+    for rank, pid in pids.items():
+        try:
+            said = subprocess.run(
+                [spy, "dump", "--native", "--pid", str(pid)], capture_output=True, text=True, timeout=20
+            )
+            text = said.stdout or said.stderr
+        except subprocess.TimeoutExpired:
+            text = "it did not answer within 20 s"
+        found[rank] = f"\npy-spy dump --native --pid {pid}:\n{text}"
+    return found
