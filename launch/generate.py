@@ -18,14 +18,7 @@ from parallel import layout as layouts
 from parallel.decode import StageDecoder, load_stage
 from parallel.environment import timeout
 from parallel.layout import Layout, ParallelConfig
-from parallel.processes import (
-    forget_launcher,
-    free_port,
-    local_processes,
-    read_launcher,
-    says_all,
-    use_cpus_fairly,
-)
+from parallel.processes import free_port, local_processes, started_by_launcher, use_cpus_fairly
 from train.pretrained import TOKENIZER, open_source
 
 
@@ -53,7 +46,7 @@ class Request:
 
 def run(options: argparse.Namespace) -> int:
     """Complete prompts: one streams to the terminal, several are printed when all have ended."""
-    launched = _launched()
+    launched = started_by_launcher(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     try:
         request = _request(options, checked=rank == 0)
@@ -66,20 +59,6 @@ def run(options: argparse.Namespace) -> int:
     else:
         torch.multiprocessing.spawn(_rank, (options, free_port()), request.layout.world_size)
     return 0
-
-
-def _launched() -> bool:
-    """Tell whether a launcher has started this process; what is left over of another's is removed from the environment.
-
-    Raises:
-        BadInput: one has, and does not say enough.
-    """
-    if "RANK" in os.environ and not says_all(os.environ):
-        forget_launcher(os.environ)
-    launched = read_launcher(os.environ)
-    if not launched:
-        forget_launcher(os.environ)
-    return launched
 
 
 def _request(options: argparse.Namespace, checked: bool) -> Request:

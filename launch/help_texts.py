@@ -59,7 +59,7 @@ HELP = {
         "  deepnarrow plan 67b --cluster 32x8xh100 --explain 'parallel.pp=16 parallel.tp=8 parallel.schedule=zbv'\n\n"
         "Layouts that would be refused or do not fit drop out; the others are ranked by the predicted time of a step:\n"
         "tokens/s, MFU, bubble, exposed messages, memory of the rank that needs most, days and cost of the run, and\n"
-        "the overrides of each. Seconds by formula; the memory of the best by dry runs of the code itself, without a GPU.",
+        "the overrides of each. Seconds by formula; memory of the best by dry runs of the code itself, without a GPU.",
     ),
     "export": (
         "write a Hugging Face directory of a run's weights",

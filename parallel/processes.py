@@ -78,6 +78,22 @@ def read_launcher(environment: MutableMapping[str, str]) -> bool:
     return True
 
 
+def started_by_launcher(environment: MutableMapping[str, str]) -> bool:
+    """Tell whether a launcher has started this process, for a command that may be one of several ranks.
+
+    What is left over of a launcher that started something else is removed.
+
+    Raises:
+        BadInput: one has, and does not say enough.
+    """
+    if "RANK" in environment and not says_all(environment):
+        forget_launcher(environment)
+    launched = read_launcher(environment)
+    if not launched:
+        forget_launcher(environment)
+    return launched
+
+
 def forget_launcher(environment: MutableMapping[str, str]) -> None:
     """Remove a launcher's variables, for a command that starts its processes itself: they are another run's."""
     for key in OF_A_LAUNCHER:
