@@ -95,11 +95,11 @@ def shape_of(job: Job) -> Shape:
 @lru_cache(maxsize=4096)
 def layers_of(shape: Shape) -> Layers:
     """Return the work of each kind of layer; the same for every layout that has this shape."""
-    rank = _Rank(shape)
+    rank = RankLayers(shape)
     return Layers(rank.embedding(), rank.block(), rank.head())
 
 
-class _Rank:
+class RankLayers:
     """A rank's part of each kind of layer."""
 
     def __init__(self, shape: Shape):
