@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
@@ -222,15 +222,11 @@ def _fewest_micro_batches(job: Job) -> int:
 
 def _batches(micro_batch: int, seq_len: int, document: int | None) -> Iterator[Batch]:
     """Yield micro-batches without end."""
-    shape = (micro_batch, seq_len)
-    while True:
-        tokens, labels = (torch.empty(shape, dtype=torch.int64, device=META) for _ in range(2))
-        documents = None
-        if document:
-            lengths = [min(document, seq_len - at) for at in range(0, seq_len, document)] * micro_batch
-            borders = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
-            documents = Documents(torch.empty(shape, dtype=torch.int64, device=META), borders, tuple(lengths))
-        yield Batch(tokens, labels, documents)
+    ids = partial(torch.empty, (micro_batch, seq_len), dtype=torch.int64, device=META)
+    lengths = [min(document, seq_len - at) for at in range(0, seq_len, document)] * micro_batch if document else []
+    borders = partial(torch.empty, len(lengths) + 1, dtype=torch.int32, device=META)
+    while True:  # nothing is kept here of what has been yielded
+        yield Batch(ids(), ids(), Documents(ids(), borders(), tuple(lengths)) if document else None)
 
 
 def _label_buckets(engine: Engine, record: Record) -> None:
