@@ -85,7 +85,7 @@ class StepResult:
         skipped: whether loss or norm were not finite or above the step's limits, so that no weight was updated.
         squared_lengths: the sum over the global batch of the squares of the documents' lengths, by which the FLOPs of
             attention are counted; sequences count as documents where attention does not stop at their borders.
-        spans: the passes of this rank, in seconds since `began`; empty for a single stage.
+        spans: the passes of this rank, in seconds since `began`.
         began: the wall-clock time at which this rank began the step.
     """
 
@@ -187,8 +187,9 @@ class Engine:
         sound = mean.isfinite() & norm.isfinite() & (mean <= self._limits.loss) & (norm <= self._limits.grad_norm)
         self.zero.update(self._rate, norm, count, sound)
         mean_loss, grad_norm, updated, squared_lengths = torch.stack([mean, norm, sound.double(), lengths]).tolist()
-        spans = self.pipeline.spans() if self.ranks.layout.pp > 1 else []
-        return StepResult(mean_loss, grad_norm, not updated, squared_lengths, spans, self.pipeline.began)
+        return StepResult(
+            mean_loss, grad_norm, not updated, squared_lengths, self.pipeline.spans(), self.pipeline.began
+        )
 
     def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
         heart.begin_evaluation()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,13 @@ def max_over_ranks(values: Sequence[float], group: dist.ProcessGroup) -> list[fl
     most = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
     return most.tolist()
+
+
+def on_rank_0(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Gather a value of every rank on rank 0; elsewhere the list is empty. All ranks call it together."""
+    of_all: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(value, of_all, dst=0, group=group)
+    return of_all or []
 
 
 def from_rank_0(value: T, group: dist.ProcessGroup) -> T:

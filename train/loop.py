@@ -100,6 +100,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         progress.stopped = report.told_to_stop and step < run.length.steps
 
         record = as_record(step, size, result, rate, seconds, report, run.constants)
+        record |= run.slow_ranks(report)
         record |= {"source_tokens": run.source_tokens(step)} if run.config.data.sources else {}
         val_loss = run.validation_loss() if run.evaluates_after(step) else None
         record |= {} if val_loss is None else {"val_loss": val_loss}

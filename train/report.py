@@ -25,9 +25,9 @@ LOGGED = {"logged": True}
 class StepReport:
     """The report of one rank on a step and, once `merged`, the largest of each field over all ranks.
 
-    A field is a bool, a float, or a list with a float for each rank of a pipeline; in the latter a rank gives zeros but
-    at its own place, so that the list then has the largest of each. What is no maximum, or known to rank 0 anyway, goes
-    to `as_record` instead.
+    A field is a bool, a float, or a list with a float for each rank of a pipeline, or of the run; in the latter a rank
+    gives zeros but at its own place, so that the list then has the largest of each. What is no maximum, or known to
+    rank 0 anyway, goes to `as_record` instead.
 
     Attributes:
         told_to_stop: a signal has asked this rank to stop.
@@ -36,6 +36,7 @@ class StepReport:
         memory_gib: the most that this process has held so far.
         forward_seconds, backward_seconds, weight_seconds: spent in passes of the pipeline.
         last_pass_end: when the last pass ended, in seconds after the step began.
+        pass_seconds: the typical seconds of the passes of each rank of the run; empty after most steps.
     """
 
     told_to_stop: bool
@@ -46,6 +47,7 @@ class StepReport:
     backward_seconds: list[float]
     weight_seconds: list[float]
     last_pass_end: list[float]
+    pass_seconds: list[float]
 
     def merged(self, group: dist.ProcessGroup) -> "StepReport":
         """Merge the reports of all ranks: one all-reduce over the CPU. All ranks call it together."""
@@ -85,6 +87,7 @@ def own_report(run: "Run", step: int, result: StepResult) -> StepReport:
         backward_seconds=at_stage(timeline.seconds_of(Pass.B, result.spans)),
         weight_seconds=at_stage(timeline.seconds_of(Pass.W, result.spans)),
         last_pass_end=at_stage(result.spans[-1].end if result.spans else 0.0),
+        pass_seconds=run.stragglers.measured(result.spans, run.kind(step)[:2]),
     )
 
 

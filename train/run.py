@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from parallel.rendezvous import Rendezvous
 from parallel.stages import Stage, split_for
 from parallel.state import OptimizerState
 from train import timeline
-from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks
+from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks, on_rank_0
 from train.checkpoint import history, resume
 from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.manifest import Manifest
@@ -47,9 +48,10 @@ from train.optimizer import adamw
 from train.patient_file import patient_logs
 from train.preflight import PreparedRun
 from train.records import diverged_before
-from train.report import RunConstants
+from train.report import RunConstants, StepReport
 from train.spikes import Kind, SkippedStep, SpikeWindow
 from train.stopping import StopSignals
+from train.stragglers import Stragglers
 from train.tracking import Tracker
 from train.version import code_version
 
@@ -74,6 +76,7 @@ class Run:
         samples: where those lie.
         passed_steps: steps to pass over.
         window: of losses and norms, by which the next step is judged.
+        stragglers: which ranks are slow.
         batches: micro-batches to train on, without end.
         held_out: sequences to validate on; may be none.
         steps_before: optimizer steps that a checkpoint brought along.
@@ -97,6 +100,7 @@ class Run:
     samples: TrainSamples
     passed_steps: frozenset[int]
     window: SpikeWindow
+    stragglers: Stragglers
     batches: Iterator[Batch]
     held_out: HeldOutSamples
     steps_before: int
@@ -144,6 +148,15 @@ class Run:
         size = self.length.at(step)
         samples = np.arange(size.samples_before, size.samples_before + size.global_batch)
         return SkippedStep.of(step, result, limits, self.order.places(samples), *self.samples.named(samples))
+
+    def slow_ranks(self, report: StepReport) -> dict[str, Any]:
+        """Say which ranks are slow, where a report tells; what of it stands in the record of the step."""
+        if not report.pass_seconds or self.tracker is None:
+            return {}
+        slow = self.stragglers.slow(report.pass_seconds)
+        if line := self.stragglers.said(slow):
+            self.say(line, logging.WARNING)
+        return {"slow_ranks": {str(one.rank): one.ratio for one in slow}} if slow else {}
 
     def evaluates_after(self, step: int) -> bool:
         """Tell whether a validation follows a step."""
@@ -238,6 +251,13 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         samples=samples,
         passed_steps=passed_steps,
         window=SpikeWindow(config.train.spike_sigmas, history.window(past)),
+        stragglers=Stragglers(
+            layout,
+            rank,
+            config.train.straggler_percent,
+            config.train.straggler_steps,
+            on_rank_0(socket.gethostname(), group),
+        ),
         batches=ahead(batches, pinned=device.type == "cuda"),
         held_out=held_out,
         steps_before=steps_before,

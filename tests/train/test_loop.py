@@ -40,6 +40,7 @@ class Played(SimpleNamespace):
         self.begun = Consumed()
         self.order = MixedOrder.of(config, self.length, self.begun)
         self.window = SpikeWindow(config.train.spike_sigmas)
+        self.stragglers = SimpleNamespace(measured=lambda spans, kind: [])
         self.passed_steps = frozenset(chain(*ranges_of(config.train.skip_steps)))
         self.prepared = SimpleNamespace(data=SimpleNamespace(fingerprints={"corpus": "0f"}))
         self.engine = SimpleNamespace(step=self.step)
@@ -50,6 +51,7 @@ class Played(SimpleNamespace):
         )
 
     rate, evaluates_after, kind = run.Run.rate, run.Run.evaluates_after, run.Run.kind
+    slow_ranks = run.Run.slow_ranks
     micro_batches, source_tokens, history = run.Run.micro_batches, run.Run.source_tokens, run.Run.history
 
     def step(self, batches, rate, micro_batches, limits):

@@ -30,7 +30,10 @@ def result(spans=(), skipped=False):
 def opened(rank, *, asked=None, due=False, busy=False, layout=LAYOUT):
     saver = SimpleNamespace(due=lambda step: due, busy=busy)
     signals = SimpleNamespace(asked=asked)
-    return SimpleNamespace(layout=layout, rank=rank, device=torch.device("cpu"), saver=saver, signals=signals)
+    stragglers = SimpleNamespace(measured=lambda spans, kind: [(0.0, len(spans))[n == rank] for n in range(2)])
+    run = SimpleNamespace(layout=layout, rank=rank, device=torch.device("cpu"), saver=saver, signals=signals)
+    run.stragglers, run.kind = stragglers, lambda step: [8, 100, {}]
+    return run
 
 
 def own(rank, **facts):
@@ -66,8 +69,9 @@ def test_ranks_know_the_largest_of_each_field_and_each_stage_at_its_place(monkey
         backward_seconds=[2.0, 3.0],
         weight_seconds=[0.0, 0.0],
         last_pass_end=[8.0, 5.5],
+        pass_seconds=[2, 2],
     )
-    assert [type(getattr(found, each.name)) for each in fields(found)] == [bool] * 3 + [list] * 5
+    assert [type(getattr(found, each.name)) for each in fields(found)] == [bool] * 3 + [list] * 6
 
 
 def test_a_save_is_rank_0s_to_ask_for(monkeypatch):
