@@ -73,6 +73,8 @@ class Prices:
 
     def __init__(self, cluster: Cluster, bytes_per_value: int = 2):
         self.cluster = cluster
+        self.beside = cluster.has_gpus
+        """Whether messages run beside computation; cores that compute are those that send as well."""
         self.launch, self.host = cluster.launch_us * 1e-6, cluster.host_us * 1e-6
         self._peak = 1e12 * (cluster.peak_fp32_tflops if bytes_per_value == 4 else cluster.peak_tflops)
         self._memory = cluster.hbm_gb_per_s * 1e9 * cluster.hbm_share
@@ -190,7 +192,8 @@ class PassTime:
 def pass_time(operations: Iterable[Operation], prices: Prices, where: Mapping[GroupKind, Reach]) -> PassTime:
     """Return the time of operations that a compute stream runs one after another, and messages beside it.
 
-    The messages of a group run one after another, as on a stream of its own.
+    The messages of a group run one after another, as on a stream of its own. Where they do not run beside computation
+    (`Prices.beside`), each is waited for at once.
     """
     found = PassTime()
     now, streams, ends = 0.0, dict.fromkeys(GroupKind, 0.0), {}
@@ -214,7 +217,7 @@ def pass_time(operations: Iterable[Operation], prices: Prices, where: Mapping[Gr
                 begin = max(now, streams[one.kind])
                 end = begin + prices.message(one.operation, one.num_bytes, where[one.kind])
                 streams[one.kind] = ends[one.index] = end
-                if one.index >= 0:
+                if one.index >= 0 and prices.beside:
                     continue
             late = max(ends[one.index] - now, 0.0)
             found.exposed += late

@@ -9,6 +9,7 @@ from parallel.plan.costs import Prices, Reach, pass_time, reaches
 from parallel.plan.job import Job
 from parallel.plan.operations import GroupKind
 from parallel.plan.replicas import LayerTime, rank_time, stage_time
+from parallel.plan.shared import shared_step_time
 from parallel.plan.steps import StageTime, Step, step_time
 from parallel.plan.work import LayerWork, Shape, layers_of, shape_of
 from parallel.schedules import orders, splits_backward
@@ -95,17 +96,21 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
     hop = shape.micro_batch * shape.seq_len * job.model.d_model * shape.bytes_per_value
     hop //= job.layout.tp if job.layout.sequence_parallel else 1
     links = [prices.message("send", hop, reach) for reach in _link_reaches(job, cluster.gpus_per_node)]
-    time = step_time(
-        Step(
-            settings.schedule,
-            placement,
-            settings.accumulation,
-            stages,
-            links,
-            [rank_time(job, rank, per_layer, prices, where) for rank in range(placement.num_ranks)],
-            prices.agreement(where[GroupKind.world]),
-        )
+    step = Step(
+        settings.schedule,
+        placement,
+        settings.accumulation,
+        stages,
+        links,
+        [rank_time(job, rank, per_layer, prices, where) for rank in range(placement.num_ranks)],
+        prices.agreement(where[GroupKind.world]),
+        overlap=prices.beside,
     )
+    if cluster.devices_per_node is None:
+        time = step_time(step)
+    else:
+        nodes = -(-job.layout.world_size // cluster.gpus_per_node)
+        time = shared_step_time(step, job.layout.dp * job.layout.tp, nodes * cluster.devices_per_node)
     forward, whole, split, weights = ([one.seconds for one in kind] for kind in zip(*stages, strict=True))
     backward = split if splits_backward(settings.schedule) else [a - b for a, b in zip(whole, weights, strict=True)]
     return Prediction(

@@ -1,0 +1,119 @@
+"""A pipeline's step where ranks share devices: more ranks than cores, of which each waiting one leaves its core free.
+
+All ranks that have something to compute share the devices evenly, as an operating system's scheduler has it, so that
+each is slower while others compute: a step takes no less than the work of all ranks over the devices. The replicas of a
+rank and those that share its matrices compute at the same times, and are counted as so many ranks. Messages take the
+time that they were measured to take among ranks that share devices, and leave them free.
+"""
+
+from collections.abc import Sequence
+
+from parallel.plan.steps import RankTime, StageTime, Step, StepTime
+from parallel.schedules import Action, Pass, orders, source_of, split_off
+
+_FORWARD, _BACKWARD, _INPUT_GRADIENT, _WEIGHTS = range(4)
+
+
+def shared_step_time(step: Step, copies: int, devices: float) -> StepTime:
+    """Return the seconds of a step whose ranks share devices.
+
+    Args:
+        step: what decides the seconds; nothing of it is overlapped with messages.
+        copies: the ranks that do the same as each rank of the pipeline, itself included.
+        devices: how many of all ranks compute at full speed at the same time.
+    """
+    ranks = step.placement.num_ranks
+    free, quiet = [0.0] * len(step.links), [RankTime()] * ranks
+    alone = _Shared(step, step.stages, free, quiet, copies, devices).seconds()
+    linked = _Shared(step, step.stages, step.links, quiet, copies, devices).seconds()
+    whole = _Shared(step, step.stages, step.links, step.ranks, copies, devices).seconds() + step.agreement
+    # Of a core's time the parts are as long as if it were the rank's alone; what others take of it is waiting.
+    busy = {name: 0.0 for name in ("products", "attention", "traffic", "host", "exposed")}
+    for order in orders(step.schedule, step.placement, step.micro_batches):
+        split = split_off(order)
+        for action in order:
+            time = step.stages[action.stage][_kind(action, split)]
+            for name in busy:
+                busy[name] += getattr(time, name) / ranks
+    optimizer = sum(rank.optimizer for rank in step.ranks) / ranks
+    waiting = alone - sum(busy.values())
+    return StepTime(whole, *busy.values(), linked - alone, whole - linked - optimizer, optimizer, waiting)
+
+
+def _kind(action: Action, split: set[tuple[int, int]]) -> int:
+    if action.what is Pass.F:
+        return _FORWARD
+    if action.what is Pass.W:
+        return _WEIGHTS
+    return _INPUT_GRADIENT if (action.stage, action.micro_batch) in split else _BACKWARD
+
+
+class _Shared:
+    """A step in progress: what each rank still has to do of what it is at.
+
+    Each rank has a list of things to do: (work, seconds of messages after it, the pass or None).
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        stages: Sequence[StageTime],
+        links: Sequence[float],
+        ranks: Sequence[RankTime],
+        copies: int,
+        devices: float,
+    ):
+        self._placement, self._links, self._copies, self._devices = step.placement, links, copies, devices
+        self._todo: list[list[tuple[float, float, Action | None]]] = []
+        for order, around in zip(orders(step.schedule, step.placement, step.micro_batches), ranks, strict=True):
+            split = split_off(order)
+            rows: list[tuple[float, float, Action | None]] = [
+                (around.optimizer, sum(one.gather for one in around.exchanges), None)
+            ]
+            for action in order:
+                time = stages[action.stage][_kind(action, split)]
+                rows.append((time.seconds - time.exposed, time.exposed, action))
+            rows.append((0.0, sum(one.reduce for one in around.exchanges), None))
+            rows.append((around.after, 0.0, None))
+            self._todo.append(rows)
+        self._ended: dict[Action, float] = {}
+
+    def seconds(self) -> float:
+        """Run the step and return its seconds."""
+        now, ranks = 0.0, range(len(self._todo))
+        at = [0] * len(self._todo)
+        left = [rows[0][0] for rows in self._todo]  # of the work of what each rank is at
+        until = [0.0] * len(self._todo)  # when each rank's messages are through
+        while any(at[rank] < len(self._todo[rank]) for rank in ranks):
+            begins = [self._begins(rank, at[rank], until[rank]) for rank in ranks]
+            active = [rank for rank in ranks if begins[rank] is not None and begins[rank] <= now]  # type: ignore[operator]
+            later = [begin for begin in begins if begin is not None and begin > now]
+            speed = min(1.0, self._devices / (len(active) * self._copies)) if active else 1.0
+            events = [*later, *(now + left[rank] / speed for rank in active)]
+            if not events:
+                raise ValueError("the ranks wait for each other without end")
+            then = min(events)
+            for rank in active:
+                left[rank] -= (then - now) * speed
+                if left[rank] <= 1e-12:
+                    _, messages, action = self._todo[rank][at[rank]]
+                    until[rank] = then + messages
+                    if action is not None:
+                        self._ended[action] = until[rank]
+                    at[rank] += 1
+                    left[rank] = self._todo[rank][at[rank]][0] if at[rank] < len(self._todo[rank]) else 0.0
+            now = then
+        return max(until)
+
+    def _begins(self, rank: int, at: int, until: float) -> float | None:
+        """Return when a rank can begin what it is at; None where that is not known yet, or it has done all."""
+        if at == len(self._todo[rank]):
+            return None
+        action = self._todo[rank][at][2]
+        source = None if action is None else source_of(action, self._placement)
+        if action is None or source is None:
+            return until
+        if source not in self._ended:
+            return None
+        across = self._placement.rank_of(source.stage) != rank
+        return max(until, self._ended[source] + (self._links[min(source.stage, action.stage)] if across else 0.0))
