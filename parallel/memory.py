@@ -88,7 +88,11 @@ def stage_memory(
     last = any(has_head.values())
     parameters = sum(blocks.values()) * layers.block_parameters + (first + last) * layers.vocab * model.d_model
     parameters += model.d_model if last else 0
-    saved = {index: number * layers.saved(step.recompute) for index, number in blocks.items()}
+    # A stage's output, which the next stage is sent, is kept for the backward pass as well.
+    saved = {
+        index: number * layers.saved(step.recompute) + (not has_head[index]) * layers.boundary()
+        for index, number in blocks.items()
+    }
     deferred = {
         index: number * layers.block_deferred() + has_head[index] * layers.head_deferred()
         for index, number in blocks.items()
@@ -160,6 +164,10 @@ class _LayerMemory:
         product = self._ff if recompute is Recompute.none else 0
         # In fp32 there are the norms' scales and attention's log-sum-exps.
         return self._of_tokens(residual + attention + normed + gate_up + product, 2 + self._heads)
+
+    def boundary(self) -> float:
+        """Return the bytes of a micro-batch's activations between two stages, or of their gradient."""
+        return self._of_tokens(self._residual)
 
     def block_deferred(self) -> float:
         """Return the bytes that a block holds between B and W: each matrix's input and its output's gradient."""
