@@ -16,7 +16,7 @@ import torch
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
 from launch.stacks import collect, innermost, record_flights
-from launch.watchdog import Gone, Stall, Watchdog, described, heartbeats_folder
+from launch.watchdog import Stall, Watchdog, described, heartbeats_folder
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
 from train.events import RESTART
@@ -177,26 +177,27 @@ class _Watch:
             rank = culprits[0] if culprits else None
             word = self._stall.halted.get(rank, "held up the others") if rank is not None else "does not move"
             return self._of_rank(rank, f"was {word}" if word.startswith("stopped") else word, step, self._stall.seconds)
-        killed = [gone for gone in self.dog.gone if gone.code is not None and gone.code < 0]
-        if killed:
-            return self._of_killed(killed[0], step)
-        if failures := self.dog.failures():
+        # Of a rank whose launcher has asked for its exit code already, that of all is taken.
+        codes = {gone.beat.rank: gone.code for gone in self.dog.gone}
+        codes = {rank: (128 - code if code > 128 else code) if own is None else own for rank, own in codes.items()}
+        failures = self.dog.failures()
+        silent = [rank for rank, own in codes.items() if own < 0 and rank not in [rank for _, rank, _ in failures]]
+        if silent:
+            return self._of_killed(silent[0], signal.Signals(-codes[silent[0]]), step)
+        if failures:
             _, rank, reason = failures[0]
             return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself=True)
-        if self.dog.gone:
-            gone = self.dog.gone[0]
-            cause = f"ended with exit code {code if gone.code is None else gone.code}"
-            return self._of_rank(gone.beat.rank, cause, step, self._after(gone.beat.rank), by_itself=True)
+        if codes:
+            rank, own = next(iter(codes.items()))
+            return self._of_rank(rank, f"ended with exit code {own}", step, self._after(rank), by_itself=True)
         how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
         after = time.monotonic() - self.dog.moved
         return Failure(f"DeepSpeed's launcher {how}", None, None, step, "", code <= 128, after)
 
-    def _of_killed(self, gone: Gone, step: int) -> Failure:
-        assert gone.code is not None
-        number = signal.Signals(-gone.code)
+    def _of_killed(self, rank: int, number: signal.Signals, step: int) -> Failure:
         hint = " (as a system does that is out of memory)" if number == signal.SIGKILL else ""
         cause = f"was ended by {number.name}{hint}"
-        return self._of_rank(gone.beat.rank, cause, step, self._after(gone.beat.rank), by_itself=number in _CRASHES)
+        return self._of_rank(rank, cause, step, self._after(rank), by_itself=number in _CRASHES)
 
     def _of_rank(self, rank: int | None, cause: str, step: int, after: float, by_itself: bool = False) -> Failure:
         beat = self.dog.beats[rank] if rank is not None else None

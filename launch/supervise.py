@@ -82,6 +82,7 @@ def start_once(
             _signal_group(group.pid, signal.SIGKILL)
             group.wait()
         time.sleep(0.1)
+    look()  # at who was the first to end, where that is not seen yet
     completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
     end_group(group.pid)
     signals.to(None)

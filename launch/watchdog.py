@@ -174,11 +174,11 @@ def described(stall: Stall) -> list[str]:
         lines.append(f"{what}: the network between them, or one that does not answer in a collective that all are in")
     for rank in culprits[:16]:
         beat = stall.beats[rank]
-        word = f"; it is {stall.halted[rank]}" if rank in stall.halted else ""
         waited = "the others wait for rank" if stall.verdict.certain else "rank"
         pid = f" (process {beat.pid})" if beat else ""
         doing = str(beat) if beat else "never seen"
-        lines.append(f"{waited} {rank}{pid}, which waits for nobody: {doing}{word}")
+        word = f"it is {stall.halted[rank]}" if rank in stall.halted else "nothing that it needs is missing"
+        lines.append(f"{waited} {rank}{pid}, which is here: {doing}; {word}")
     others = [rank for rank in stall.beats if rank not in culprits]
     for rank in others[:16]:
         on = ", ".join(map(str, stall.verdict.waits[rank][:8]))
