@@ -210,7 +210,6 @@ def draw_rows(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.patches import Patch
 
     height = 0.8 * len(pictures) + 0.4 * placement.num_ranks * len(pictures)
     figure, axes_of = pyplot.subplots(
@@ -218,22 +217,45 @@ def draw_rows(
     )
     found: set[Pass] = set()
     for (title, rows), axes in zip(pictures, axes_of[:, 0], strict=True):
-        for rank, row in enumerate(rows):
-            stages = placement.stages_of(rank)
-            bars: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
-            for span in row:
-                key = span.action.what, stages.index(span.action.stage)
-                bars.setdefault(key, []).append((scale * span.start, scale * (span.end - span.start)))
-            for (what, turn), ranges in bars.items():
-                paler = 1.0 - 0.45 * turn / max(1, placement.virtual - 1)
-                look = {"facecolor": COLORS[what], "alpha": paler, "edgecolor": "white", "linewidth": 0.4}
-                axes.broken_barh(ranges, (rank - 0.4, 0.8), **look)
-                found.add(what)
-        axes.set_yticks(range(placement.num_ranks), [f"rank {rank}" for rank in range(placement.num_ranks)])
-        axes.invert_yaxis()
+        found |= bars_on(axes, rows, placement, scale)
         axes.set_title(title, fontsize="small", loc="left")
     axes_of[-1, 0].set_xlabel(unit + ("; paler: a rank's later stages" if placement.virtual > 1 else ""))
-    patches = [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in found]
-    figure.legend(handles=patches, loc="outside upper right", ncols=3, fontsize="x-small")
+    figure.legend(handles=legend_of(found), loc="outside upper right", ncols=3, fontsize="x-small")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def bars_on(axes: Any, rows: Sequence[Sequence[Span]], placement: Placement, scale: float) -> set[Pass]:
+    """Draw the passes of each rank as coloured bars in a row, paler those of a rank's later stages.
+
+    Args:
+        axes: matplotlib's, to draw on.
+        rows: the spans of each rank.
+        placement: of the stages.
+        scale: from the spans' time to the unit of the axis.
+
+    Returns:
+        The kinds of passes that there are.
+    """
+    found: set[Pass] = set()
+    for rank, row in enumerate(rows):
+        stages = placement.stages_of(rank)
+        bars: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
+        for span in row:
+            key = span.action.what, stages.index(span.action.stage)
+            bars.setdefault(key, []).append((scale * span.start, scale * (span.end - span.start)))
+        for (what, turn), ranges in bars.items():
+            paler = 1.0 - 0.45 * turn / max(1, placement.virtual - 1)
+            look = {"facecolor": COLORS[what], "alpha": paler, "edgecolor": "white", "linewidth": 0.4}
+            axes.broken_barh(ranges, (rank - 0.4, 0.8), **look)
+            found.add(what)
+    axes.set_yticks(range(placement.num_ranks), [f"rank {rank}" for rank in range(placement.num_ranks)])
+    axes.invert_yaxis()
+    return found
+
+
+def legend_of(found: set[Pass]) -> list[Any]:
+    """Return the entries of a legend for kinds of passes."""
+    from matplotlib.patches import Patch
+
+    return [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in found]

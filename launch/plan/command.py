@@ -1,13 +1,21 @@
 """`deepnarrow plan`: the layouts of a cluster, the fastest that fit first."""
 
 import argparse
-from dataclasses import replace
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from launch.plan import explain
+from launch.plan import explain, write
+from launch.plan.dry_runs import Checked, check
+from launch.plan.picture import draw
 from launch.plan.request import Request, overrides_of, read
-from launch.plan.rows import as_json, gib, rows_of
+from launch.plan.rows import Row, as_json, counted, gib, rows_of
 from launch.plan.tables import head, kept, tables
+from launch.timeline import picture
 from model.problems import BadInput
 from parallel.layout import ParallelConfig, layout_for
 from parallel.plan.predict import predict
@@ -21,21 +29,104 @@ def run(options: argparse.Namespace) -> int:
         BadInput: nothing that was asked for can be planned, or no layout fits.
     """
     request = read(options.overrides, options.cluster, options.price)
+    _judge(request, options)
     found = search(request.task, request.space, request.problems, predict)
     if not found.candidates:
         raise BadInput(_none(request, found))
-    rows = rows_of(request, found.candidates, {}, options.top)
-    more: dict[str, Any] = {}
     explained = None if options.explain is None else explain.explain(request, found, options.explain)
-    if options.json:
-        more["explained"] = None if explained is None else explain.as_json(explained)
-        print(as_json(request, found, rows, more))
-        return 0
-    print(head(request, found))
-    print(tables(request, rows, found))
-    if explained is not None:
-        print(f"\n{explain.as_text(request, found, explained)}")
+    checked = _checked(request, found, options)
+    rows = rows_of(request, found.candidates, {index: one.peak for index, one in checked.runs.items()}, options.top)
+    if options.picture:
+        draw(rows[0], checked.runs[0], options.picture)
+    how = write.write(request, rows[0], options.write) if options.write else None
+    plan = _Plan(request, found, rows, checked, explained, how)
+    print(json.dumps(plan.as_json(), indent=2) if options.json else plan.as_text())
     return 0
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What there is to say.
+
+    Attributes:
+        request: what was planned.
+        found: the outcome of the search, without what dry runs have shown not to fit.
+        rows: the fastest.
+        checked: by dry runs.
+        explained: the layout that was asked about; None without one.
+        how: the command that trains with what was written; None without a file.
+    """
+
+    request: Request
+    found: Found
+    rows: list[Row]
+    checked: Checked
+    explained: explain.Explanation | None
+    how: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **as_json(self.request, self.found, self.rows),
+            "dropped": self.checked.dropped,
+            "explained": None if self.explained is None else explain.as_json(self.explained),
+            "train": self.how,
+        }
+
+    def as_text(self) -> str:
+        parts = [head(self.request, self.found)]
+        if self.checked.ranks:
+            number, ranks = len(self.checked.runs), self.checked.ranks
+            first = "the first" if number == 1 else f"the first {number}"
+            parts.append(f"memory of {first} by dry runs of {counted(ranks, 'rank')}, of the others by formula")
+        parts += [f"dropped: {one}" for one in self.checked.dropped]
+        parts.append(tables(self.request, self.rows, self.found))
+        if self.explained is not None:
+            parts.append(f"\n{explain.as_text(self.request, self.found, self.explained)}")
+        if self.how is not None:
+            parts.append(f"\nto train with the first: {self.how}")
+        return "\n".join(parts)
+
+
+def _judge(request: Request, options: argparse.Namespace) -> None:
+    """Judge the options before anything is computed.
+
+    Raises:
+        BadInput: with every problem.
+    """
+    problems = []
+    for option, value, least in (("--top", options.top, 1), ("--dry-runs", options.dry_runs, 0)):
+        if value < least:
+            problems.append(f"{option}={value}: must be at least {least}; {option}=3 would work")
+    checks: list[Callable[[], object]] = []
+    if options.explain is not None:
+        checks.append(lambda: explain.words_of(options.explain))
+    if options.write:
+        checks.append(lambda: write.checked(request, options.write))
+    if options.picture:
+        checks.append(lambda: _drawable(options.picture))
+    for one in checks:
+        try:
+            one()
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+
+
+def _drawable(path: Path) -> None:
+    with picture("--picture", path):
+        if not path.absolute().parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
+def _checked(request: Request, found: Found, options: argparse.Namespace) -> Checked:
+    """Check the fastest by dry runs, one at least for a picture; those that do not fit are left out of `found`."""
+    number = max(options.dry_runs, 1 if options.picture else 0)
+    if not number:
+        return Checked(found.candidates, {}, [], 0)
+    checked = check(request, found.candidates, number)
+    found.candidates = checked.candidates
+    return checked
 
 
 def _none(request: Request, found: Found) -> list[str]:

@@ -85,15 +85,7 @@ def explain(request: Request, found: Found, text: str) -> Explanation:
 
 def _choice(request: Request, text: str) -> tuple[Choice | None, list[str]]:
     """Read the layout; the problems are those for which the GPUs cannot be laid out so."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise BadInput([f"--explain={text}: {str(error).lower()}; --explain 'parallel.pp=8' would work"]) from None
-    others = [word for word in words if key_of(word) not in _FIELDS]
-    if others or not words:
-        said = f"{' '.join(others)} is none of these" if others else "is empty"
-        raise BadInput([f"--explain={text}: {said}; it takes {', '.join(KEYS.values())}"])
-    composition = compose_overrides([*request.arguments, *words])
+    composition = compose_overrides([*request.arguments, *words_of(text)])
     if composition.problems:
         raise BadInput([f"--explain: {problem}" for problem in composition.problems])
     config = composition.config
@@ -106,13 +98,31 @@ def _choice(request: Request, text: str) -> tuple[Choice | None, list[str]]:
     return Choice(**{**values, "dp": layout.dp, "virtual_stages": placement.virtual}), []
 
 
+def words_of(text: str) -> list[str]:
+    """Split the overrides of a layout as a shell would.
+
+    Raises:
+        BadInput: they cannot be split, or set other keys than a plan chooses.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise BadInput([f"--explain={text}: {str(error).lower()}; --explain 'parallel.pp=8' would work"]) from None
+    others = [word for word in words if key_of(word) not in _FIELDS]
+    if others or not words:
+        said = f"{' '.join(others)} is none of these" if others else "is empty"
+        raise BadInput([f"--explain={text}: {said}; it takes {', '.join(KEYS.values())}"])
+    return words
+
+
 def _fits(request: Request, memory: Memory) -> bool:
     return memory.peak <= request.cluster.allocatable_gib * 2**30
 
 
 def _differing(choice: Choice, best: Choice) -> list[str]:
-    """List the keys that differ, those of one layout of the GPUs (pp, tp and dp) by pp and tp alone."""
-    return [name for name in KEYS if name != "dp" and getattr(choice, name) != getattr(best, name)]
+    """List the keys that differ, but for those that follow: dp from pp and tp, the stages from another schedule."""
+    follow = {"dp", *(["virtual_stages"] if choice.schedule is not best.schedule else [])}
+    return [name for name in KEYS if name not in follow and getattr(choice, name) != getattr(best, name)]
 
 
 def _change(request: Request, choice: Choice, now: Prediction, name: str, best: Choice) -> tuple[str, str]:
@@ -168,11 +178,11 @@ def as_text(request: Request, found: Found, of: Explanation) -> str:
     if not of.fits:
         lines += _does_not_fit(request, of)
     slower = seconds / best.seconds - 1
-    equal = " (within the error of predictions: it may well be as fast)" if slower <= of.prediction.error else ""
+    compared = f"{abs(slower):.1%} {'more' if slower > 0 else 'less'} than the first" if slower else "as the first"
+    equal = ", within the error of predictions" if slower and abs(slower) <= of.prediction.error else ""
     would = "takes" if of.fits else "would take"
     lines.append(
-        f"  {would} {seconds:,.4g} s a step, {slower:+.1%} against the first{equal}: "
-        f"place {of.place:,} of {len(found.candidates):,}"
+        f"  {would} {seconds:,.4g} s a step, {compared}{equal}: place {of.place:,} of {len(found.candidates):,}"
     )
     for name, more in of.lost.items():
         if abs(more) >= 0.002 * seconds:

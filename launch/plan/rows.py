@@ -1,6 +1,5 @@
 """The rows of a plan: what each layout takes, as numbers, as JSON, and as text."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,6 +20,11 @@ def gib(num_bytes: float) -> str:
     """Write bytes in GiB."""
     number = num_bytes / GIB
     return f"{number:,.1f}" if number >= 1 else f"{number:.2g}"
+
+
+def counted(number: int, what: str) -> str:
+    """Write a number of things: ``1 rank``, ``2 ranks``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -157,34 +161,30 @@ def run_seconds(request: Request, candidate: Candidate) -> float:
     return total
 
 
-def as_json(request: Request, found: Found, rows: Sequence[Row], more: Mapping[str, Any]) -> str:
-    """Render a plan as JSON, for `deepnarrow plan --json`.
+def as_json(request: Request, found: Found, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return a plan for `deepnarrow plan --json`.
 
     Its keys: cluster; task, with global_batch, seq_len, bf16 and gpus; kept, the keys that were not searched; search,
     with the numbers of choices that were tried, refused (by key), too_large, idle (that recompute more than they need)
-    and timed; error, the relative error of predictions; rows, fastest first; and what `more` has.
+    and timed; error, the relative error of predictions; and rows, fastest first.
     """
     task = request.task
-    return json.dumps(
-        {
-            "cluster": asdict(request.cluster),
-            "task": {
-                "global_batch": task.global_batch,
-                "seq_len": task.seq_len,
-                "bf16": task.bf16,
-                "gpus": request.cluster.world_size,
-            },
-            "kept": {KEYS[name]: value for name, value in to_jsonable(request.fixed).items()},
-            "search": {
-                "tried": found.tried,
-                "refused": dict(found.refused),
-                "too_large": found.too_large,
-                "idle": found.idle,
-                "timed": len(found.candidates),
-            },
-            "error": rows[0].candidate.prediction.error if rows else None,
-            "rows": [row.as_json() for row in rows],
-            **more,
+    return {
+        "cluster": asdict(request.cluster),
+        "task": {
+            "global_batch": task.global_batch,
+            "seq_len": task.seq_len,
+            "bf16": task.bf16,
+            "gpus": request.cluster.world_size,
         },
-        indent=2,
-    )
+        "kept": {KEYS[name]: value for name, value in to_jsonable(request.fixed).items()},
+        "search": {
+            "tried": found.tried,
+            "refused": dict(found.refused),
+            "too_large": found.too_large,
+            "idle": found.idle,
+            "timed": len(found.candidates),
+        },
+        "error": rows[0].candidate.prediction.error if rows else None,
+        "rows": [row.as_json() for row in rows],
+    }

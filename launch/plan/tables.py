@@ -68,16 +68,17 @@ def _equal(rows: Sequence[Row], found: Found) -> str:
 
 def _reached(request: Request, rows: Sequence[Row]) -> str:
     priced = request.cluster.price_per_gpu_hour is not None
-    columns = ["", "pp", "tp", "dp", "schedule", "micro-batch", "recompute", "head pieces", "s/step", "tokens/s/GPU"]
-    columns += ["MFU", "whole", "GiB", "run", *(["cost"] if priced else [])]
-    table = _table(columns, "the fastest; MFU with causal attention halved, and whole", texts=(4, 6))
+    columns = ["", "pp", "tp", "dp", "schedule", "micro-\nbatch", "recompute", "head\npieces", "seconds\na step"]
+    columns += ["tokens/s\na GPU", "MFU", "MFU,\nwhole", "GiB", "run", *(["cost"] if priced else [])]
+    title = "the fastest; MFU counts the causal half of attention, or the whole; GiB of the rank that needs most"
+    table = _table(columns, title, texts=(4, 6))
     group = rows[0].group
     for number, row in enumerate(rows, 1):
         if row.group != group:
             table.add_section()
             group = row.group
         choice, prediction = row.candidate.choice, row.candidate.prediction
-        stages = f" x {choice.virtual_stages}" if choice.virtual_stages > 1 else ""
+        stages = f" x{choice.virtual_stages}" if choice.virtual_stages > 1 else ""
         table.add_row(
             str(number),
             *(str(size) for size in (choice.pp, choice.tp, choice.dp)),
@@ -98,7 +99,7 @@ def _reached(request: Request, rows: Sequence[Row]) -> str:
 
 def _spent(rows: Sequence[Row]) -> str:
     names = list(rows[0].parts)
-    table = _table(["", *names], "where a step goes", texts=())
+    table = _table(["", *(name.replace(" ", "\n") for name in names)], "where a step goes", texts=())
     for number, row in enumerate(rows, 1):
         seconds = row.candidate.seconds
         table.add_row(str(number), *(f"{part / seconds:.1%}" for part in row.parts.values()))
@@ -109,7 +110,7 @@ def _table(columns: Sequence[str], title: str, texts: Collection[int]) -> Table:
     """Make a table whose columns are numbers, but for those at the indices of `texts`."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index in texts else "right")
+        table.add_column(name, justify="left" if index in texts else "right", no_wrap=True)
     return table
 
 

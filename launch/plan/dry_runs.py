@@ -1,0 +1,127 @@
+"""Dry runs of the fastest layouts: the exact memory of the ranks that need most, from the code that trains."""
+
+import multiprocessing
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from launch.plan.request import Request
+from launch.plan.rows import Peak, counted, gib
+from model.problems import BadInput
+from parallel.plan.job import Job
+from parallel.plan.search import Candidate, rank_memory
+from parallel.schedules import Action
+from train.data.workers import default_workers
+
+_NEARLY = 0.9
+"""An end of the pipeline that needs so much of what the fullest rank needs, by the formula, is run as well."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run has shown of a rank.
+
+    Attributes:
+        peak: the most that it holds.
+        sections: for each pass in order, None before and after them, the bytes by kind at the pass's own peak.
+        micro_batches: the number of micro-batches of the step that was run.
+    """
+
+    peak: Peak
+    sections: Sequence[tuple[Action | None, Mapping[str, float]]]
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The candidates after dry runs of the fastest.
+
+    Attributes:
+        candidates: without those that dry runs have shown not to fit.
+        runs: by index among them, of each that was run, its rank that needs most.
+        dropped: a sentence for each of the others.
+        ranks: the number of ranks that were run.
+    """
+
+    candidates: list[Candidate]
+    runs: dict[int, DryRun]
+    dropped: list[str]
+    ranks: int
+
+
+def check(request: Request, candidates: Sequence[Candidate], number: int) -> Checked:
+    """Run the ranks that need most memory of the fastest layouts, until so many are known to fit.
+
+    Args:
+        request: what is planned.
+        candidates: fastest first.
+        number: of layouts.
+
+    Raises:
+        BadInput: none of the layouts that fit by the formula fits.
+    """
+    room, kept, runs, dropped, ranks = request.cluster.allocatable_gib * 2**30, [], {}, [], 0
+    left = list(candidates)
+    with _pool() as pool:
+        while left and len(runs) < number:
+            batch, left = left[: number - len(runs)], left[number - len(runs) :]
+            tasks = [(one, rank) for one in batch for rank in fullest_ranks(one)]
+            said = f"dry runs of {counted(len(tasks), 'rank')} of {counted(len(batch), 'layout')} ..."
+            print(said, file=sys.stderr, flush=True)
+            results = list(pool.map(dry_run, [one.job for one, _ in tasks], [rank for _, rank in tasks]))
+            ranks += len(tasks)
+            for one in batch:
+                of = [result for (owner, _), result in zip(tasks, results, strict=True) if owner is one]
+                most = max(of, key=lambda run: run.peak.num_bytes)
+                if most.peak.num_bytes > room:
+                    dropped.append(
+                        f"{_named(one)}: its dry run needs {gib(most.peak.num_bytes)} GiB on {most.peak.said}, where "
+                        f"the formula has {gib(one.memory.peak)}"
+                    )
+                else:
+                    runs[len(kept)] = most
+                    kept.append(one)
+    if not kept and not left:
+        raise BadInput([f"--cluster: no layout fits: {problem}; more machines would work" for problem in dropped[:1]])
+    return Checked([*kept, *left], runs, dropped, ranks)
+
+
+def fullest_ranks(candidate: Candidate) -> list[int]:
+    """Return the ranks of the pipeline that may need most: the fullest by the formula, and ends that come near it."""
+    job, rank = candidate.job, candidate.rank
+    ends = {0, job.layout.pp - 1} - {rank}
+    return [rank, *sorted(end for end in ends if rank_memory(job, end).peak >= _NEARLY * candidate.memory.peak)]
+
+
+def dry_run(job: Job, rank: int) -> DryRun:
+    """Run a rank of the pipeline, the first of its replicas and of those that share its matrices, which has most."""
+    from parallel.dry_run import run
+
+    found = run(job, rank * job.layout.dp * job.layout.tp)
+    sections = [
+        (section.action, {kind.value: float(size) for kind, size in section.held.by_kind.items()})
+        for section in found.sections
+    ]
+    parts = {kind.value: float(size) for kind, size in found.peak_by_kind.items() if size}
+    return DryRun(Peak(rank, parts, found.peak_at), sections, found.micro_batches)
+
+
+@contextmanager
+def _pool() -> Iterator[ProcessPoolExecutor]:
+    """Start as many processes as there are cores; each is a rank at a time."""
+    how = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(4, default_workers()), mp_context=how, initializer=_quiet) as pool:
+        yield pool
+
+
+def _quiet() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _named(candidate: Candidate) -> str:
+    choice = candidate.choice
+    return f"pp{choice.pp} tp{choice.tp} dp{choice.dp} {choice.schedule.name}, micro-batch {choice.micro_batch}"
