@@ -9,7 +9,7 @@ and values. Kernels between the products are counted by the bytes that they read
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.plan.operations import Attention, Message, Operation, Product, Traffic
+from parallel.plan.operations import Message, Operation, Product, Traffic
 from parallel.plan.work import LayerWork, RankLayers, Shape
 
 _FP32 = 4
@@ -163,14 +163,15 @@ class PracticedLayers(RankLayers):
         ]
         return LayerWork(
             tuple(forward),
-            (*again, *self._backward(deferring=False)),
-            (*again, *self._backward(deferring=True)),
+            tuple(self._backward(again, deferring=False)),
+            tuple(self._backward(again, deferring=True)),
             tuple(deferred),
             matrices + norms,
             norms if self.cut else 0,
         )
 
-    def _backward(self, deferring: bool) -> list[Operation]:
+    def _backward(self, whole: Sequence[Operation], deferring: bool) -> list[Operation]:
+        """Make a block's backward pass, with the forward pass that full recomputation repeats."""
         (d, qkv), (q, _), (_, up), (f, _) = self._widths
         part = self.part
         summed: list[Operation] = [self.pass_over(2.5, part * d, "dropout")] if self.practice.dropout else []
@@ -179,7 +180,7 @@ class PracticedLayers(RankLayers):
         biases: list[Operation] = [] if self.practice.gated else [self.pass_over(1, self.tokens * (f + d), "biases")]
         return [
             *summed,
-            *self.row_backward(f, d, deferring),
+            *self.row_backward(f, d, deferring, whole),
             self.pass_over((2 * up + f) / f, self.tokens * f, "gradient of the activation"),
             *biases,
             *self.column_backward(d, (up,), deferring),
@@ -219,8 +220,3 @@ class PracticedLayers(RankLayers):
         whole = (gradient, *self.column_backward(d, (v,), False), *after)
         split = (gradient, *self.column_backward(d, (v,), True), *after)
         return LayerWork(tuple(forward), whole, split, tuple(self.column_weights(d, v)), v * d, 0)
-
-
-def flops(operations: Sequence[Operation]) -> float:
-    """Return the FLOPs of products and attention."""
-    return sum(one.flops for one in operations if isinstance(one, (Product, Attention)))

@@ -143,7 +143,7 @@ def _complete(row: Row) -> Iterator[Row]:
             if not row.virtual and (row.layers + ends) % (row.pp * virtual):
                 continue
             rounds = row.global_batch // (row.dp * micro_batch)
-            schedule = "1f1b" if row.pp == 1 or virtual == 1 and row.schedule == "interleaved" else row.schedule
+            schedule = "1f1b" if row.pp == 1 or (virtual == 1 and row.schedule == "interleaved") else row.schedule
             if schedule == "interleaved" and rounds % row.pp:
                 continue
             yield replace(row, micro_batch=micro_batch, virtual=virtual, schedule=schedule)

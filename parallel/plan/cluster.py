@@ -34,6 +34,9 @@ class Cluster:
     tile_units: int = 132
     """Multiprocessors of a GPU: a product is cut into tiles, which run in waves of as many, and the last wave is seldom
     full. 0 where products are not cut so (a CPU)."""
+    slowest_share: float = 1.0
+    """The share of a usual GPU's speed that the slowest of a cluster computes with: all wait for it. GPUs of one model
+    differ by 8 % (arXiv 2208.11035), so that presets have 0.96."""
     products: list[list[float]] = field(default_factory=list)
     """Measured products as [m, k, n, TFLOP/s] of bf16, or of fp32 where the cluster computes in it; where given, the
     rate of the nearest shape takes the place of `product_share` and `tile_units`."""
@@ -52,6 +55,8 @@ class Cluster:
     host_us: float = 25.0
     """Microseconds for which a host is busy with each operation, forward or backward: a pass takes no less than that
     for all of its operations."""
+    message_units: int = 16
+    """Multiprocessors of `tile_units` that a message takes from what is computed beside it: the blocks of NCCL."""
     intra_gb_per_s: float = 450.0
     """Bandwidth of a GPU to others of its machine, in GB/s in one direction, by the data sheet."""
     intra_share: float = 0.8
@@ -93,7 +98,7 @@ class Cluster:
         above_0 = ["nodes", "gpus_per_node", "memory_gib", "peak_tflops", "peak_fp32_tflops", "hbm_gb_per_s"]
         above_0 += ["intra_gb_per_s", "inter_gb_per_s"]
         shares = ["product_share", "attention_forward_share", "attention_backward_share", "hbm_share"]
-        shares += ["intra_share", "inter_share"]
+        shares += ["intra_share", "inter_share", "slowest_share"]
         times = ["launch_us", "host_us", "attention_half_length", "reserved_gib"]
         limits = [(name, f"must be above 0; {_default(name)} would work") for name in above_0]
         found = [f"{key}.{name}={getattr(self, name)}: {said}" for name, said in limits if not getattr(self, name) > 0]
@@ -102,7 +107,12 @@ class Cluster:
             for name in shares
             if not 0 < (value := getattr(self, name)) <= 1
         ]
-        not_below_0 = [*times, *(["price_per_gpu_hour"] if self.price_per_gpu_hour is not None else []), "tile_units"]
+        not_below_0 = [
+            *times,
+            *(["price_per_gpu_hour"] if self.price_per_gpu_hour is not None else []),
+            "tile_units",
+            "message_units",
+        ]
         found += [
             f"{key}.{name}={value}: must be at least 0; {_default(name) or 0} would work"
             for name in not_below_0

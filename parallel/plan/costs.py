@@ -7,6 +7,7 @@
 - A message is a ring over the ranks of its group: its steps have a latency, within or between machines, and its bytes
   cross the slowest link, which between machines is the network of all ranks of the group in a machine. NCCL chooses
   among its protocols by the same formula (`src/graph/tuning.cc`), from which the latencies are.
+- A message beside computation takes some multiprocessors from it.
 - Kernels follow each other at some microseconds, and a host needs more of them to queue an operation: a pass takes at
   least as long as its host.
 """
@@ -76,7 +77,11 @@ class Prices:
         self.beside = cluster.has_gpus
         """Whether messages run beside computation; cores that compute are those that send as well."""
         self.launch, self.host = cluster.launch_us * 1e-6, cluster.host_us * 1e-6
-        self._peak = 1e12 * (cluster.peak_fp32_tflops if bytes_per_value == 4 else cluster.peak_tflops)
+        peak = cluster.peak_fp32_tflops if bytes_per_value == 4 else cluster.peak_tflops
+        self._peak = 1e12 * peak * cluster.slowest_share
+        taken = min(cluster.message_units, cluster.tile_units // 2)
+        self.slows = taken / (cluster.tile_units - taken) if taken else 0.0
+        """The share by which computation takes longer while a message runs beside it."""
         self._memory = cluster.hbm_gb_per_s * 1e9 * cluster.hbm_share
         self._intra = cluster.intra_gb_per_s * 1e9 * cluster.intra_share
         self._inter = cluster.inter_gb_per_s * 1e9 * cluster.inter_share
@@ -158,7 +163,7 @@ class PassTime:
 
     Attributes:
         products, attention, traffic: computation, by kind.
-        exposed: messages of tensor parallelism while nothing is computed.
+        exposed: messages of tensor parallelism while nothing is computed, and by which they slow what is.
         host: seconds that the device waits for its host.
     """
 
@@ -196,7 +201,9 @@ def pass_time(operations: Iterable[Operation], prices: Prices, where: Mapping[Gr
     (`Prices.beside`), each is waited for at once.
     """
     found = PassTime()
-    now, streams, ends = 0.0, dict.fromkeys(GroupKind, 0.0), {}
+    now, streams = 0.0, dict.fromkeys(GroupKind, 0.0)
+    begins: dict[int, float] = {}
+    ends: dict[int, float] = {}
     for one in operations:
         if not isinstance(one, Wait):
             found._host_busy += prices.host
@@ -217,9 +224,12 @@ def pass_time(operations: Iterable[Operation], prices: Prices, where: Mapping[Gr
                 begin = max(now, streams[one.kind])
                 end = begin + prices.message(one.operation, one.num_bytes, where[one.kind])
                 streams[one.kind] = ends[one.index] = end
+                begins[one.index] = now
                 if one.index >= 0 and prices.beside:
                     continue
-            late = max(ends[one.index] - now, 0.0)
+            # The message has taken its multiprocessors from what was computed since it began.
+            slowed = max(min(ends[one.index], now) - begins[one.index], 0.0) * prices.slows
+            late = max(ends[one.index] - now, slowed)
             found.exposed += late
             now += late
     return found

@@ -120,6 +120,7 @@ class RankLayers:
     # ---- operations ----
 
     def product(self, m: int, k: int, n: int) -> Product:
+        """Make a matrix product."""
         return Product(m, k, n, bytes_per_value=self.b)
 
     def forward_products(self, d_in: int, *widths: int) -> list[Operation]:
@@ -183,19 +184,34 @@ class RankLayers:
             made += [*self.input_products(d_in, *widths), Wait(gather), *self._copy()]
         else:
             made += self.input_products(d_in, *widths)
-        reduction = next(self.index)
         operation = "reduce_scatter" if self.cut else "all_reduce"
-        made += [*(self._copy() if self.cut else []), self._message(operation, self.tokens * d_in, index=reduction)]
-        return [*made, *weights, Wait(reduction)]
+        before = self._copy() if self.cut else []
+        if deferring:
+            return [*made, *before, self._message(operation, self.tokens * d_in)]
+        reduction = next(self.index)
+        return [
+            *made,
+            *before,
+            self._message(operation, self.tokens * d_in, index=reduction),
+            *(one for one in weights if isinstance(one, Product)),
+            Wait(reduction),
+            *(one for one in weights if isinstance(one, Traffic)),  # autograd accumulates what a layer has returned
+        ]
 
     def column_weights(self, d_in: int, *widths: int) -> list[Operation]:
         """Make the deferred gradients of their weights."""
         return [*self.gather(), *self.weight_products(d_in, *widths)]
 
-    def row_backward(self, d_in: int, d_out: int, deferring: bool) -> list[Operation]:
-        """Make the backward pass of a linear layer that is cut by rows."""
+    def row_backward(self, d_in: int, d_out: int, deferring: bool, again: Sequence[Operation] = ()) -> list[Operation]:
+        """Make the backward pass of a linear layer that is cut by rows.
+
+        Args:
+            d_in, d_out: its widths.
+            deferring: whether the gradient of its weight is deferred.
+            again: what is recomputed when its saved input is asked for.
+        """
         weights = [] if deferring else self.weight_products(d_in, d_out)
-        return [*self.gather(), *self.input_products(d_in, d_out), *weights]
+        return [*self.gather(), *again, *self.input_products(d_in, d_out), *weights]
 
     # ---- layers ----
 
@@ -218,7 +234,7 @@ class RankLayers:
         ]
         last = [*self.reduce(), self.pass_over(3, part * d, "sum")]
         # A checkpoint stops where the last tensor that backward needs has been recomputed: before the last sum.
-        again = forward if self.shape.recompute is Recompute.full else []
+        again = forward if self.shape.recompute is Recompute.full else self._again()
         deferred = [
             *self.weight_products(self.f, d),
             *self.column_weights(d, self.f, self.f),
@@ -228,8 +244,8 @@ class RankLayers:
         matrices = d * (2 * self.q + 2 * self.kv + 3 * self.f)
         return LayerWork(
             (*forward, *last),
-            (*again, *self.block_backward(deferring=False)),
-            (*again, *self.block_backward(deferring=True)),
+            tuple(self.block_backward(again, deferring=False)),
+            tuple(self.block_backward(again, deferring=True)),
             tuple(deferred),
             matrices + 2 * d,
             2 * d if self.tp > 1 else 0,
@@ -242,20 +258,25 @@ class RankLayers:
             shape.micro_batch, shape.seq_len, self.heads, self.kv_heads, self.d_head, backward, bytes_per_value=self.b
         )
 
-    def block_backward(self, deferring: bool) -> list[Operation]:
-        """Make a block's backward pass, without the forward pass that full recomputation repeats."""
-        d, part = self.d, self.part
+    def _again(self) -> list[Operation]:
+        """Make what a block recomputes of its feed-forward network, where it is not checkpointed whole."""
         how = self.shape.recompute
-        cheap = how in (Recompute.selective, Recompute.ffn)
-        norm_again: list[Operation] = [self.pass_over(2, part * d, "norm")] if cheap else []
-        gate_up_again: list[Operation] = []
-        if how is Recompute.ffn:
-            gate_up_again = [*norm_again, *self.gather(), *self.forward_products(d, self.f, self.f)]
-        silu_again: list[Operation] = [self.pass_over(3, self.tokens * self.f, "silu")] if cheap else []
+        if how is Recompute.none:
+            return []
+        silu = self.pass_over(3, self.tokens * self.f, "silu")
+        if how is Recompute.selective:
+            return [silu]
+        norm = self.pass_over(2, self.part * self.d, "norm")
+        return [norm, *self.gather(), *self.forward_products(self.d, self.f, self.f), silu]
+
+    def block_backward(self, again: Sequence[Operation], deferring: bool) -> list[Operation]:
+        """Make a block's backward pass, with what it recomputes of its forward pass first."""
+        d, part, how = self.d, self.part, self.shape.recompute
+        norm_again: list[Operation] = []
+        if how in (Recompute.selective, Recompute.ffn):
+            norm_again = [self.pass_over(2, part * d, "norm")]
         return [
-            *gate_up_again,
-            *silu_again,
-            *self.row_backward(self.f, d, deferring),
+            *self.row_backward(self.f, d, deferring, again),
             self.pass_over(5, self.tokens * self.f, "gradient of silu"),
             *(norm_again if how is not Recompute.ffn else []),
             *self.column_backward(d, (self.f, self.f), deferring),
