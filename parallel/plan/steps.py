@@ -148,7 +148,11 @@ def _numbers(schedule: Schedule, placement: Placement, micro_batches: int) -> li
 
 
 def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
-    """Return what is measured of a step, from shorter ones where it grows linearly with the micro-batches."""
+    """Return what is measured of a step, from shorter ones where it grows linearly with the micro-batches.
+
+    A rank that is busier than the others may fall behind them only after many micro-batches: however a short step
+    grows, a long one grows by no less than what the busiest rank does.
+    """
     wanted, period = step.micro_batches, step.placement.num_ranks
     at = 2 * period + (wanted - 2 * period) % period
 
@@ -159,9 +163,19 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
         first, second, third = of(at), of(at + period), of(at + 2 * period)
         growth = third - second
         if abs(growth - (second - first)) <= 1e-9 * abs(third):
-            return third + growth * ((wanted - at) // period - 2)
-        at *= 2
+            return third + max(growth, _busiest(step)) * ((wanted - at) // period - 2)
+        at += at // period * period  # which keeps what is left over of a period
     return of(wanted)
+
+
+def _busiest(step: Step) -> float:
+    """Return the most seconds that any rank computes for as many micro-batches as the pipeline has ranks."""
+    period = step.placement.num_ranks
+    short, longer = (_numbers(step.schedule, step.placement, rounds * period) for rounds in (4, 5))
+    seconds = [time.seconds for stage in step.stages for time in stage]
+    each = [(longer[at] - short[at]) * seconds[at] for at in range(len(seconds))]
+    of_stage = [sum(each[_KINDS * stage : _KINDS * (stage + 1)]) for stage in range(step.placement.num_stages)]
+    return max(sum(of_stage[stage] for stage in step.placement.stages_of(rank)) for rank in range(period))
 
 
 class _Passes:
