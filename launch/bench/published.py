@@ -1,15 +1,16 @@
-"""Steps that others have measured and published, and their time as the planner predicts it. None is used for fitting."""
+"""Steps that others have measured and published, and their time as the planner predicts it; none is fitted to."""
 
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from conf.clusters import cluster_of
 from launch.bench.practices import PRACTICES, Practice, PracticedLayers
 from parallel.layout import Layout, Recompute
 from parallel.plan.cluster import Cluster
-from parallel.plan.costs import PassTime, Prices, Reach, pass_time, reaches
+from parallel.plan.costs import Prices, Reach, pass_time, reaches
 from parallel.plan.operations import GroupKind
 from parallel.plan.replicas import LayerTime, stage_time
 from parallel.plan.steps import Exchange, RankTime, StageTime, Step, StepTime, step_time
@@ -105,12 +106,15 @@ class Row:
 
 def rows() -> list[Row]:
     """Return the published steps."""
+    kinds = {one.name: one.type for one in fields(Row)}
+    assert all(kind in (str, int, float) for kind in kinds.values()), "a row's values are text and numbers"
     with FILE.open(encoding="utf-8") as file:
-        return [
-            Row(**{one.name: one.type(line[one.name] or 0) if one.type is not str else line[one.name] for one in
-                   fields(Row)})  # type: ignore[operator]
-            for line in csv.DictReader(file)
-        ]  # fmt: skip
+        lines = list(csv.DictReader(file))
+    return [Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}) for line in lines]
+
+
+def _value(text: str, kind: Any) -> Any:
+    return text if kind is str else kind(text or 0)
 
 
 def predicted(row: Row, cluster: Cluster | None = None) -> tuple[Row, StepTime]:
@@ -274,6 +278,3 @@ def _rank(
 def parts(time: StepTime) -> dict[str, float]:
     """Return where the seconds go, by name."""
     return {name: value for name, value in time._asdict().items() if name != "seconds"}
-
-
-__all__ = ["FILE", "PassTime", "Row", "parts", "predicted", "rows"]
