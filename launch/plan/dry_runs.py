@@ -62,8 +62,10 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
     Raises:
         BadInput: none of the layouts that fit by the formula fits.
     """
-    room, kept, runs, dropped, ranks = request.cluster.allocatable_gib * 2**30, [], {}, [], 0
-    left = list(candidates)
+    room, ranks, left = request.cluster.allocatable_gib * 2**30, 0, list(candidates)
+    kept: list[Candidate] = []
+    runs: dict[int, DryRun] = {}
+    dropped: list[str] = []
     with _pool() as pool:
         while left and len(runs) < number:
             batch, left = left[: number - len(runs)], left[number - len(runs) :]

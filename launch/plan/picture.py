@@ -1,12 +1,15 @@
 """The picture of a plan: a step of the fastest layout, and below it the memory of the rank that needs most."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.plan.dry_runs import DryRun
 from launch.plan.rows import GIB, Row
 from launch.timeline import picture
 from parallel.plan.predict import predict
+from parallel.simulation import Span
 from train.timeline import bars_on, legend_of, schedule_name
 
 _COLORS = {
@@ -68,7 +71,7 @@ def _draw(row: Row, run: DryRun, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _memory(axes, spans, run: DryRun, memory_gib: float, allocatable_gib: float) -> None:  # type: ignore[no-untyped-def]
+def _memory(axes: Any, spans: Sequence[Span], run: DryRun, memory_gib: float, allocatable_gib: float) -> None:
     """Stack the memory of a rank at the fullest moment of each pass, over the time of the pass."""
     by_action = {action: parts for action, parts in run.sections if action is not None}
     parts = [by_action[span.action] for span in spans]

@@ -56,7 +56,7 @@ def write(request: Request, row: Row, path: Path) -> str:
     options, overrides = split_options(request.arguments)
     is_group, folder = _is_group(path), path.absolute().parent
     folder = folder.parent if is_group else folder
-    content = {"defaults": _defaults(request, options, overrides, is_group)}
+    content: dict[str, Any] = {"defaults": _defaults(request, options, overrides, is_group)}
     if options.config_dir is not None and expanded(options.config_dir).absolute() != folder:
         content["hydra"] = {"searchpath": [f"file://{expanded(options.config_dir).absolute()}"]}
     body = _nested(composition, overrides, overrides_of(row.candidate.choice))
