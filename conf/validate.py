@@ -23,12 +23,14 @@ class Machine:
         local_processes: already started on this host by a launcher; None before launching.
         processes: started in all; None before launching.
         elsewhere: nothing is started here, and how many replicas there will be is not known.
+        gpu_bytes: the memory of its smallest GPU; None where nothing tells.
     """
 
     gpus: int
     local_processes: int | None = None
     processes: int | None = None
     elsewhere: bool = False
+    gpu_bytes: int | None = None
 
 
 def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]]:

@@ -15,13 +15,13 @@ from conf.train_settings import corpora
 from launch.timeline import picture
 from model.config import ModelConfig
 from model.problems import BadInput
-from parallel.layout import layout_for
-from parallel.memory import Step, stage_memory
+from parallel.plan.search import rank_memory
 from parallel.simulation import Timeline
-from parallel.stages import Stage, split_for, stage_rows, stage_table
+from parallel.stages import split_for, stage_rows, stage_table
 from train.data.mixed_order import MixedOrder, mixtures_of
 from train.data.prepare import already_prepared
 from train.data.sources import prepare_run, shares
+from train.job import job_of
 from train.length import Consumed, length_of, longest
 from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
@@ -82,7 +82,7 @@ def facts(config: Config) -> dict[str, Any]:
         "length": _length(config),
         "sources": _sources(config),
         "pipeline": _pipeline(config, step, micro_batches),
-        "memory": _memory(config, stages, step),
+        "memory": _memory(config),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 
@@ -128,17 +128,11 @@ def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[st
     }
 
 
-def _memory(config: Config, stages: Sequence[Stage], timeline: Timeline) -> list[dict[str, float]]:
+def _memory(config: Config) -> list[dict[str, float]]:
     """Predict the peak memory of each rank of the pipeline in bytes, in bf16 as on a GPU."""
-    parallel, train = config.parallel, config.train
-    layout = layout_for(parallel, parallel.pp * parallel.tp * (parallel.dp or 1))
-    step = Step(train.micro_batch, longest(config), True, parallel.recompute, parallel.head_pieces)
-    rows = []
-    for rank, spans in enumerate(timeline.spans):
-        own = {stage: stages[stage] for stage in parallel.placement.stages_of(rank)}
-        found = stage_memory(config.model, layout, own, [span.action for span in spans], step)
-        rows.append({**asdict(found), "peak": found.peak})
-    return rows
+    job = job_of(config)
+    found = [rank_memory(job, rank) for rank in range(job.layout.pp)]
+    return [{**asdict(memory), "peak": memory.peak} for memory in found]
 
 
 def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:

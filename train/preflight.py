@@ -31,6 +31,7 @@ from train.checkpoint.resume import Start
 from train.data import cache
 from train.data.prepare import check_sources
 from train.data.sources import PreparedSources, prepare_run, repeated, shares, too_often
+from train.fit import judged, smallest_gpu_bytes
 from train.learning_rate import warnings as length_warnings
 from train.length import length_of
 from train.pretrained import Source
@@ -91,6 +92,8 @@ def preflight(
     layout, problems = validate(config, machine)
     problems += uptrain.problems(config, source)
     problems += _environment_problems(machine, config)
+    unfit, tight = judged(config, layout.world_size, machine.gpu_bytes) if layout and not problems else ([], [])
+    problems += unfit
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
         problems += wandb_check.problems(config, run_dir, os.environ)
@@ -131,6 +134,7 @@ def preflight(
         start=start,
         complete=complete,
         warnings=notes
+        + tight
         + warnings(config, layout, machine)
         + uptrain.warnings(config, source)
         + repeated(config, data, of_sources, length)
@@ -159,6 +163,7 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
         return replace(prepared, data=data)
     machine = this_machine()
     problems = validate(config, machine)[1] + _environment_problems(machine, config)
+    problems += judged(config, prepared.layout.world_size, machine.gpu_bytes)[0]
     if prepared.source and not prepared.source.path.is_dir():
         problems.append(f"init_from={prepared.source.path}: not there; a path that all hosts share would work")
     try:
@@ -232,6 +237,7 @@ def this_machine() -> Machine:
         gpus=torch.cuda.device_count(),
         local_processes=local_processes(),
         processes=int(processes) if processes else None,
+        gpu_bytes=smallest_gpu_bytes() if torch.cuda.device_count() else None,
     )
 
 
