@@ -1,4 +1,4 @@
-"""One rank of a run that something befalls, once: ``python -m tests.faults.held_up FAULT OVERRIDES``, FAULT as JSON."""
+"""One rank of a run that things befall, each once: ``python -m tests.faults.held_up FAULTS OVERRIDES``, as JSON."""
 
 import json
 import math
@@ -97,6 +97,7 @@ def befall(do, where, step, rank, once, evaluation=False, before=None, checkpoin
 
 
 if __name__ == "__main__":
-    fault, *overrides = sys.argv[1:]
-    befall(**json.loads(fault))
+    faults, *overrides = sys.argv[1:]
+    for fault in json.loads(faults):
+        befall(**fault)
     main(overrides)

@@ -114,11 +114,11 @@ def faults(seed: int) -> list[Fault]:
     ]
 
 
-def start_by_fork(overrides: list[str], fault: dict | None, num: int, folder: Path, pids: list[int]):
+def start_by_fork(faults: list[dict], num: int, folder: Path, pids: list[int]):
     """Make what `Persistence.run` starts a run with, once."""
 
     def start(arguments, environment, look) -> int:
-        module, before = ("tests.faults.held_up", [json.dumps(fault)]) if fault else ("train.pretrain", [])
+        module, before = ("tests.faults.held_up", [json.dumps(faults)]) if faults else ("train.pretrain", [])
         logs = folder.parent / f"{folder.name}-start-{len(pids) // num + 1}"
         logs.mkdir()
         ranks = nursery().start(module, num, [*before, *arguments], logs, **environment)
@@ -142,24 +142,23 @@ class NoSignals:
 
 
 def run(
-    overrides: list[str], layout: str, folder: Path, fault: dict | None, settings: LaunchConfig
-) -> tuple[int, list]:
+    overrides: list[str], layout: str, folder: Path, faults: list[dict], settings: LaunchConfig
+) -> tuple[int, list[int]]:
     """Run to the end, kept going; the exit code and the process ids of all ranks there were."""
     grid, more = LAYOUTS[layout]
     folder.mkdir(parents=True, exist_ok=True)
-    given = [*runs.DEFAULTS, *overrides, *OVERRIDES, *more, f"hydra.run.dir={folder}"]
+    given = [*runs.DEFAULTS, *OVERRIDES, *overrides, *more, f"hydra.run.dir={folder}"]
     given = list({word.partition("=")[0]: word for word in given}.values())  # the last of each key
     pids: list[int] = []
-    start = start_by_fork(given, fault, grid.world_size, folder, pids)
+    start = start_by_fork(faults, grid.world_size, folder, pids)
     return Persistence(grid, folder, settings, given).run(start, given, NoSignals()), pids
 
 
 def inject(overrides: list[str], fault: Fault, folder: Path, undisturbed: Path, stall: float = STALL) -> Outcome:
     """Plant a fault in a run, and say what came of it."""
-    plant = {"once": str(folder.parent / f"{folder.name}.done"), "checkpoints": str(folder / "checkpoints")}
-    code, pids = run(
-        overrides, fault.layout, folder, {**fault.plant, **plant, "rank": fault.rank}, LaunchConfig(3, stall)
-    )
+    where = {"once": str(folder.parent / f"{folder.name}.done"), "checkpoints": str(folder / "checkpoints")}
+    planted = {**fault.plant, **where, "rank": fault.rank}
+    code, pids = run(overrides, fault.layout, folder, [planted], LaunchConfig(3, stall))
     outcome = Outcome(code, orphans=sum(psutil.pid_exists(pid) for pid in pids))
     if (folder / "events.jsonl").exists():
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -189,7 +188,7 @@ def main() -> int:
     for index, fault in enumerate(chosen):
         if fault.layout not in undisturbed:
             undisturbed[fault.layout] = home / "undisturbed" / fault.layout.replace(" ", "-")
-            assert run(overrides, fault.layout, undisturbed[fault.layout], None, LaunchConfig(0))[0] == 0
+            assert run(overrides, fault.layout, undisturbed[fault.layout], [], LaunchConfig(0))[0] == 0
         outcome = inject(overrides, fault, home / f"{index:02d}", undisturbed[fault.layout])
         good += (right := outcome.as_it_should(fault))
         seen += [outcome.seconds] if outcome.seconds else []
