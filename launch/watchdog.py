@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -87,7 +88,7 @@ class Watchdog:
         self.gone_at: float | None = None
         self.moved = self._looked = clock()
         self._folder, self._layout, self._asked, self._clock = folder, layout, stall_seconds, clock
-        self._signs: list[int] = []
+        self._signs: list[Any] = []
         self._steps: deque[float] = deque(maxlen=64)
         self._step_began: tuple[int, float] | None = None
         self._halted_since: dict[int, float] = {}
@@ -136,7 +137,7 @@ class Watchdog:
     def _read(self, now: float) -> None:
         for rank in self.beats:
             self.beats[rank] = heartbeat.read(heartbeat.file_of(self._folder, rank)) or self.beats[rank]
-        signs = [beat.beats + beat.collectives if beat else 0 for beat in self.beats.values()]
+        signs = [beat and (beat.beats, beat.collectives, beat.in_collective) for beat in self.beats.values()]
         if signs != self._signs:
             self._signs, self.moved = signs, now
         step = self.step

@@ -1,0 +1,180 @@
+"""What a run may be started again after, how often and when, and what is written of it."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+
+from conf.launch_settings import LaunchConfig, problems
+from launch.persistence import Persistence
+from launch.restarts import Events, Failure, Recovery, Restarts
+from parallel.heartbeat import FOLDER, Heart, Phase
+from parallel.layout import Layout
+from train.events import RESTART, last_failure, tell_of_restart
+
+KILLED = Failure("was ended by SIGKILL", 1, "a", 8, "B stage 1 micro-batch 3, step 8", False, 0.2)
+FAILED = replace(KILLED, cause="failed (ValueError: x)", by_itself=True)
+
+
+def at(failure, step):
+    return replace(failure, step=step)
+
+
+def test_waits_double_as_long_as_no_step_is_gained():
+    restarts = Restarts(100)
+    assert [restarts.after(at(KILLED, step)) for step in (8, 8, 16, 9, 10, 11)] == [1, 2, 1, 2, 4, 8]
+    many = Restarts(100)
+    assert max(many.after(at(KILLED, step)) for step in range(50, 0, -1)) == 300
+
+
+def test_the_budget_is_of_a_day():
+    now = 0.0
+    restarts = Restarts(2, lambda: now)
+    assert [restarts.after(at(KILLED, step)) for step in (1, 2)] == [1, 1]
+    assert restarts.after(at(KILLED, 3)) == "it has been started again 2 times within 24 hours (launch.restarts=2)"
+    now = 24 * 3600 + 1
+    assert restarts.after(at(KILLED, 4)) == 1 and restarts.count == 3
+    assert Restarts(0).after(KILLED) == "launch.restarts=0"
+
+
+def test_what_would_fail_again_is_not_tried_again():
+    alike = Restarts(10)
+    assert [alike.after(FAILED), alike.after(FAILED)] == [1, 2]
+    assert alike.after(FAILED) == "it has failed alike 3 times at step 8"
+    new = Restarts(10)
+    assert new.after(at(FAILED, 0)) == "it has failed by itself before its first step, and would again"
+    assert new.after(at(KILLED, 0)) == 2  # something killed it
+    assert new.after(at(KILLED, 3)) == 1
+    assert new.after(at(FAILED, 0)) == 2  # it has shown that it can train
+
+
+def test_settings_that_cannot_be_are_said():
+    assert not problems(LaunchConfig()) and not problems(LaunchConfig(0, 0.5))
+    for settings, said in (
+        (LaunchConfig(restarts=-1), "launch.restarts=-1: must be at least 0"),
+        (LaunchConfig(stall_seconds=0.0), "launch.stall_seconds=0.0: not a time above 0"),
+        (LaunchConfig(stall_seconds=float("nan")), "launch.stall_seconds=nan: "),
+    ):
+        (problem,) = problems(settings)
+        assert problem.startswith(said)
+
+
+def test_what_was_lost_is_split():
+    recovery = Recovery(KILLED, noticed=100.0, loading=110.0, training=113.0)
+    assert recovery.seconds(120.0) == dict(noticing=0.2, restarting=10.0, loading=3.0, recomputing=7.0, lost=20.2)
+
+
+class Told:
+    """A tracker that only remembers."""
+
+    def __init__(self):
+        self.lines, self.alerts, self.figures = [], [], {}
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def alert(self, title, text, level):
+        self.alerts.append(title)
+
+    def add_to_next(self, figures):
+        self.figures |= figures
+
+
+def test_the_next_start_hears_of_the_last_failure(tmp_path):
+    events, told = Events(tmp_path), Told()
+    events.failed(at(KILLED, 3), 1.0)
+    events.failed(KILLED, "launch.restarts=0")
+    with open(tmp_path / "events.jsonl", "a") as file:
+        file.write('{"event": "fai')
+    assert last_failure(tmp_path)["not_restarted"] == "launch.restarts=0"
+    tell_of_restart(told, tmp_path, {})
+    assert not told.lines
+    tell_of_restart(told, tmp_path, {RESTART: "2"})
+    assert told.lines == ["restart 2, after a failure: rank 1 on a was ended by SIGKILL, step 8"]
+    assert told.alerts == ["restarted"] and told.figures == {"restarts": 2}
+
+
+class Signals:
+    first = fatal = None
+
+
+class Starts:
+    """Starts that end as they are told to, with a rank that comes to a step, or to a phase."""
+
+    def __init__(self, *codes, reaches=8):
+        self.codes, self.reaches, self.seen = iter(codes), reaches, []
+
+    def __call__(self, arguments, environment, look):
+        self.seen.append((arguments, environment.get(RESTART)))
+        heart = Heart()
+        heart.share(environment[FOLDER], 0)
+        heart.at(self.reaches) if isinstance(self.reaches, Phase) else heart.begin_step(self.reaches)
+        assert look() is False
+        return next(self.codes)
+
+
+def kept_going(tmp_path, starts, signals=Signals, restarts=10):
+    persistence = Persistence(Layout(1, 1, 1), tmp_path, LaunchConfig(restarts), ["again"])
+    return persistence.run(starts, ["first"], signals)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    monkeypatch.setattr("launch.restarts.LONGEST_WAIT", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_run_goes_on_until_it_ends_and_says_where_it_goes_on_from(tmp_path):
+    starts = Starts(137, 137, 0)
+    assert kept_going(tmp_path, starts) == 0
+    assert starts.seen == [(["first"], None), (["again"], "1"), (["again"], "2")]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["failed", "failed", "recovered"]
+    assert events[0]["step"] == 8 and events[0]["cause"].startswith("DeepSpeed's launcher was ended by SIGKILL")
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_bad_input_and_divergence_end_it(code, tmp_path):
+    starts = Starts(code)
+    assert kept_going(tmp_path, starts) == code and not (tmp_path / "events.jsonl").exists()
+
+
+def test_a_signal_ends_it_whatever_the_code_is_and_while_it_waits(tmp_path, monkeypatch):
+    class Stopped(Signals):
+        first = signal.SIGTERM
+
+    assert kept_going(tmp_path, Starts(1), Stopped) == 1
+    monkeypatch.setattr("launch.restarts.LONGEST_WAIT", 60.0)
+
+    class WhileItWaits(Signals):
+        asked = 0
+
+        @property
+        def fatal(self):
+            self.asked += 1
+            return signal.SIGINT if self.asked > 2 else None
+
+    assert kept_going(tmp_path, Starts(137), WhileItWaits()) == 130
+
+
+@pytest.mark.usefixtures("at_once")
+def test_before_a_run_has_begun_it_begins_as_it_was_told(tmp_path):
+    starts = Starts(137, 0, reaches=Phase.START)
+    assert kept_going(tmp_path, starts) == 0
+    assert [arguments for arguments, _ in starts.seen] == [["first"], ["first"]]
+
+
+def test_one_that_has_come_to_its_end_is_not_started_again(tmp_path):
+    class Ends(Starts):
+        def __call__(self, *arguments, **more):
+            (tmp_path / "summary.json").write_text("{}")
+            return super().__call__(*arguments, **more)
+
+    assert kept_going(tmp_path, Ends(1)) == 1
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_budget_ends_it_with_the_code_of_the_last_failure(tmp_path, capsys):
+    assert kept_going(tmp_path, Starts(137, 134), restarts=1) == 134
+    assert "is not started again: it has been started again 1 times within 24 hours" in capsys.readouterr().err
