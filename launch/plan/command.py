@@ -35,9 +35,9 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput(_none(request, found))
     explained = None if options.explain is None else explain.explain(request, found, options.explain)
     checked = _checked(request, found, options)
-    rows = rows_of(request, found.candidates, {index: one.peak for index, one in checked.runs.items()}, options.top)
+    rows = rows_of(request, found.candidates, {one: run.peak for one, run in checked.runs.items()}, options.top)
     if options.picture:
-        draw(rows[0], checked.runs[0], options.picture)
+        draw(rows[0], checked.runs[rows[0].candidate.choice], options.picture)
     how = write.write(request, rows[0], options.write) if options.write else None
     plan = _Plan(request, found, rows, checked, explained, how)
     print(json.dumps(plan.as_json(), indent=2) if options.json else plan.as_text())
@@ -75,7 +75,7 @@ class _Plan:
     def as_text(self) -> str:
         parts = [head(self.request, self.found)]
         if self.checked.ranks:
-            number, ranks = len(self.checked.runs), self.checked.ranks
+            number, ranks = len(self.checked.runs) - len(self.checked.dropped), self.checked.ranks
             first = "the first" if number == 1 else f"the first {number}"
             parts.append(f"memory of {first} by dry runs of {counted(ranks, 'rank')}, of the others by formula")
         parts += [f"dropped: {one}" for one in self.checked.dropped]

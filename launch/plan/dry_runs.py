@@ -11,7 +11,7 @@ from launch.plan.request import Request
 from launch.plan.rows import Peak, counted, gib
 from model.problems import BadInput
 from parallel.plan.job import Job
-from parallel.plan.search import Candidate, rank_memory
+from parallel.plan.search import Candidate, Choice, fastest_of_each, rank_memory
 from parallel.schedules import Action
 from train.data.workers import default_workers
 
@@ -40,13 +40,13 @@ class Checked:
 
     Attributes:
         candidates: without those that dry runs have shown not to fit.
-        runs: by index among them, of each that was run, its rank that needs most.
+        runs: of each that was run, its rank that needs most.
         dropped: a sentence for each of the others.
         ranks: the number of ranks that were run.
     """
 
     candidates: list[Candidate]
-    runs: dict[int, DryRun]
+    runs: dict[Choice, DryRun]
     dropped: list[str]
     ranks: int
 
@@ -57,37 +57,38 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
     Args:
         request: what is planned.
         candidates: fastest first.
-        number: of layouts.
+        number: of layouts, the fastest of each pp, tp, dp and schedule.
 
     Raises:
         BadInput: none of the layouts that fit by the formula fits.
     """
     room, ranks, left = request.cluster.allocatable_gib * 2**30, 0, list(candidates)
-    kept: list[Candidate] = []
-    runs: dict[int, DryRun] = {}
+    runs: dict[Choice, DryRun] = {}
     dropped: list[str] = []
     with _pool() as pool:
-        while left and len(runs) < number:
-            batch, left = left[: number - len(runs)], left[number - len(runs) :]
+        while batch := [one for one in fastest_of_each(left)[:number] if one.choice not in runs]:
             tasks = [(one, rank) for one in batch for rank in fullest_ranks(one)]
             said = f"dry runs of {counted(len(tasks), 'rank')} of {counted(len(batch), 'layout')} ..."
             print(said, file=sys.stderr, flush=True)
-            results = list(pool.map(dry_run, [one.job for one, _ in tasks], [rank for _, rank in tasks]))
             ranks += len(tasks)
+            for (one, _), run in zip(tasks, pool.map(dry_run, *_jobs_and_ranks(tasks)), strict=True):
+                before = runs.get(one.choice)
+                runs[one.choice] = run if before is None or run.peak.num_bytes > before.peak.num_bytes else before
             for one in batch:
-                of = [result for (owner, _), result in zip(tasks, results, strict=True) if owner is one]
-                most = max(of, key=lambda run: run.peak.num_bytes)
-                if most.peak.num_bytes > room:
+                peak = runs[one.choice].peak
+                if peak.num_bytes > room:
+                    left.remove(one)
                     dropped.append(
-                        f"{_named(one)}: its dry run needs {gib(most.peak.num_bytes)} GiB on {most.peak.said}, where "
-                        f"the formula has {gib(one.memory.peak)}"
+                        f"{_named(one)}: a dry run needs {gib(peak.num_bytes)} GiB on {peak.said}, where the formula "
+                        f"has {gib(one.memory.peak)}"
                     )
-                else:
-                    runs[len(kept)] = most
-                    kept.append(one)
-    if not kept and not left:
+    if not left:
         raise BadInput([f"--cluster: no layout fits: {problem}; more machines would work" for problem in dropped[:1]])
-    return Checked([*kept, *left], runs, dropped, ranks)
+    return Checked(left, runs, dropped, ranks)
+
+
+def _jobs_and_ranks(tasks: Sequence[tuple[Candidate, int]]) -> tuple[list[Job], list[int]]:
+    return [one.job for one, _ in tasks], [rank for _, rank in tasks]
 
 
 def fullest_ranks(candidate: Candidate) -> list[int]:

@@ -8,7 +8,7 @@ from conf.schema import to_jsonable
 from launch.plan.request import KEYS, Request, overrides_of
 from parallel.layout import Recompute
 from parallel.plan.predict import Prediction, predict
-from parallel.plan.search import Candidate, Choice, Found, Task, groups
+from parallel.plan.search import Candidate, Choice, Found, Task, fastest_of_each, groups
 
 GIB = 2**30
 _HOUR, _DAY = 3600, 86400
@@ -125,20 +125,22 @@ def peak_by_formula(candidate: Candidate) -> Peak:
     return Peak(candidate.rank, asdict(candidate.memory))
 
 
-def rows_of(request: Request, candidates: Sequence[Candidate], peaks: Mapping[int, Peak], top: int) -> list[Row]:
-    """Make the rows of the first candidates.
+def rows_of(
+    request: Request, candidates: Sequence[Candidate], peaks: Mapping[Choice, Peak], top: int | None = None
+) -> list[Row]:
+    """Make the rows of the fastest of each pp, tp, dp and schedule.
 
     Args:
         request: what is planned.
         candidates: all of them, fastest first.
-        peaks: the memory that dry runs have shown, by index of the candidate.
-        top: the number of rows.
+        peaks: the memory that dry runs have shown.
+        top: the number of rows; None for all.
     """
     error = candidates[0].prediction.error if candidates else 0.0
-    numbers = [number for number, group in enumerate(groups(candidates, error), 1) for _ in group]
+    numbers = {one.choice: number for number, group in enumerate(groups(candidates, error), 1) for one in group}
     return [
-        _row(request, candidate, numbers[index], peaks.get(index) or peak_by_formula(candidate))
-        for index, candidate in enumerate(candidates[:top])
+        _row(request, one, numbers[one.choice], peaks.get(one.choice) or peak_by_formula(one))
+        for one in fastest_of_each(candidates)[:top]
     ]
 
 
@@ -166,7 +168,8 @@ def as_json(request: Request, found: Found, rows: Sequence[Row]) -> dict[str, An
 
     Its keys: cluster; task, with global_batch, seq_len, bf16 and gpus; kept, the keys that were not searched; search,
     with the numbers of choices that were tried, refused (by key), too_large, idle (that recompute more than they need)
-    and timed; error, the relative error of predictions; and rows, fastest first.
+    and timed; error, the relative error of predictions; and rows, the fastest of each pp, tp, dp and schedule, in the
+    order of their seconds.
     """
     task = request.task
     return {

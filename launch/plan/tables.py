@@ -54,23 +54,28 @@ def tables(request: Request, rows: Sequence[Row], found: Found) -> str:
 
 
 def _equal(rows: Sequence[Row], found: Found) -> str:
-    """Say how many layouts cannot be told from the fastest."""
+    """Say how many layouts cannot be told from the fastest, and which of them is the plainest."""
     error = rows[0].candidate.prediction.error
-    count = len(groups(found.candidates, error)[0])
-    said = f"Predictions of steps that others have measured were off by {error:.0%} (docs/planner.md)"
-    if count == 1:
-        return f"{said}: the first is faster than all others by more."
-    return (
-        f"{said}:\n{count:,} of the {len(found.candidates):,} are no slower than the first by more, and any of them "
+    first = groups(found.candidates, error)[0]
+    said = f"Predictions of steps that others have measured were off by {error:.0%} (docs/planner.md):"
+    if len(first) == 1:
+        return f"{said} the first is faster than all others by more."
+    text = (
+        f"{said}\n{len(first):,} of the {len(found.candidates):,} are no slower than the first by more, and any of them "
         "may be the fastest."
     )
+    plainest = min(first, key=lambda one: (one.choice.pp * one.choice.tp, one.choice.pp, one.seconds))
+    if plainest is not rows[0].candidate:
+        said = f"{plainest.seconds:,.4g} s a step, {plainest.seconds / rows[0].candidate.seconds - 1:.1%} more"
+        text += f"\nThe one of them that cuts the model least: {' '.join(overrides_of(plainest.choice))} ({said})"
+    return text
 
 
 def _reached(request: Request, rows: Sequence[Row]) -> str:
     priced = request.cluster.price_per_gpu_hour is not None
     columns = ["", "pp", "tp", "dp", "schedule", "micro-\nbatch", "recompute", "head\npieces", "seconds\na step"]
     columns += ["tokens/s\na GPU", "MFU", "MFU,\nwhole", "GiB", "run", *(["cost"] if priced else [])]
-    title = "the fastest; MFU counts the causal half of attention, or the whole; GiB of the rank that needs most"
+    title = "the fastest of each pp, tp, dp and schedule; MFU with attention's causal half counted, and the whole"
     table = _table(columns, title, texts=(4, 6))
     group = rows[0].group
     for number, row in enumerate(rows, 1):
@@ -92,7 +97,7 @@ def _reached(request: Request, rows: Sequence[Row]) -> str:
             f"{prediction.mfu_whole_attention:.1%}",
             gib(row.peak.num_bytes),
             _duration(row.run_seconds),
-            *([f"{row.cost:,.0f}"] if row.cost is not None else []),
+            *([_price(row.cost)] if row.cost is not None else []),
         )
     return _rendered(table)
 
@@ -119,6 +124,10 @@ def _duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:,.3g} {name}"
     return f"{seconds:.3g} s"
+
+
+def _price(cost: float) -> str:
+    return f"{cost:,.0f}" if cost < 1e6 else f"{cost / 1e6:,.3g} M"
 
 
 def _rendered(table: Table) -> str:

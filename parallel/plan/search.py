@@ -343,6 +343,19 @@ def _by_expected_memory(placement: Placement) -> list[int]:
     return sorted(range(placement.num_ranks), key=lambda rank: min(rank, last - rank))
 
 
+def fastest_of_each(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the fastest candidate of each pp, tp, dp and schedule, fastest first.
+
+    Args:
+        candidates: fastest first.
+    """
+    found: dict[tuple[object, ...], Candidate] = {}
+    for one in candidates:
+        choice = one.choice
+        found.setdefault((choice.pp, choice.tp, choice.dp, choice.schedule), one)
+    return list(found.values())
+
+
 def groups(candidates: Sequence[Candidate], error: float) -> list[list[Candidate]]:
     """Return the candidates in groups that a prediction with this error cannot tell apart, fastest first.
 
