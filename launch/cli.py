@@ -111,6 +111,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
             "subject", nargs="?", metavar="SUBJECT", help="what to measure; without one, what is said above"
         )
         a_path(verb, "--out", metavar="FILE", help="findings as JSON (bench.json without a subject)")
+        a_path(verb, "--save", metavar="FILE", help="the cluster file to write what `bench cluster` measures into")
     if name == "inspect":
         a_path(verb, "paths", nargs="+", metavar="PATH", help="a run folder or a checkpoint")
     elif name == "generate":
@@ -123,6 +124,11 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
         verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
         verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
+    elif name == "rerun":
+        a_path(verb, "source", help="a run folder")
+        verb.add_argument("--step", type=int, required=True, help="the step to compute again")
+        verb.add_argument("--repeats", type=int, default=3, help="how often each placement computes it (3)")
+        verb.add_argument("--placements", type=int, default=3, help="of the ranks on devices (3, or one for each GPU)")
     elif name == "timeline":
         a_path(verb, "source", help="a run folder")
         verb.add_argument("--step", type=int, help="of those that are kept (the last)")
@@ -146,7 +152,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in ("describe", "plan", "inspect", "bench", "check", "tokenizer"):
+    if name in ("describe", "plan", "inspect", "bench", "check", "rerun", "tokenizer"):
         verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -324,13 +330,20 @@ def bench(options: argparse.Namespace) -> int:
     from launch.bench.suite import run
     from train.like import take_over
 
-    run(options.subject, take_over(options.overrides), options.out, options.json)
+    run(options.subject, take_over(options.overrides), options.out, options.json, options.save)
     return 0
 
 
 def timeline(options: argparse.Namespace) -> int:
     """Draw a step."""
     from launch.timeline import run
+
+    return run(options)
+
+
+def rerun(options: argparse.Namespace) -> int:
+    """Compute a step again on several devices; 1 where hardware is at fault."""
+    from launch.rerun.run import run
 
     return run(options)
 
@@ -359,6 +372,7 @@ VERBS = {
     "bench": bench,
     "check": check,
     "timeline": timeline,
+    "rerun": rerun,
     "inspect": inspect,
 }
 

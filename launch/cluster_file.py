@@ -33,21 +33,23 @@ def save_problems(path: Path | None) -> list[str]:
     return []
 
 
-def save(path: Path, values: Mapping[str, Any], said: str) -> list[str]:
+def save(path: Path, values: Mapping[str, Any], said: str, facts: Mapping[str, Any] | None = None) -> list[str]:
     """Write measured keys of a cluster into a file, atomically; what else it says stays, but its comments.
 
     Args:
         path: for which `save_problems` is empty; it need not be there.
-        values: the keys of `parallel.plan.cluster.Cluster` that were measured, and those that follow from them.
+        values: the keys of `parallel.plan.cluster.Cluster` that were measured.
         said: how they were measured, for the comment at the top.
+        facts: keys that need no measuring; what the file says of them already stays.
 
     Returns:
         The keys that were there with another value, and are replaced.
     """
     known = [one.name for one in fields(Cluster)]
-    assert set(values) <= set(known)
+    facts = facts or {}
+    assert {*values, *facts} <= set(known)
     before = yaml.safe_load(path.read_text("utf-8")) or {} if path.exists() else {}
-    content = {**before, **values, "measured": sorted({*before.get("measured", []), *values}, key=known.index)}
+    content = {**facts, **before, **values, "measured": sorted({*before.get("measured", []), *values}, key=known.index)}
     ordered = {key: content[key] for key in ("preset", *known) if key in content}
     text = f"# {said}, {date.today().isoformat()}\n" + yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None)
     draft = path.with_name(f".{path.name}.{os.getpid()}")

@@ -122,12 +122,25 @@ HELP = {
         "  deepnarrow bench decode          a token of 8 sequences of 2048, against transformers' generate\n"
         "  deepnarrow bench schedules       every pipeline schedule by turns, and its bubble against theory\n"
         "  deepnarrow bench start           seconds before the first step: of one process, measured, and an estimate\n"
-        "                                   for 512 and 4,096 with what it assumes",
+        "                                   for 512 and 4,096 with what it assumes\n"
+        "  deepnarrow bench cluster         products, attention and memory at the model's shapes, as plans count\n"
+        "                                   them; --save FILE writes them for `deepnarrow plan --cluster FILE`\n"
+        "  deepnarrow bench layouts         steps of layouts on 2 and 4 ranks by turns, against what a plan predicts\n"
+        "                                   from this machine's own figures",
     ),
     "timeline": (
         "draw what every stage of a pipeline did in a step, and what its schedule would have it do",
         "Takes a run folder; train.timeline_at=[10,1000] says which steps a run keeps.\n\n"
         "  deepnarrow timeline runs/tiny-stdlib-574187f --step 10 --out timeline.svg",
+    ),
+    "rerun": (
+        "compute a step of a run again, and say whether hardware or data is at fault",
+        "Takes a run folder; the steps from the checkpoint before are taken again, and the step several times on each\n"
+        "of several placements of the ranks on this machine's devices, compared to the last bit.\n\n"
+        "  deepnarrow rerun runs/67b-files-f6aa340 --step 8120\n\n"
+        "Alike everywhere and as recorded: the data or the optimisation is at fault, and it says which samples they\n"
+        "are. Otherwise it names the device that computes otherwise than the others, and ends with 1. With two devices\n"
+        "that always differ, both are named.",
     ),
     "inspect": (
         "print what is in checkpoints and whether they are sound",

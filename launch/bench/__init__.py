@@ -6,5 +6,7 @@ A subject is a module here with ``measure(overrides) -> dict``, whose result JSO
 
 ALL = ("stage", "kernels", "documents", "peers", "pipeline", "data")
 """The subjects that `deepnarrow bench` runs without an argument, in this order: minutes in all on two cores."""
-SUBJECTS = (*ALL, "checkpoint", "decode", "schedules", "start")
+SUBJECTS = (*ALL, "checkpoint", "decode", "schedules", "start", "cluster", "layouts", "planner")
 """The subjects that it runs by name."""
+CALIBRATES = "cluster"
+"""The subject whose findings `--save` writes into a cluster file."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.bench.calibration import rounded
 from launch.check.measure import LinkTime, RankFindings
 
 
@@ -39,12 +40,12 @@ def links_of(found: Sequence[RankFindings]) -> dict[str, Any]:
     base = within = across = 0.0
     if inside:
         base, within, per_byte = _fit(inside, with_base=True)
-        values |= {"intra_gb_per_s": _rounded(1e-9 / per_byte), "intra_share": 1.0}
+        values |= {"intra_gb_per_s": rounded(1e-9 / per_byte), "intra_share": 1.0}
     if between:
         _, across, per_byte = _fit(between, with_base=False)
-        values |= {"inter_gb_per_s": _rounded(1e-9 / per_byte), "inter_share": 1.0}
+        values |= {"inter_gb_per_s": rounded(1e-9 / per_byte), "inter_share": 1.0}
     if values:
-        values["protocols"] = [[1.0, *(_rounded(1e6 * seconds) for seconds in (base, within, across or within))]]
+        values["protocols"] = [[1.0, *(rounded(1e6 * seconds) for seconds in (base, within, across or within))]]
     return values
 
 
@@ -63,8 +64,3 @@ def _fit(links: Iterable[LinkTime], with_base: bool) -> tuple[float, float, floa
         kept.remove(int(np.argmin(found)))  # what would be negative is no part of it
     base, step, per_byte = found * scale
     return float(base), float(step), max(float(per_byte), 1e-15)
-
-
-def _rounded(value: float) -> float:
-    """Round to four digits, more than a measurement has."""
-    return float(f"{value:.4g}")

@@ -44,12 +44,12 @@ def judge(found: Sequence[RankFindings], percent: float) -> Verdict:
         ("memory", {one.rank: one.copy_bytes for one in found}),
     ):
         for device in dict.fromkeys(one.device for one in found):
-            like = {one.rank: rates[one.rank] for one in found if one.device == device}
-            if len(like) == 1:
-                alone.append(f"the {name} of rank {next(iter(like))} ({device})")
+            of_device = {one.rank: rates[one.rank] for one in found if one.device == device}
+            if len(of_device) == 1:
+                alone.append(f"the {name} of rank {next(iter(of_device))} ({device})")
             odd += [
-                f"rank {rank} on {hosts[rank]}: its {name} is {slower:.0f} % slower than the median of {len(like)}"
-                for rank, slower in _slower(like, percent)
+                f"rank {rank} on {hosts[rank]}: its {name} is {slower:.0f} % slower than the median of {len(of_device)}"
+                for rank, slower in _slower(of_device, percent)
             ]
     slow_groups: dict[tuple[int, ...], None] = {}
     for what, like in _like_links(found, hosts).items():

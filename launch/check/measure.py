@@ -119,21 +119,36 @@ def measure(request: Request, device: torch.device, group: Any) -> RankFindings:
     """
     ranks = make_ranks(request.layout, request.placement, request.kv_copies)
     dtype = torch.bfloat16 if request.bf16 else torch.float32
-    products, copies, seconds = [], [], dict[tuple[Any, ...], float]()
+    products, copies = [], []
     for _ in range(ROUNDS):
         dist.barrier(group)
         products.append(product_flops(device, dtype))
         dist.barrier(group)
         copies.append(copy_bytes(device))
-        for key, found in _links(ranks, device, group):
-            seconds[key] = min(found, seconds.get(key, found))
-    links = [LinkTime(*key, found) for key, found in seconds.items()]
+    links = link_times(ranks, device, group)
     cores = len(os.sched_getaffinity(0)) if device.type == "cpu" else None
     place = ranks.rank, socket.gethostname(), device_name(device)
     return RankFindings(*place, max(products), max(copies), links, cores)
 
 
-def _links(ranks: Ranks, device: torch.device, group: Any) -> Iterator[tuple[tuple[Any, ...], float]]:
+def link_times(ranks: Ranks, device: torch.device, group: Any) -> list[LinkTime]:
+    """Measure this rank's links in several rounds. All ranks call it together.
+
+    Args:
+        ranks: this process in the rank grid, and its groups.
+        device: of this rank.
+        group: as for `measure`.
+    """
+    seconds: dict[tuple[str, str, tuple[int, ...], int], float] = {}
+    for _ in range(ROUNDS):
+        for key, found in _round(ranks, device, group):
+            seconds[key] = min(found, seconds.get(key, found))
+    return [LinkTime(*what, found) for what, found in seconds.items()]
+
+
+def _round(
+    ranks: Ranks, device: torch.device, group: Any
+) -> Iterator[tuple[tuple[str, str, tuple[int, ...], int], float]]:
     """Yield the key and the seconds of each message of a round, in an order that is the same on all ranks."""
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
     for pair in sorted({(min(link), max(link)) for link in ranks.placement.links}):

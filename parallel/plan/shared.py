@@ -8,6 +8,7 @@ time that they were measured to take among ranks that share devices, and leave t
 
 from collections.abc import Sequence
 
+from parallel.plan.costs import PassTime
 from parallel.plan.steps import RankTime, StageTime, Step, StepTime
 from parallel.schedules import Action, Pass, orders, source_of, split_off
 
@@ -28,16 +29,18 @@ def shared_step_time(step: Step, copies: int, devices: float) -> StepTime:
     linked = _Shared(step, step.stages, step.links, quiet, copies, devices).seconds()
     whole = _Shared(step, step.stages, step.links, step.ranks, copies, devices).seconds() + step.agreement
     # Of a core's time the parts are as long as if it were the rank's alone; what others take of it is waiting.
-    busy = {name: 0.0 for name in ("products", "attention", "traffic", "host", "exposed")}
+    busy = PassTime()
     for order in orders(step.schedule, step.placement, step.micro_batches):
         split = split_off(order)
         for action in order:
             time = step.stages[action.stage][_kind(action, split)]
-            for name in busy:
-                busy[name] += getattr(time, name) / ranks
+            busy.add(time)
+            busy.host += time.host
     optimizer = sum(rank.optimizer for rank in step.ranks) / ranks
-    waiting = alone - sum(busy.values())
-    return StepTime(whole, *busy.values(), linked - alone, whole - linked - optimizer, optimizer, waiting)
+    parts = [part / ranks for part in (busy.products, busy.attention, busy.traffic, busy.host, busy.exposed)]
+    products, attention, traffic, host, tp = parts
+    pp, dp = linked - alone, whole - linked - optimizer
+    return StepTime(whole, products, attention, traffic, host, tp, pp, dp, optimizer, alone - sum(parts))
 
 
 def _kind(action: Action, split: set[tuple[int, int]]) -> int:

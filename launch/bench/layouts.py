@@ -1,0 +1,286 @@
+"""Steps of several layouts on this machine's cores against what a plan predicts from this machine's own figures.
+
+Ranks are processes with a thread each, over Gloo, on the CPU on every machine. In one start they measure products,
+attention, memory and links as `deepnarrow bench cluster` and `deepnarrow check` do, and then train steps of every
+layout by turns, with the engine of a run.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+
+from conf.schema import Config
+from launch.bench.cluster import ON_CPU, facts, measured_here, merged
+from launch.bench.common import composed, device_name, rendered
+from launch.check.calibrate import links_of
+from launch.check.measure import RankFindings, link_times
+from model.batch import Batch
+from model.problems import BadInput
+from parallel import schedules
+from parallel.engine import Engine, EngineSettings, build_engine
+from parallel.groups import make_ranks
+from parallel.layout import Layout, ParallelConfig, Recompute
+from parallel.layout import problems as layout_problems
+from parallel.plan.cluster import Cluster
+from parallel.plan.job import Job
+from parallel.plan.predict import predict
+from parallel.processes import free_port
+from parallel.schedules import Schedule, batch_problems, placement_of
+from train.optimizer import adamw
+from train.strict_json import dumps
+
+DEFAULTS = [*ON_CPU, "train.global_batch=8"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout to train steps of.
+
+    Attributes:
+        pp, dp, tp: the rank grid.
+        schedule, virtual: the pipeline's.
+        micro_batch: sequences of a micro-batch.
+        recompute: what blocks recompute.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    schedule: str = "1f1b"
+    virtual: int | None = None
+    micro_batch: int = 1
+    recompute: str = "none"
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes."""
+        return self.pp * self.dp * self.tp
+
+    def job(self, config: Config) -> Job:
+        """Return the job of a step of the whole batch."""
+        layout = Layout(self.dp, self.pp, self.tp, self.tp > 1)
+        return Job(
+            config.model,
+            layout,
+            EngineSettings(
+                micro_batch=self.micro_batch,
+                accumulation=int(config.train.global_batch) // (self.micro_batch * self.dp),
+                clip=config.optimizer.clip,
+                bf16=config.train.precision.name == "bf16",
+                seed=1,
+                seq_len=config.train.seq_len,
+                recompute=Recompute[self.recompute],
+                schedule=Schedule[self.schedule],
+                placement=placement_of(Schedule[self.schedule], self.pp, self.virtual),
+            ),
+        )
+
+    def problems(self, config: Config) -> list[str]:
+        """Say why the model and the batch cannot be trained so."""
+        cut = ParallelConfig(pp=self.pp, dp=self.dp, tp=self.tp, schedule=Schedule[self.schedule])
+        cut.virtual_stages = self.virtual
+        batch, sequences = int(config.train.global_batch), self.micro_batch * self.dp
+        if found := layout_problems(cut, config.model):
+            return found
+        if batch % sequences:
+            return [f"train.global_batch={batch}: is no multiple of the {sequences} sequences of dp {self.dp} micro-"
+                    f"batches of {self.micro_batch}; train.global_batch={8 * sequences} would work"]  # fmt: skip
+        return batch_problems(cut.schedule, self.pp, batch, sequences)
+
+    def __str__(self) -> str:
+        grid = " ".join(f"{key}{size}" for key in ("pp", "dp", "tp") if (size := getattr(self, key)) > 1)
+        schedule = "" if self.pp == 1 else f" {self.schedule}" + (f" x {self.virtual}" if self.virtual else "")
+        batch = f" micro-batch {self.micro_batch}" if self.micro_batch > 1 else ""
+        return grid + schedule + batch + (f" recompute {self.recompute}" if self.recompute != "none" else "")
+
+
+CASES = (
+    *[Case(pp=2), Case(pp=2, micro_batch=2), Case(pp=2, micro_batch=4), Case(pp=2, schedule="interleaved", virtual=2)],
+    *[Case(pp=2, schedule="zero_bubble"), Case(pp=2, schedule="zbv"), Case(pp=2, recompute="full")],
+    *[Case(dp=2), Case(dp=2, recompute="full"), Case(tp=2), Case(tp=2, micro_batch=4)],
+    *[Case(pp=4), Case(pp=2, dp=2), Case(pp=2, tp=2), Case(dp=4)],
+)
+"""The layouts that are measured, on two and on four ranks."""
+
+
+def measure(
+    overrides: Sequence[str], cases: Sequence[Case] = CASES, rounds: int = 3, seconds: float = 1200.0
+) -> dict[str, Any]:
+    """Train steps of each layout by turns, and predict them.
+
+    Args:
+        overrides: of the model, `train.seq_len` and `train.global_batch`, after `DEFAULTS`.
+        cases: the layouts.
+        rounds: the number of rounds, in each of which every layout takes two steps, of which the second counts.
+        seconds: after which no further round begins.
+
+    Returns:
+        ``rows``, for each layout with ``measured``, the median seconds of its steps, their extremes, ``predicted`` and
+        their ``ratio``; ``worst``, the largest deviation of a ratio from 1; ``tau``, Kendall's rank correlation of
+        measured and predicted steps; ``clusters``, the keys that were measured, by the number of ranks.
+
+    Raises:
+        BadInput: the settings cannot work.
+    """
+    config = composed(DEFAULTS, overrides).config
+    if not isinstance(config.train.global_batch, int):
+        raise BadInput([f"train.global_batch={config.train.global_batch}: one batch is measured; 8 would work"])
+    if problems := [problem for case in cases for problem in case.problems(config)]:
+        raise BadInput(list(dict.fromkeys(problems)))
+    rows: list[dict[str, Any]] = []
+    clusters = {}
+    sizes = sorted({case.ranks for case in cases})
+    for ranks in sizes:
+        own = [case for case in cases if case.ranks == ranks]
+        with tempfile.TemporaryDirectory() as folder:
+            job = (ranks, free_port(), config, own, rounds, seconds / len(sizes), folder)
+            torch.multiprocessing.spawn(_rank, job, ranks)
+            found = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+        cluster, clusters[str(ranks)] = _cluster(found)
+        rows += [_row(case, config, cluster, times) for case, times in zip(own, found[0]["steps"], strict=True)]
+    measured, predicted = ([row[key] for row in rows] for key in ("measured", "predicted"))
+    return {
+        "device": device_name(torch.device("cpu")),
+        "parameters": config.model.num_params,
+        "tokens": config.train.global_batch * config.train.seq_len,
+        "rows": rows,
+        "worst": max(abs(row["ratio"] - 1) for row in rows),
+        "tau": kendall_tau(measured, predicted),
+        "clusters": clusters,
+    }
+
+
+def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
+    """Compute Kendall's tau-a: the share of pairs that both order alike, less the share that they order otherwise."""
+    signs = [(a[i] - a[j]) * (b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(signs) if signs else 1.0
+
+
+def _cluster(found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any]]:
+    """Return the cluster that the ranks have measured, and the keys that they have."""
+    devices = merged([one["device"] for one in found if one["device"] is not None])["values"]
+    values = devices | links_of([RankFindings.from_json(one["links"]) for one in found])
+    cores = len(os.sched_getaffinity(0))
+    place = {"gpus_per_node": len(found), "devices_per_node": float(min(cores, len(found)))}
+    return Cluster(**{**facts(torch.device("cpu"), values), **values, **place}), values
+
+
+def _row(case: Case, config: Config, cluster: Cluster, times: Sequence[float]) -> dict[str, Any]:
+    prediction = predict(case.job(config), cluster)
+    measured = statistics.median(times)
+    return {
+        **asdict(case),
+        "case": str(case),
+        "measured": measured,
+        "extremes": [min(times), max(times)],
+        "predicted": prediction.seconds,
+        "ratio": prediction.seconds / measured,
+        "bubble": prediction.bubble,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """Render the results of `measure` as text."""
+    title = (
+        f"steps of {found['tokens']:,} tokens, {found['parameters']:,} parameters, a thread a rank; {found['device']}"
+    )
+    table = Table("layout", "ranks", "s a step", "of all", "predicted", "ratio", title=title, title_justify="left")
+    for row in found["rows"]:
+        low, high = row["extremes"]
+        ranks = str(row["pp"] * row["dp"] * row["tp"])
+        table.add_row(
+            row["case"], ranks, f"{row['measured']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['predicted']:.2f}",
+            f"{row['ratio']:.3f}",
+        )  # fmt: skip
+    return "\n".join(
+        [
+            rendered(table),
+            f"no step is more than {found['worst']:.1%} off; Kendall's tau of the ranking {found['tau']:.2f}",
+        ]
+    )
+
+
+def _rank(
+    rank: int, ranks: int, port: int, config: Config, cases: Sequence[Case], rounds: int, seconds: float, folder: str
+) -> None:
+    """Run one process: it measures its core and its links, then steps of each layout; it writes what it found."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    from parallel.deepspeed_engine import start_process_group
+
+    device = start_process_group()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    dtype = torch.bfloat16 if config.train.precision.name == "bf16" else torch.float32
+    busy = min(ranks, len(os.sched_getaffinity(0)))
+    at_work = dist.new_group(list(range(busy)))
+    own = measured_here(config, device, dtype, partial(dist.barrier, at_work)) if rank < busy else None
+    dist.barrier()
+    links = _links(rank, ranks, config, device)
+    engines = [_engine(case.job(config), config) for case in cases]
+    steps: list[list[float]] = [[] for _ in cases]
+    late = torch.zeros(1)
+    for number in range(rounds + 1):
+        if rank == 0 and number > 1:
+            late.fill_(time.perf_counter() - begin > seconds)
+        dist.broadcast(late, 0)
+        if late:
+            break
+        for case, engine, times in zip(cases, engines, steps, strict=True):
+            taken = _seconds(engine, case, config)
+            if number:  # the first opens connections and allocates
+                times.append(taken)
+    for engine in engines:
+        engine.wait()
+    (Path(folder) / f"{rank}.json").write_text(dumps({"device": own, "links": asdict(links), "steps": steps}), "utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _links(rank: int, ranks: int, config: Config, device: torch.device) -> RankFindings:
+    """Measure the links of a pipeline of all ranks, and of all of them sharing matrices, which replicas' are like."""
+    links = []
+    for layout in (Layout(1, ranks, 1), Layout(1, 1, ranks)):
+        grid = make_ranks(layout, schedules.Placement(layout.pp), 1)
+        links += link_times(grid, device, dist.group.WORLD)
+    return RankFindings(rank, "here", "cpu", 0.0, 0.0, links)
+
+
+def _engine(job: Job, config: Config) -> Engine:
+    optimizer = partial(adamw, settings=config.optimizer)
+    return build_engine(job.model, job.layout, job.stages, job.settings, make_optimizer=optimizer)
+
+
+def _seconds(engine: Engine, case: Case, config: Config) -> float:
+    """Return the seconds of the second of two steps, whose weights are still on their way when it begins."""
+    micro_batches = int(config.train.global_batch) // (case.micro_batch * case.dp)
+    dist.barrier()
+    for _ in range(2):
+        begin = time.perf_counter()
+        engine.step(_batches(case, config, micro_batches), config.optimizer.lr, micro_batches)
+        taken = time.perf_counter() - begin
+    slowest = torch.tensor(taken, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def _batches(case: Case, config: Config, micro_batches: int) -> Iterator[Batch]:
+    """Yield the micro-batches of a step, random tokens and labels, int64 (B, L), the same on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (case.micro_batch, config.train.seq_len + 1)
+    for _ in range(micro_batches):
+        tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
+        yield Batch(tokens[:, :-1], tokens[:, 1:])
