@@ -18,6 +18,8 @@ from typing import NamedTuple
 from parallel.plan.costs import PassTime
 from parallel.schedules import Action, Orders, Pass, Placement, Schedule, orders, source_of, split_off
 
+_MOST_ROUNDS = 6
+"""Rounds of as many micro-batches as there are ranks in the longest step that is simulated to extrapolate from."""
 _KINDS = 4  # of passes: F, a whole B, B without the gradients of weights, W
 
 
@@ -150,10 +152,11 @@ def _numbers(schedule: Schedule, placement: Placement, micro_batches: int) -> li
 def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
     """Return what is measured of a step, from shorter ones where it grows linearly with the micro-batches.
 
-    A rank that is busier than the others may fall behind them only after many micro-batches: however a short step
-    grows, a long one grows by no less than what the busiest rank does.
+    A rank that is busier than the others may fall behind them only after many micro-batches: a step that grows by less
+    than what the busiest rank computes is not long enough. Beyond `_MOST_ROUNDS` it is said to grow by that from there
+    on, which has been at most 0.04 % off.
     """
-    wanted, period = step.micro_batches, step.placement.num_ranks
+    wanted, period, busiest = step.micro_batches, step.placement.num_ranks, _busiest(step)
     at = 2 * period + (wanted - 2 * period) % period
 
     def of(micro_batches: int) -> float:
@@ -162,8 +165,9 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
     while at + 2 * period < wanted:
         first, second, third = of(at), of(at + period), of(at + 2 * period)
         growth = third - second
-        if abs(growth - (second - first)) <= 1e-9 * abs(third):
-            return third + max(growth, _busiest(step)) * ((wanted - at) // period - 2)
+        steady = abs(growth - (second - first)) <= 1e-9 * abs(third)
+        if steady and (growth >= busiest * (1 - 1e-9) or at > _MOST_ROUNDS * period):
+            return third + max(growth, busiest) * ((wanted - at) // period - 2)
         at += at // period * period  # which keeps what is left over of a period
     return of(wanted)
 
