@@ -154,7 +154,7 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
 
     A rank that is busier than the others may fall behind them only after many micro-batches: a step that grows by less
     than what the busiest rank computes is not long enough. Beyond `_MOST_ROUNDS` it is said to grow by that from there
-    on, which has been at most 0.04 % off.
+    on, which has been at most 0.1 % too much.
     """
     wanted, period, busiest = step.micro_batches, step.placement.num_ranks, _busiest(step)
     at = 2 * period + (wanted - 2 * period) % period
