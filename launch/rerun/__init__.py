@@ -1,0 +1,1 @@
+"""The command `deepnarrow rerun`: a step is computed again, on several devices, and compared to the last bit."""
