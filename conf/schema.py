@@ -39,6 +39,11 @@ class Config:
     init_from: str | None = None
     """The first weights, and with them the model's shape: a run, a checkpoint, a Hugging Face directory, or what
     `deepnarrow import` or `regroup` wrote. Optimizer, step and data begin anew; null draws the weights."""
+    cluster: str | None = None
+    """What the predicted seconds of a step are for, which stand beside the measured ones: a preset such as h100 (its
+    figures are the data sheet's), or a YAML file of `deepnarrow bench --save` and `deepnarrow check --save`. Null takes
+    the preset of the GPU, where there is one, and predicts nothing elsewhere. How many machines there are is the run's
+    own."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

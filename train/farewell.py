@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
             tracker.alert("diverged", f"step {progress.step}: {diverged}")
         kept = tracker.finish(summary, ended=not lost)
         code = code or (0 if kept else LOST)
-        log.info("%s", closing(summary, run.length.steps, texts, run.run_dir, last_save))
+        log.info("%s", closing(summary, run.length.steps, texts, run.run_dir, last_save, run.expected.said()))
     (highest,) = max_over_ranks([code], run.patient_group)  # nobody leaves before all, uploads of rank 0, are done
     run.signals.ignore()
     leave()
@@ -102,8 +103,15 @@ def _set_aside(run: Run, last_sound: int) -> None:
                 run.say(f"step {step} gives no finite loss: set aside as {aside}", logging.WARNING)
 
 
-def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: Path, last_save: Outcome | None) -> str:
-    """Write the closing lines: samples, losses, speed, where things are, how to go on."""
+def closing(
+    summary: dict[str, Any],
+    num_steps: int,
+    texts: list[str],
+    run_dir: Path,
+    last_save: Outcome | None,
+    compared: Sequence[str] = (),
+) -> str:
+    """Write the closing lines: samples, losses, speed and what was predicted of it, where things are, how to go on."""
     lines = [f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1)]
     if summary["diverged"]:
         lines.append(f"--- diverged at step {summary['steps']:,} of {num_steps:,}: {summary['reason']} ---")
@@ -121,6 +129,7 @@ def closing(summary: dict[str, Any], num_steps: int, texts: list[str], run_dir: 
         lines.append(f"validation loss  {val}")
     if summary["tokens_per_second"] is not None:
         lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s")
+    lines += [f"{'' if at else 'prediction':17}{line}" for at, line in enumerate(compared)]
     if summary["missing_records"]:
         lines.append(f"missing          {summary['missing_records']:,} records, which the disk did not take")
     lines.append(f"run folder       {run_dir}")

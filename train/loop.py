@@ -90,7 +90,8 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
             seconds = time.perf_counter() - begin
         run.window.add(result, limits)
         # The first step pays for allocations and kernel choices, one that is traced for its trace.
-        if (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile:
+        counts = (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile
+        if counts:
             progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
             progress.timed_tokens += size.tokens
 
@@ -100,7 +101,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         progress.stopped = report.told_to_stop and step < run.length.steps
 
         record = as_record(step, size, result, rate, seconds, report, run.constants)
-        record |= run.slow_ranks(report)
+        record |= run.expected.compared(record, size, counts) | run.slow_ranks(report)
         record |= {"source_tokens": run.source_tokens(step)} if run.config.data.sources else {}
         val_loss = run.validation_loss() if run.evaluates_after(step) else None
         record |= {} if val_loss is None else {"val_loss": val_loss}

@@ -27,9 +27,13 @@ def peak_flops(device: torch.device) -> float | None:
     """Look up a device's dense bf16 peak in FLOP/s; None where it is not known (the CPU among them)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [key for key in PEAK_BF16_FLOPS if key in name]
-    return PEAK_BF16_FLOPS[max(known, key=len)] if known else None
+    known = known_gpu(torch.cuda.get_device_name(device))
+    return PEAK_BF16_FLOPS[known] if known else None
+
+
+def known_gpu(name: str) -> str | None:
+    """Return the key of `PEAK_BF16_FLOPS` for what the driver calls a device; None where it is not known."""
+    return max((key for key in PEAK_BF16_FLOPS if key in name), key=len, default=None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from model.problems import BadInput
 from parallel import environment
 from parallel.layout import Layout
 from parallel.processes import local_processes
-from train import passed_over, uptrain, wandb_check
+from train import passed_over, predicted, uptrain, wandb_check
 from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -96,6 +96,7 @@ def preflight(
     problems += unfit
     run_dir, start = composition.run_dir.absolute(), Start()
     if writes:
+        problems += predicted.problems(config)
         problems += wandb_check.problems(config, run_dir, os.environ)
         unusable = name_problems("name", config.name) or _check_run_dir(composition.run_dir)
         problems += [problem for problem in unusable if problem not in problems]

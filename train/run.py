@@ -46,6 +46,7 @@ from train.length import Consumed, Length, length_of
 from train.metrics import peak_flops
 from train.optimizer import adamw
 from train.patient_file import patient_logs
+from train.predicted import Expected
 from train.preflight import PreparedRun
 from train.records import diverged_before
 from train.report import RunConstants, StepReport
@@ -82,6 +83,7 @@ class Run:
         steps_before: optimizer steps that a checkpoint brought along.
         resumed: whether there was such a checkpoint.
         constants: by which the figures of a step are computed.
+        expected: what a plan predicts of its steps; nothing but on rank 0.
         saver: of checkpoints.
         tracker: of rank 0, None elsewhere.
     """
@@ -106,6 +108,7 @@ class Run:
     steps_before: int
     resumed: bool
     constants: RunConstants
+    expected: Expected
     saver: Saver
     tracker: Tracker | None
 
@@ -227,13 +230,15 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
     )
     facts = _facts(prepared, stages, device, dtype)
     saver = _saver(prepared, run_dir, start, state, facts, patient)
-    tracker = None
+    tracker, expected = None, Expected.nothing(config, layout)
     if rank == 0:
+        expected = Expected.of(config, layout, dtype is torch.bfloat16, device)
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
         tell_of_restart(tracker, run_dir, os.environ)
         announce(prepared, stages, facts, past, begun, length, order, held_out)
+        log.info("%s", expected.announced(length))
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
     return Run(
@@ -262,6 +267,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         held_out=held_out,
         steps_before=steps_before,
         resumed=past is not None,
+        expected=expected,
         constants=_constants(config, layout, stages, device, length),
         saver=saver,
         tracker=tracker,

@@ -26,7 +26,7 @@ from parallel.sharding import problems as tp_problems
 from parallel.stages import Stage
 from parallel.zero import Replicas, Zero
 from train.job import engine_settings
-from train.metrics import PEAK_BF16_FLOPS, peak_flops
+from train.metrics import peak_flops
 from train.optimizer import adamw
 
 _TINY: dict[str, Any] = dict(n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, head_dim=None, d_ff=16, vocab_size=16)
@@ -296,11 +296,6 @@ def predicted(one: Pass, cluster: Cluster, dtype: torch.dtype) -> float:
     prices = Prices(cluster, torch.finfo(dtype).bits // 8)
     time = pass_time(one.operations, prices, reaches(Layout(1, 1), cluster.gpus_per_node))
     return time.wait_for_host().seconds
-
-
-def known_gpu(name: str) -> str | None:
-    """Return the data sheet's name of a GPU in what its driver calls it; None where it is not known."""
-    return max((key for key in PEAK_BF16_FLOPS if key in name), key=len, default=None)
 
 
 def rounded(value: float) -> float:

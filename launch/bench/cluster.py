@@ -19,11 +19,12 @@ import torch.distributed as dist
 from rich.table import Table
 
 from conf.schema import Config
-from launch.bench.calibration import Together, known_gpu, predicted, rounded, values_of_device
+from launch.bench.calibration import Together, predicted, rounded, values_of_device
 from launch.bench.common import composed, device_name, rendered
 from parallel.environment import timeout
 from parallel.plan.cluster import Cluster
 from parallel.processes import free_port
+from train.metrics import known_gpu
 from train.strict_json import dumps
 
 ON_GPU = ["model=7b"]

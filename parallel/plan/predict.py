@@ -55,6 +55,12 @@ class Prediction:
         return self.waiting / self.seconds
 
     @property
+    def shares_devices(self) -> bool:
+        """Whether ranks share cores, so that passes take longer while others compute: `costs` are of a core's own."""
+        devices = self.cluster.devices_per_node
+        return devices is not None and devices < min(self.job.layout.world_size, self.cluster.gpus_per_node)
+
+    @property
     def tokens_per_second_per_gpu(self) -> float:
         """Tokens of all replicas a second, over the GPUs of the layout."""
         return self.job.tokens_per_step / self.seconds / self.job.layout.world_size

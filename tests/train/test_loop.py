@@ -19,6 +19,7 @@ from train.data.mixed_order import MixedOrder
 from train.health import Health
 from train.length import Consumed, length_of
 from train.loop import Progress, garbage_collected_by_hand, take_steps
+from train.predicted import Expected
 from train.report import RunConstants
 from train.run import be_deterministic, compute_dtype
 from train.spikes import SpikeWindow
@@ -37,6 +38,7 @@ class Played(SimpleNamespace):
         self.accumulated = []
         self.stop_after, self.steps_before, self.group, self.batches = stop_after, 0, None, iter(())
         self.constants, self.weights_are_finite = RunConstants(config.model, None, {}), True
+        self.expected = Expected.nothing(config, self.layout)
         self.begun = Consumed()
         self.order = MixedOrder.of(config, self.length, self.begun)
         self.window = SpikeWindow(config.train.spike_sigmas)
