@@ -130,6 +130,8 @@ class _Watch:
 
     def look(self) -> bool:
         """Look at the ranks; whether they are to be ended at once, since they do not move."""
+        if self._stall is not None:  # what follows is what has been done about it
+            return True
         stall = self.dog.look()
         self._of.progress(self.dog)
         if stall is None:

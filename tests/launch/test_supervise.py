@@ -40,10 +40,16 @@ class Run:
             assert self.command.poll() is None, self.said.read_text()[-3000:]
             assert time.monotonic() < deadline, "no step was taken"
             time.sleep(0.2)
-        self.processes = psutil.Process(self.command.pid).children(recursive=True)
+        self.processes = []
+        self.look()
+
+    def look(self):
+        """See which processes there are."""
+        before, self.processes = self.processes, psutil.Process(self.command.pid).children(recursive=True)
         self.ranks = sorted(
             (p for p in self.processes if str(PRETRAIN) in p.cmdline()[1:3]), key=lambda p: int(p.environ()["RANK"])
         )
+        self.processes += before
         assert len(self.ranks) == 2
 
     def end(self):
@@ -113,7 +119,7 @@ KILLED = {
 @pytest.mark.parametrize("ending", KILLED)
 def test_however_a_run_is_killed_nothing_is_left_and_the_exit_code_is_true(ending, begin, overrides, tmp_path):
     end, code = KILLED[ending]
-    run = begin(TRAIN, overrides, tmp_path / "run")
+    run = begin(TRAIN, [*overrides, "launch.restarts=0"], tmp_path / "run")
     end(run)
     found = run.command.wait(timeout=60)
     assert found == code if code is not None else found not in (0, None)
@@ -121,8 +127,18 @@ def test_however_a_run_is_killed_nothing_is_left_and_the_exit_code_is_true(endin
 
 
 @pytest.mark.launch
-def test_told_to_stop_a_run_saves_and_ends_with_zero(begin, overrides, tmp_path):
-    run = begin(TRAIN, overrides, tmp_path / "run")
+def test_a_run_that_has_been_started_again_is_told_to_stop_saves_and_ends_with_zero(begin, overrides, tmp_path):
+    run = begin(TRAIN, [*overrides, "checkpoint.every_steps=2"], tmp_path / "run")
+    run.ranks[1].kill()
+    events, deadline = run.folder / "events.jsonl", time.monotonic() + 120
+    while not (events.exists() and "recovered" in events.read_text()):
+        assert run.command.poll() is None and time.monotonic() < deadline, run.said.read_text()[-3000:]
+        time.sleep(0.2)
+    run.look()
+    failed, recovered = [json.loads(line) for line in events.read_text().splitlines()]
+    assert (failed["rank"], failed["cause"]) == (1, "was ended by SIGKILL (as a system does that is out of memory)")
+    assert recovered["seconds"]["lost"] > 0 and failed["step"] == recovered["step"]
+    assert "restart 1, after a failure: rank 1 on " in (run.folder / "pretrain.log").read_text()
     run.command.send_signal(signal.SIGINT)
     assert run.command.wait(timeout=60) == 0, run.said.read_text()[-3000:]
     run.assert_all_gone()
