@@ -13,13 +13,13 @@ from launch.plan import explain, write
 from launch.plan.dry_runs import Checked, check
 from launch.plan.picture import draw
 from launch.plan.request import Request, overrides_of, read
-from launch.plan.rows import Row, as_json, counted, gib, rows_of
+from launch.plan.rows import GIB, Row, as_json, counted, gib, rows_of
 from launch.plan.tables import head, kept, tables
 from launch.timeline import picture
 from model.problems import BadInput
 from parallel.layout import ParallelConfig, layout_for
 from parallel.plan.predict import predict
-from parallel.plan.search import Found, first_fitting, search
+from parallel.plan.search import Found, first_fitting, fullest, search
 
 
 def run(options: argparse.Namespace) -> int:
@@ -134,11 +134,16 @@ def _none(request: Request, found: Found) -> list[str]:
     cluster = request.cluster
     on = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.name}"
     if found.least is not None:
-        choice, rank, memory = found.least
+        # What does not fit for its state alone was not tried with more recomputation, which makes it a little less.
+        tried = [
+            replace(found.least[0], recompute=one, head_pieces=pieces) for one, pieces in request.space.recomputations
+        ]
+        needs = [(choice, *fullest(request.task.job(choice))) for choice in tried]
+        choice, rank, memory = min(needs, key=lambda one: one[2].peak)
         said = (
             f"--cluster: no layout of {request.config.preset} fits {on}: the one that needs least, "
             f"{' '.join(overrides_of(choice))}, needs {gib(memory.peak)} GiB on rank {rank} of its pipeline, and "
-            f"a plan may fill {cluster.allocatable_gib:.1f}"
+            f"a plan may fill {gib(cluster.allocatable_gib * GIB)}"
         )
         return [f"{said}; {_more_machines(request)} would work"]
     if found.examples:

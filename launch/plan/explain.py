@@ -8,7 +8,7 @@ from typing import Any
 from conf.compose import compose_overrides
 from conf.overrides import key_of
 from launch.plan.request import KEYS, Request, overrides_of, value_of
-from launch.plan.rows import gib, parts_of
+from launch.plan.rows import GIB, gib, parts_of
 from model.problems import BadInput
 from parallel.layout import Recompute, layout_for
 from parallel.memory import Memory
@@ -197,7 +197,7 @@ def _does_not_fit(request: Request, of: Explanation) -> Sequence[str]:
     lines = [
         f"  does not fit: rank {rank} of its pipeline needs {gib(memory.peak)} GiB (state {gib(memory.state)}, "
         f"activations {gib(memory.activations)}, workspace {gib(memory.workspace)}), and a plan may fill "
-        f"{request.cluster.allocatable_gib:.1f}"
+        f"{gib(request.cluster.allocatable_gib * GIB)}"
     ]
     if of.would_fit:
         other, prediction = of.would_fit

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.plan.request import KEYS, Request, overrides_of
-from launch.plan.rows import Row, gib
+from launch.plan.rows import GIB, Row, gib
 from parallel.plan.search import Found, groups
 
 _WIDTH = 120
@@ -26,11 +26,14 @@ def head(request: Request, found: Found) -> str:
     if request.fixed:
         lines.append(f"kept as they are set: {' '.join(kept(request))}")
     refused = ", ".join(f"{key} {count:,}" for key, count in found.refused.most_common())
+    room, memory, reserved = (
+        gib(size * GIB) for size in (cluster.allocatable_gib, cluster.memory_gib, cluster.reserved_gib)
+    )
     lines.append(
         f"{found.tried:,} choices: {found.refused.total():,} refused{f' ({refused})' if refused else ''}, "
-        f"{found.too_large:,} do not fit the {cluster.allocatable_gib:.1f} GiB that a plan may fill\n"
-        f"({cluster.memory_gib:.1f} less {cluster.reserved_gib:.1f}, assumed for CUDA, NCCL and the allocator), "
-        f"{found.idle:,} recompute more than they need to fit, {len(found.candidates):,} timed"
+        f"{found.too_large:,} do not fit\nthe {room} GiB that a plan may fill ({memory} less {reserved}, assumed for "
+        f"CUDA, NCCL and the allocator),\n{found.idle:,} recompute more than they need to fit, "
+        f"{len(found.candidates):,} timed"
     )
     return "\n".join(lines)
 
@@ -61,8 +64,8 @@ def _equal(rows: Sequence[Row], found: Found) -> str:
     if len(first) == 1:
         return f"{said} the first is faster than all others by more."
     text = (
-        f"{said}\n{len(first):,} of the {len(found.candidates):,} are no slower than the first by more, and any of them "
-        "may be the fastest."
+        f"{said}\n{len(first):,} of the {len(found.candidates):,} are no slower than the first by more, and any of "
+        "them may be the fastest."
     )
     plainest = min(first, key=lambda one: (one.choice.pp * one.choice.tp, one.choice.pp, one.seconds))
     if plainest is not rows[0].candidate:
