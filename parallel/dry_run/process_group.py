@@ -5,6 +5,7 @@ is nothing on the meta device.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -151,7 +152,11 @@ def one_of_many(rank: int, world_size: int, record: Record) -> Iterator[None]:
     environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     _current = record
     try:
-        with mock.patch.dict(os.environ, environment), mock.patch.object(dist, "split_group", _split_group):
+        with (
+            mock.patch.dict(os.environ, environment),
+            mock.patch.object(dist, "split_group", _split_group),
+            mock.patch.object(sys, "excepthook", sys.excepthook),  # PyTorch puts one that names the rank around it
+        ):
             dist.init_process_group(DRY, store=FakeStore(), rank=rank, world_size=world_size)
             try:
                 yield
