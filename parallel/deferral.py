@@ -79,13 +79,22 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x = saved_input(ctx)
         grad_x = input_gradient(grads, ctx.weights) if ctx.needs_input_grad[0] else None
         return (
             grad_x,
             None,
             *ctx.deferred.gradients(ctx.weights, lambda: [grad.flatten(0, -2).T @ x.flatten(0, -2) for grad in grads]),
         )
+
+
+def saved_input(ctx: Any) -> torch.Tensor:
+    """Return the one tensor that a function has saved, without the graph behind it.
+
+    A deferred gradient would otherwise keep the stage's input, and the gradient of that, which the graph ends at.
+    """
+    (x,) = ctx.saved_tensors
+    return x.detach()
 
 
 def input_gradient(grads: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:

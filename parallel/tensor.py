@@ -26,7 +26,14 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.layers import FusedLinears
-from parallel.deferral import DeferredGradients, DeferringFusedLinears, DeferringLinear, input_gradient, linear
+from parallel.deferral import (
+    DeferredGradients,
+    DeferringFusedLinears,
+    DeferringLinear,
+    input_gradient,
+    linear,
+    saved_input,
+)
 from parallel.heartbeat import heart
 from parallel.sharding import Cut, cut_of, shard
 
@@ -138,7 +145,7 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x = saved_input(ctx)
         tp, weights = ctx.tp, ctx.weights
         gather = None
         if tp.sequence_parallel and not ctx.deferred.active:
