@@ -112,7 +112,7 @@ def test_the_options_reach_every_verb_and_the_ranks(name, own, data, started, tm
     assert described(capfd, *where)["stages"][0]["parameters"] < 100_000
     assert cli.main(["prepare", *given]) == 0
     assert cli.main(["train", *given]) == 0
-    ((arguments, processes, run_dir),) = started
+    ((arguments, processes, run_dir, _),) = started
     assert (processes, run_dir) == (1, tmp_path / "run")
     runs = []
     monkeypatch.setattr(loop, "train", lambda prepared, signals, rendezvous: runs.append(prepared))
@@ -208,7 +208,7 @@ def test_the_config_of_a_run_folder_composes_that_very_run(trained, capfd, monke
 def test_like_goes_on_with_the_same_recipe_and_is_a_run_of_its_own_with_another(trained, started, capfd):
     def train(*overrides):
         assert cli.main(["train", f"--like={trained}", *overrides]) == 0
-        arguments, processes, run_dir = started.pop()
+        arguments, processes, run_dir, _ = started.pop()
         return compose_overrides(arguments), processes, run_dir, capfd.readouterr().err
 
     same, processes, run_dir, said = train("train.max_steps=4", "parallel.pp=2")
@@ -266,7 +266,7 @@ def test_like_works_where_the_folder_that_a_run_was_composed_from_is_gone(traine
         said = capfd.readouterr().err
         assert f"--config-dir={own}: not there" in said and "its own .hydra/config.yaml is taken" in said
         assert "the recipe is another: optimizer.lr; its name is left to it" in said
-        (arguments, _, run_dir) = started.pop()
+        (arguments, _, run_dir, _) = started.pop()
         config = compose_overrides(arguments).config
         assert (config.model.n_layers, config.optimizer.lr, config.name) == (4, 2e-3, run_dir.name)
         lines = bad(capfd, "train", f"--like={trained}", "model=7b")
@@ -300,7 +300,7 @@ def test_like_works_out_anew_what_weights_to_begin_with_imply(trained, own, data
     begins = [f"init_from={trained}", "uptrain.alpha=0.5", "wandb.mode=disabled", f"hydra.run.dir={uptrained}"]
     given = [f"data.path={data[1].partition('=')[2]}", *data[2:], *begins]
     assert cli.main(["train", *given]) == 0
-    arguments, _, _ = started.pop()
+    arguments, *_ = started.pop()
     first = compose_overrides(arguments)
     (uptrained / ".hydra").mkdir(parents=True)
     for name, node in (("overrides", first.node.hydra.overrides.task), ("config", first.config)):

@@ -205,7 +205,7 @@ def test_b7_what_another_launcher_left_in_the_shell_is_nothing_to_a_command_that
     overrides, tmp_path, monkeypatch, capsys
 ):
     started = []
-    monkeypatch.setattr(supervise, "launch", lambda arguments, num, run_dir: started.append(num) or 0)
+    monkeypatch.setattr(supervise, "launch", lambda arguments, num, *more: started.append(num) or 0)
     for key, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
         monkeypatch.setenv(key, value)
     assert cli.main(["train", *overrides, f"hydra.run.dir={tmp_path / 'run'}"]) == 0

@@ -162,7 +162,7 @@ def test_ranks_are_told_the_run_folder_and_not_how_to_name_it(overrides, tmp_pat
     monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
     named = f"hydra.run.dir='{tmp_path}/it\\'s a run/${{now:%f}}'"
     assert cli.main(["train", *overrides, named, "--config-name", "config", "hydra.job.chdir=true"]) == 0
-    ((arguments, _, run_dir),) = started
+    ((arguments, _, run_dir, _),) = started
     assert "now:" not in str(run_dir) and run_dir.parent == tmp_path / "it's a run"
     options, told = split_options(arguments)
     assert compose_overrides(told).run_dir == run_dir
@@ -196,7 +196,7 @@ def test_prepare_tells_where_the_data_is_and_train_finds_it(overrides, monkeypat
     started = []
     monkeypatch.setattr(supervise, "launch", lambda *arguments: started.append(arguments) or 0)
     assert cli.main(["train", *overrides, "parallel.pp=2", f"hydra.run.dir={tmp_path}"]) == 0
-    ((arguments, processes, run_dir),) = started
+    ((arguments, processes, run_dir, _),) = started
     assert processes == 2 and run_dir == tmp_path and "parallel.pp=2" in arguments
 
 
