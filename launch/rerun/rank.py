@@ -1,4 +1,4 @@
-"""One rank of a rerun, started by `deepnarrow rerun`: this file, with what it is to do as its only argument."""
+"""One rank of a rerun, started by `deepnarrow rerun`: this file, with a folder where it finds its order as argument."""
 
 import json
 import os
@@ -33,19 +33,27 @@ class Order:
         step: to compute again.
         repeats: how often.
         device: the name of this rank's device.
-        out: the file that it writes what it found to.
     """
 
     arguments: list[str]
     step: int
     repeats: int
     device: str
-    out: str
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Write the order where the rank looks for it."""
+        (folder / f"order-{rank}.json").write_text(json.dumps(asdict(self)), "utf-8")
+
+
+def result_of(folder: Path, rank: int) -> dict[str, Any]:
+    """Read what a rank has found."""
+    return dict(json.loads((folder / f"rank-{rank}.json").read_text("utf-8")))
 
 
 def main() -> None:
     """Take the steps from the checkpoint on, compute the step several times, and write down what came of it."""
-    order = Order(**json.loads(sys.argv[1]))
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    order = Order(**json.loads((folder / f"order-{rank}.json").read_text("utf-8")))
     die_with(os.environ.get(SUPERVISOR))
     from parallel.rendezvous import RankLost, join
     from train.preflight import preflight
@@ -61,7 +69,7 @@ def main() -> None:
                     prepared.run_dir.mkdir(parents=True, exist_ok=True)
                 run = open_run(prepared, signals, met)
                 found = recompute(run, order)
-                Path(order.out).write_text(json.dumps(found), "utf-8")
+                (folder / f"rank-{rank}.json").write_text(json.dumps(found), "utf-8")
                 leave()
             except Exception as error:
                 met.fail(1, [f"rank {met.rank} failed: {type(error).__name__}: {error}".splitlines()[0]], said=True)

@@ -6,13 +6,12 @@ weights: by the run's ranks each on the device that it had, and then each on ano
 
 import argparse
 import io
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from conf.ranges import ranges_of
 from conf.schema import Config
 from conf.train_settings import Precision
 from launch.rerun import rank as rank_module
-from launch.rerun.rank import Order
+from launch.rerun.rank import Order, result_of
 from launch.rerun.verdict import Attempt, Verdict, first_difference, judge
 from launch.supervise import end_group, launcher_environment
 from model.problems import BadInput
@@ -48,6 +47,10 @@ _LEFT_OUT = [
     *["train.val_every=0", "train.val_at=[]", "train.profile=[]", "train.timeline_at=[]", "sample.tokens=0"],
     *["checkpoint.enabled=false", "wandb.mode=disabled", "train.deterministic=true", "train.straggler_percent=null"],
 ]
+
+
+Start = Callable[[Path, int, Mapping[str, str]], Sequence[int | None]]
+"""A function from a folder with the orders of ranks, their number and environment to their exit codes."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ class Found:
     samples: list[int]
 
 
-def run(options: argparse.Namespace, script: Path = RANK) -> int:
+def run(options: argparse.Namespace, start: Start | None = None) -> int:
     """Compute a step of a run again, print what differs, and say whether hardware or data is at fault.
 
     Args:
         options: source, step, repeats, placements, json.
-        script: that a rank runs.
+        start: starts ranks, and returns their exit codes; None starts processes on this machine.
 
     Returns:
         0 where all agree, so that data or optimisation are at fault; 1 where hardware is.
@@ -105,13 +108,13 @@ def run(options: argparse.Namespace, script: Path = RANK) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="deepnarrow-rerun-") as folder:
         request = request_of(options, Path(folder) / "run")
-        found = computed(request, Path(folder), script)
+        found = computed(request, Path(folder), start or started)
         earlier = first_difference(found.replays)
         if earlier is not None:
             print(f"the placements differ at step {earlier:,} already, which is taken instead", file=sys.stderr)
             options = argparse.Namespace(**{**vars(options), "step": earlier})
             request = request_of(options, Path(folder) / "run")
-            found = computed(request, Path(folder), script)
+            found = computed(request, Path(folder), start or started)
     of_run = {one["step"]: (one["loss"], one["grad_norm"]) for one in _recorded(request.run_dir) if "loss" in one}
     bf16 = request.config.train.precision is Precision.bf16 or torch.cuda.is_available()
     tolerance = (1e-3, 1e-2) if bf16 else (1e-5, 1e-3)
@@ -171,7 +174,7 @@ def request_of(options: argparse.Namespace, scratch: Path) -> Request:
     )
 
 
-def computed(request: Request, folder: Path, script: Path) -> Found:
+def computed(request: Request, folder: Path, start: Start) -> Found:
     """Compute the step in every placement, one after another.
 
     Raises:
@@ -179,45 +182,56 @@ def computed(request: Request, folder: Path, script: Path) -> Found:
     """
     replays, attempts, samples = [], [], [0, 0]
     for shift in range(request.placements):
-        for of_rank in _placement(request, folder / f"placement-{shift}", shift, script):
+        for of_rank in _placement(request, folder / f"{request.step}-{shift}", shift, start):
             attempts += [Attempt(**one) for one in of_rank["attempts"]]
             samples = of_rank["samples"]
         replays.append([(int(step), loss, norm) for step, loss, norm in of_rank["replay"]])
     return Found(replays, attempts, samples)
 
 
-def _placement(request: Request, folder: Path, shift: int, script: Path) -> list[dict[str, Any]]:
-    """Start the ranks, each on the device so many behind its own, and return what each has written."""
-    folder.mkdir(exist_ok=True)
+def _placement(request: Request, folder: Path, shift: int, start: Start) -> list[dict[str, Any]]:
+    """Start the ranks, each on the device so many behind its own, and return what each has found."""
+    folder.mkdir()
     size, devices = request.layout.world_size, _devices()
     turned = [*devices[shift:], *devices[:shift]]
-    environment = launcher_environment()
+    environment = {"WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port())}
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(turned)
-    environment |= {"WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(free_port())}
     others = [argument for argument in request.arguments if not argument.startswith("hydra.run.dir=")]
     arguments = [f"hydra.run.dir={quoted(folder / 'run')}", *others]
+    for rank in range(size):
+        device = f"GPU {turned[rank]}" if devices else f"process {rank + shift}"
+        Order(arguments, request.step, request.repeats, device).write(folder, rank)
+    codes = start(folder, size, environment)
+    if any(codes):
+        raise BadInput([f"--step={request.step}: it could not be computed again (exit codes {codes} of the ranks, "
+                        "which have said why)"])  # fmt: skip
+    return [result_of(folder, rank) for rank in range(size)]
+
+
+def started(folder: Path, size: int, environment: Mapping[str, str]) -> list[int | None]:
+    """Start ranks on this machine; return their exit codes, None for one that another's failure has cut short.
+
+    Args:
+        folder: where they find their orders.
+        size: their number.
+        environment: what tells them of each other.
+    """
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(size):
-            device = f"GPU {turned[rank]}" if devices else f"process {rank + shift}"
-            out = folder / f"rank-{rank}.json"
-            order = Order(arguments, request.step, request.repeats, device, str(out))
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(script), json.dumps(asdict(order))]
-            ranks.append(subprocess.Popen(command, env=environment | place, start_new_session=True))
+            place = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(RANK), str(folder)]
+            ranks.append(subprocess.Popen(command, env=launcher_environment() | place, start_new_session=True))
         while None in (codes := [process.poll() for process in ranks]) and not any(codes):
-            time.sleep(0.05)  # one that fails tells the others, and they need not be waited for
+            time.sleep(0.05)
+        return codes
     finally:
         for process in ranks:
             if process.poll() is None:
                 end_group(process.pid)
                 process.wait()
-    if any(codes):
-        raise BadInput([f"--step={request.step}: it could not be computed again (exit codes {codes} of the ranks, "
-                        "which have said why)"])  # fmt: skip
-    return [json.loads((folder / f"rank-{rank}.json").read_text("utf-8")) for rank in range(size)]
 
 
 def _devices() -> list[str]:
