@@ -19,10 +19,10 @@ def save_problems(path: Path | None) -> list[str]:
     """Say why a cluster file cannot be written, or what is there cannot be one, before anything is measured."""
     if path is None:
         return []
-    if path.suffix not in (".yaml", ".yml"):
-        return [f"--save={path}: is to be YAML; {path.with_suffix('.yaml')} would work"]
     if path.is_dir():
         return [f"--save={path}: is a folder; a file in it, such as {path / 'cluster.yaml'}, would work"]
+    if path.suffix not in (".yaml", ".yml"):
+        return [f"--save={path}: is to be YAML; {path.with_suffix('.yaml')} would work"]
     if why := unwritable(path.absolute().parent):
         return [f"--save={path}: {why}; a file in a folder that can be written would work"]
     if path.exists():

@@ -112,16 +112,16 @@ def _started(request: Request, hostfile: Path | None) -> tuple[list[RankFindings
     if hostfile is None:
         command = launcher_command(script, arguments, request.layout.world_size)
     else:
-        where = ["--hostfile", str(hostfile), "--master_port", str(free_port()), "--no_local_rank"]
+        where = ["-q", "--hostfile", str(hostfile), "--master_port", str(free_port()), "--no_local_rank"]
         command = [sys.executable, "-c", _RUNNER, *where, str(script), *arguments]
     lines = rank_module.Lines()
     with _ended_with_us(command) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if not lines.takes(line):
-                print(line, end="", file=sys.stderr)
+        others = [line for line in process.stdout if not lines.takes(line)]
         code = process.wait()
     told = lines.value()
+    if told is None or code:  # else what launchers say of each process that they start and see end
+        print("".join(others), end="", file=sys.stderr)
     return None if told is None else [RankFindings.from_json(one) for one in told], code
 
 

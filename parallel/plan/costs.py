@@ -88,12 +88,12 @@ class Prices:
 
     def product(self, one: Product) -> float:
         """Return the seconds of a matrix product."""
+        if self.cluster.products:  # what it waits for memory was measured with it
+            return one.flops / self._measured_rate(one) + self.launch
         moved = one.batch * (one.m * one.k + one.k * one.n + one.m * one.n) * one.bytes_per_value
         return max(one.flops / self._product_rate(one), moved / self._memory) + self.launch
 
     def _product_rate(self, one: Product) -> float:
-        if self.cluster.products:
-            return self._measured_rate(one)
         rate = self._peak * self.cluster.product_share
         if not self.cluster.tile_units:
             return rate
