@@ -140,6 +140,11 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         _options_of_overrides(verb)
     if name == "describe":
         a_path(verb, "--picture", metavar="FILE", help="draw a step of the pipeline, as .png or .svg")
+    if name == "dry-run":
+        verb.add_argument("--device-gib", type=float, default=80.0, metavar="GIB", help="memory of a GPU (80)")
+        verb.add_argument(
+            "--ranks", default="distinct", metavar="RANKS", help="distinct, all, or numbers such as 0,512 (distinct)"
+        )
     if name == "plan":
         _plan_arguments(verb)
     if name == "check":
@@ -152,7 +157,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in ("describe", "plan", "inspect", "bench", "check", "rerun", "tokenizer"):
+    if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer"):
         verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -233,6 +238,13 @@ def describe(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Print which layouts of a cluster train a model fastest."""
     from launch.plan.command import run
+
+    return run(options)
+
+
+def dry_run(options: argparse.Namespace) -> int:
+    """Run ranks of a layout with nobody else there; 1 if they do not fit, or their messages do not pair up."""
+    from launch.dry_run.command import run
 
     return run(options)
 
@@ -363,6 +375,7 @@ VERBS = {
     "refine": refine,
     "tokenizer": tokenizer,
     "describe": describe,
+    "dry-run": dry_run,
     "plan": plan,
     "export": export_weights,
     "import": import_weights,

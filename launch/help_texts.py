@@ -61,6 +61,17 @@ HELP = {
         "tokens/s, MFU, bubble, exposed messages, memory of the rank that needs most, days and cost of the run, and\n"
         "the overrides of each. Seconds by formula; memory of the best by dry runs of the code itself, without a GPU.",
     ),
+    "dry-run": (
+        "run ranks of a layout without its GPUs: memory, messages, FLOPs, and whether it fits",
+        "Takes a preset or any Hydra overrides; parallel.dp, pp and tp say how many ranks there are.\n\n"
+        "  deepnarrow dry-run 67b parallel.pp=16 parallel.tp=8 parallel.dp=8 parallel.schedule=zbv\n"
+        "  deepnarrow dry-run 7b parallel.pp=8 --device-gib 40 --ranks 0,7\n\n"
+        "The code that trains runs whole steps of a rank, on any machine, with tensors that have a shape and no\n"
+        "values and a process group that only records. Of ranks that do the same one is run (--ranks distinct), in\n"
+        "about 3 s each. It prints what each holds by kind and at which pass, what it sends, whether what one rank\n"
+        "sends is what the other awaits for all ranks, and whether it fits. Exit code 1 where it does not, or where\n"
+        "messages do not pair up.",
+    ),
     "export": (
         "write a Hugging Face directory of a run's weights",
         "transformers and vLLM load it as Llama. Ends by comparing its logits with the source's.\n\n"
@@ -138,9 +149,9 @@ HELP = {
         "Takes a run folder; the steps from the checkpoint before are taken again, and the step several times on each\n"
         "of several placements of the ranks on this machine's devices, compared to the last bit.\n\n"
         "  deepnarrow rerun runs/67b-files-f6aa340 --step 8120\n\n"
-        "Alike everywhere and as recorded: the data or the optimisation is at fault, and it says which samples they\n"
-        "are. Otherwise it names the device that computes otherwise than the others, and ends with 1. With two devices\n"
-        "that always differ, both are named.",
+        "Alike everywhere and as recorded: the data or the optimisation is at fault, and it says which samples those\n"
+        "are. Otherwise it names the device that computes otherwise than the others, and ends with 1. Of two devices\n"
+        "that always differ, it names both.",
     ),
     "inspect": (
         "print what is in checkpoints and whether they are sound",

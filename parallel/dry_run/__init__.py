@@ -3,6 +3,6 @@
 `rank.run` runs one rank and says what it holds, computes and sends; `matching` whether all ranks' messages pair up.
 """
 
-from parallel.dry_run.rank import Exchange, RankRun, RankSection, run
+from parallel.dry_run.rank import Exchange, RankRun, RankSection, enough_micro_batches, run
 
-__all__ = ["Exchange", "RankRun", "RankSection", "run"]
+__all__ = ["Exchange", "RankRun", "RankSection", "enough_micro_batches", "run"]
