@@ -54,6 +54,8 @@ OF_ALL = (Phase.START, Phase.LOAD, Phase.AGREE, Phase.REPORT, Phase.EVALUATE, Ph
 """Phases that end when all ranks have come to them."""
 PATIENT = (Phase.START, Phase.LOAD, Phase.SAVE, Phase.SAMPLE, Phase.END)
 """Phases that may take long: they read or write a whole checkpoint or a corpus, or take leave of W&B."""
+_ISSUED = (Phase.PASS, Phase.REDUCE, Phase.AGREE, Phase.UPDATE, Phase.EVALUATE)
+"""Phases in which a host may have told its device to do what that has not come to."""
 SAID = {
     Phase.START: "starting",
     Phase.LOAD: "loading a checkpoint or the first weights",
@@ -72,7 +74,7 @@ _KINDS = list(Pass)
 _NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
 _RECORD, _COUNT = struct.Struct("@QdqqqqqqqqqQ"), struct.Struct("@q")
 _pack, _now, _PASS = _RECORD.pack_into, time.monotonic, int(Phase.PASS)
-_COLLECTIVES, _HEADER, _SIZE = 128, 256, 4096
+_COLLECTIVES, _DEVICE, _HEADER, _SIZE = 128, 160, 256, 4096
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Beat:
         evaluating: the number of evaluations that this rank has begun in this step, 0 while it trains.
         collectives: the tensor-parallel collectives that it has come to so far.
         in_collective: whether it waits in the last of these.
+        on_device: whether its GPU is there, while the host that has told it what to do has come further.
         rank, pid, host: which process it is.
     """
 
@@ -107,6 +110,7 @@ class Beat:
     evaluating: int
     collectives: int
     in_collective: bool
+    on_device: bool
     rank: int
     pid: int
     host: str
@@ -126,7 +130,8 @@ class Beat:
             doing = f"waiting until rank {self.peer} has received what it needs for {self.action}"
         else:
             doing = SAID[self.phase]
-        return f"{doing}, {f'step {self.step:,}' if self.step else 'before the first step'}"
+        where = " on its device" if self.on_device else ""
+        return f"{doing}{where}, {f'step {self.step:,}' if self.step else 'before the first step'}"
 
 
 class _InCollective:
@@ -155,6 +160,8 @@ class Heart:
         self._failures: Path | None = None
         self._beats, self._step, self._evaluating = 0, 0, 0
         self._action, self._index = Action(Pass.F, 0, 0), 0
+        self._device: tuple[int, ...] = ()
+        self._device_beats = 0
 
     def share(self, folder: str | None, rank: int) -> None:
         """Write to a file that others read from here on, and have `STACKS` write this process's stacks beside it.
@@ -192,6 +199,11 @@ class Heart:
         self._evaluating, self._index = self._evaluating + 1, 0
         self.at(Phase.DATA)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """The step, and the number of the evaluation in it."""
+        return self._step, self._evaluating
+
     def at(self, phase: Phase) -> None:
         """Say that this rank has come to a phase that is no pass."""
         self._write(phase, 0, 0, 0, self._index, -1, -1)
@@ -221,6 +233,24 @@ class Heart:
         """
         self._write(phase, _NUMBER[action.what], action.stage, action.micro_batch, self._index, peer, awaited)
 
+    def device_in(
+        self, place: tuple[int, int], phase: Phase, action: Action, index: int, peer: int = -1, awaited: int = -1
+    ) -> None:
+        """Say where the device is, which may be far behind the host; said again, it is no sign of life.
+
+        Args:
+            place: what `place` was when the host launched these passes.
+            phase: PASS, RECEIVE, or AGREE once all passes are over.
+            action: the pass that it computes, or whose result it waits for.
+            index: of the pass that it is in, in the order of this rank.
+            peer, awaited: as in `waits_for`.
+        """
+        pass_ = _NUMBER[action.what], action.stage, action.micro_batch
+        told = (*place, phase, *pass_, index, peer, awaited)
+        if told != self._device:
+            self._device, self._device_beats = told, self._device_beats + 1
+            _pack(self.memory, _DEVICE, self._device_beats, _now(), *told, self._device_beats)
+
     def _write(self, phase: int, what: int, stage: int, micro_batch: int, index: int, peer: int, awaited: int) -> None:
         beats = self._beats = self._beats + 1
         # What is read while it is written has two counts of beats: the first is written first, the second last.
@@ -235,27 +265,30 @@ heart = Heart()
 
 
 def read(path: Path) -> Beat | None:
-    """Read what a rank has last written; None where it is not there, or is being written again and again.
+    """Read where a rank is: its host, or its device where that is behind.
 
     Args:
         path: of `file_of`.
+
+    Returns:
+        None where the file is not there, or is being written again and again.
     """
     for _ in range(100):
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        beats, when, step, evaluating, phase, what, stage, micro_batch, index, peer, awaited, again = (
-            _RECORD.unpack_from(content)
-        )
-        if beats == again:
+        host, device = _RECORD.unpack_from(content), _RECORD.unpack_from(content, _DEVICE)
+        if host[0] == host[-1] and device[0] == device[-1]:
             break
     else:
         return None
+    on_device = device[0] > 0 and device[2:4] == host[2:4] and host[4] in _ISSUED
+    _, when, step, evaluating, phase, what, stage, micro_batch, index, peer, awaited, _ = device if on_device else host
     whose = json.loads(content[_HEADER:].rstrip(b"\0"))
     (collectives,) = _COUNT.unpack_from(content, _COLLECTIVES)
     return Beat(
-        beats=beats,
+        beats=host[0] + device[0],
         time=when,
         step=step,
         phase=Phase(phase),
@@ -267,7 +300,8 @@ def read(path: Path) -> Beat | None:
         awaited=awaited,
         evaluating=evaluating,
         collectives=collectives // 2,
-        in_collective=bool(collectives % 2),
+        in_collective=bool(collectives % 2) and not on_device,
+        on_device=on_device,
         **whose,
     )
 

@@ -16,6 +16,7 @@ from model.context import Context
 from model.loss import SummedLoss
 from parallel.build import Forward
 from parallel.deferral import Deferred, DeferredGradients
+from parallel.device_progress import Marks, follow
 from parallel.groups import Links
 from parallel.heartbeat import Phase, heart
 from parallel.loss import Loss
@@ -93,6 +94,10 @@ class Pipeline:
         """The sum over the micro-batches of its last step of the squares of the documents' lengths."""
         self.around: Callable[[Action], AbstractContextManager] = _span
         """Gives the context that each pass is run in; by default the span of a profiler's trace."""
+        self.under_way: tuple[Marks, Program, tuple[int, int]] = ([], Program([], [], {}), heart.place)
+        """The passes launched so far of the last step or evaluation, its program, and `heart.place` of it."""
+        if spec.device.type == "cuda":
+            follow(self, heart)
         self._programs: dict[tuple[bool, int], Program] = {}
         self._begin: Any = None
         self._marks: list[tuple[Action, Any, Any]] = []
@@ -163,6 +168,7 @@ class _Evaluation:
         self._messages = _Messages(pipeline, program, most_sent)
         self._losses: list[SummedLoss] = []
         self.marks: list[tuple[Action, Any, Any]] = []
+        pipeline.under_way = self.marks, program, heart.place
 
     def run(self) -> "_Evaluation":
         """Run all passes of the program."""

@@ -14,7 +14,7 @@ P, M = 4, 8
 
 def beat(rank, phase, step=5, **more):
     told = dict(what=Pass.F, stage=0, micro_batch=0, index=0, peer=-1, awaited=-1, evaluating=0, collectives=0)
-    told |= {"in_collective": False, **more}
+    told |= {"in_collective": False, "on_device": False, **more}
     return Beat(beats=9, time=1.0, step=step, phase=phase, rank=rank, pid=1, host="a", **told)
 
 
