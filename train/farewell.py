@@ -14,6 +14,7 @@ from train.health import DIVERGED, NOT_FINITE, Health
 from train.log_lines import CALMER
 from train.run import Run, leave
 from train.sample import sample_text
+from train.spikes import SKIPPED
 
 if TYPE_CHECKING:
     from train.loop import Progress
@@ -65,6 +66,7 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
             "val_loss": tracker.val_loss,
             "tokens_per_second": tokens_per_second,
             "skipped_steps": tracker.skipped_steps,
+            "skipped_in_a_row": health.in_a_row,
         }
         if diverged is not None:
             tracker.alert("diverged", f"step {progress.step}: {diverged}")
@@ -123,7 +125,7 @@ def closing(
         first, last = summary["loss_first"], summary["loss_last"]
         lines.append(f"loss             {first:.4f} -> {last:.4f} in {summary['steps']:,} steps")
     if summary["skipped_steps"]:
-        lines.append(f"skipped          {summary['skipped_steps']:,} steps, whose gradients were not finite")
+        lines.append(f"skipped          the updates of {summary['skipped_steps']:,} steps, which {SKIPPED} lists")
     if summary["complete"] or summary["val_loss"] is not None:
         val = f"{summary['val_loss']:.4f}" if summary["val_loss"] is not None else "none (no held-out documents)"
         lines.append(f"validation loss  {val}")
@@ -136,10 +138,18 @@ def closing(
     if last_save:
         lines.append(f"checkpoint       {last_save.error or last_save.path}")
     if summary["diverged"]:
-        lines += [f"to try           {CALMER}", f"to go on         {_how_to_go_back(run_dir)}"]
+        lines += [f"to try           {_what_to_try(summary)}", f"to go on         {_how_to_go_back(run_dir)}"]
     elif not summary["complete"]:
         lines.append(f"to go on         {_how_to_go_on(last_save)}")
     return "\n".join([*lines, *_where_in_wandb(summary["wandb"])])
+
+
+def _what_to_try(summary: dict[str, Any]) -> str:
+    """Say what may help a run that has diverged; batches that were skipped may be bad, and would come again."""
+    row, last = summary["skipped_in_a_row"], summary["steps"]
+    if row < 2:
+        return CALMER
+    return f"{CALMER}; where the data is bad, train.skip_steps=[{last - row + 1}-{last}] passes over it"
 
 
 def _how_to_go_back(run_dir: Path) -> str:

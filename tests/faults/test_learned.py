@@ -84,6 +84,7 @@ def test_a_run_that_diverges_stops_says_so_and_keeps_what_is_finite(case, diverg
     assert "Traceback" not in said and runs.metrics(folder)[-1]["step"] == ends
     assert all(sound(runs.saved(folder, step)) for step in steps_saved(folder))
     assert max(steps_saved(folder), default=None) == newest
+    assert (f"train.skip_steps=[{ends - 5}-{ends}] passes over it" in said) is ("6 steps in a row" in why)
     assert ("no checkpoint is finite" if newest is None else f"goes on from step {newest}") in said
 
 
