@@ -28,7 +28,7 @@ class StepLines:
         """Write the line of a step; None where the log has none.
 
         Args:
-            record: of the step: step, loss, lr, seconds and tokens_per_second.
+            record: of the step: step, loss, lr, seconds and tokens_per_second; predicted_seconds where known.
         """
         step, now = record["step"], self._clock()
         first = self._first is None
@@ -38,8 +38,11 @@ class StepLines:
         if not (first or regular or step == self._steps):
             return None
         self._last = now
+        speed = f"{record['tokens_per_second']:.0f} tokens/s"
+        if predicted := record.get("predicted_seconds"):
+            speed += f" ({predicted / record['seconds']:.0%} of what is predicted)"
         return (
-            f"step {step}/{self._steps}  {loss_and_rate(record)}  {record['tokens_per_second']:.0f} tokens/s  "
+            f"step {step}/{self._steps}  {loss_and_rate(record)}  {speed}  "
             f"eta {as_duration(self._seconds_left(step, now, record.get('seconds', 0.0)))}"
         )
 

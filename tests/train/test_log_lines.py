@@ -13,13 +13,13 @@ class Clock:
         return self.now
 
 
-def lines(steps, every, seconds, first=1):
+def lines(steps, every, seconds, first=1, **more):
     """The steps that the log says something of, with what it says."""
     clock, found = Clock(), {}
     log = StepLines(steps, every, clock)
     for step in range(first, steps + 1):
         clock.now += seconds
-        record = {"step": step, "loss": 2.5, "lr": 1e-3, "seconds": seconds, "tokens_per_second": 1234.5}
+        record = {"step": step, "loss": 2.5, "lr": 1e-3, "seconds": seconds, "tokens_per_second": 1234.5} | more
         if line := log.line(record):
             found[step] = line
     return found
@@ -29,6 +29,11 @@ def test_by_itself_a_log_has_a_line_a_minute_and_of_the_first_and_last_step():
     assert list(lines(50, None, 7.0)) == [1, 10, 19, 28, 37, 46, 50]
     assert list(lines(5, None, 90.0)) == [1, 2, 3, 4, 5]
     assert list(lines(100_000, None, 1 / 1024)) == [1, 61_441, 100_000]
+
+
+def test_a_line_says_the_share_of_the_predicted_speed_where_a_plan_has_one():
+    assert "  1234 tokens/s (90% of what is predicted)  eta" in lines(1, 1, 2.0, predicted_seconds=1.8)[1]
+    assert "predicted" not in lines(1, 1, 2.0)[1]
 
 
 def test_a_number_of_steps_goes_by_steps_alone():

@@ -145,6 +145,20 @@ def test_links_are_fitted_to_what_was_measured():
     assert (base, within) == (pytest.approx(8, rel=1e-2), pytest.approx(3, rel=1e-2))
 
 
+def test_quick_messages_between_two_ranks_do_not_make_collectives_quick():
+    def changed(link):
+        if link.operation == "send" or (link.operation == "all_reduce" and link.num_bytes > SIZES[0]):
+            return replace(link, seconds=0.1 * link.seconds)
+        return link
+
+    found = [replace(one, host="node1", links=[changed(link) for link in one.links]) for one in cluster()]
+    of_sends = [replace(one, links=[link for link in one.links if link.operation == "send"]) for one in found]
+    slow = [link for link in cluster()[0].links if link.kind == "tp"]
+    assert links_of([replace(found[0], links=slow)])["intra_gb_per_s"] == pytest.approx(360, rel=1e-3)
+    assert links_of(found)["intra_gb_per_s"] == pytest.approx(360, rel=1e-3)
+    assert links_of(of_sends)["intra_gb_per_s"] == pytest.approx(450, rel=1e-3)
+
+
 def test_links_that_are_disturbed_are_fitted_roughly():
     draw = random.Random(1)
     found = [
