@@ -179,7 +179,7 @@ class PassTime:
         """Of the whole pass."""
         return self.products + self.attention + self.traffic + self.exposed + self.host
 
-    def add(self, other: "PassTime", times: int = 1) -> None:
+    def add(self, other: "PassTime", times: float = 1) -> None:
         """Add a layer's pass, so many times."""
         self.products += times * other.products
         self.attention += times * other.attention

@@ -10,7 +10,7 @@ from parallel.plan.job import Job
 from parallel.plan.operations import GroupKind
 from parallel.plan.replicas import LayerTime, rank_time, stage_time
 from parallel.plan.shared import shared_step_time
-from parallel.plan.steps import StageTime, Step, step_time
+from parallel.plan.steps import StageTime, Step, StepTime, step_seconds, step_time
 from parallel.plan.work import LayerWork, Shape, layers_of, shape_of
 from parallel.schedules import orders, splits_backward
 from parallel.simulation import Costs, Timeline, simulate
@@ -30,24 +30,43 @@ class Prediction:
         job: the job.
         cluster: the cluster.
         seconds: of a step.
-        compute: seconds by kind of operation, ``products``, ``attention``, ``traffic`` (kernels that are bound by
-            memory) and ``host`` (the device waits for its host), recomputation included.
-        exposed: seconds by kind of message, ``tp``, ``pp`` and ``dp``, in which nothing is computed.
-        optimizer: seconds of the gradient's norm and the update of the master weights.
-        waiting: seconds in which a rank waits for others, by the schedule and by uneven stages.
         costs: the seconds of each stage's passes.
+        step: what decides the seconds.
         error: the relative error that predictions have had.
     """
 
     job: Job
     cluster: Cluster
     seconds: float
-    compute: dict[str, float]
-    exposed: dict[str, float]
-    optimizer: float
-    waiting: float
     costs: Costs = field(repr=False)
+    step: Step = field(repr=False)
     error: float = ERROR
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Where the seconds go, which takes twice as long as to predict them: found when first asked for."""
+        return _step_time(self.job, self.cluster, self.step)
+
+    @property
+    def compute(self) -> dict[str, float]:
+        """Seconds by kind of operation, recomputation included: ``products``, ``attention``, ``traffic`` (kernels that
+        are bound by memory) and ``host`` (the device waits for its host)."""
+        return {name: getattr(self.time, name) for name in ("products", "attention", "traffic", "host")}
+
+    @property
+    def exposed(self) -> dict[str, float]:
+        """Seconds by kind of message, ``tp``, ``pp`` and ``dp``, in which nothing is computed."""
+        return {name: getattr(self.time, name) for name in ("tp", "pp", "dp")}
+
+    @property
+    def optimizer(self) -> float:
+        """Seconds of the update of the master weights."""
+        return self.time.optimizer
+
+    @property
+    def waiting(self) -> float:
+        """Seconds in which a rank waits for others, by the schedule and by uneven stages."""
+        return self.time.waiting
 
     @property
     def bubble(self) -> float:
@@ -112,23 +131,19 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
         prices.agreement(where[GroupKind.world]),
         overlap=prices.beside,
     )
-    if cluster.devices_per_node is None:
-        time = step_time(step)
-    else:
-        nodes = -(-job.layout.world_size // cluster.gpus_per_node)
-        time = shared_step_time(step, job.layout.dp * job.layout.tp, nodes * cluster.devices_per_node)
     forward, whole, split, weights = ([one.seconds for one in kind] for kind in zip(*stages, strict=True))
     backward = split if splits_backward(settings.schedule) else [a - b for a, b in zip(whole, weights, strict=True)]
-    return Prediction(
-        job,
-        cluster,
-        time.seconds,
-        {name: getattr(time, name) for name in ("products", "attention", "traffic", "host")},
-        {name: getattr(time, name) for name in ("tp", "pp", "dp")},
-        time.optimizer,
-        time.waiting,
-        Costs(forward, backward, weights, max(links, default=0.0)),
-    )
+    costs = Costs(forward, backward, weights, max(links, default=0.0))
+    if cluster.devices_per_node is None:
+        return Prediction(job, cluster, step_seconds(step), costs, step)
+    return Prediction(job, cluster, _step_time(job, cluster, step).seconds, costs, step)
+
+
+def _step_time(job: Job, cluster: Cluster, step: Step) -> StepTime:
+    if cluster.devices_per_node is None:
+        return step_time(step)
+    nodes = -(-job.layout.world_size // cluster.gpus_per_node)
+    return shared_step_time(step, job.layout.dp * job.layout.tp, nodes * cluster.devices_per_node)
 
 
 def _layer_times(shape: Shape, prices: Prices, where: Mapping[GroupKind, Reach]) -> Sequence[LayerTime]:

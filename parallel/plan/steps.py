@@ -2,25 +2,28 @@
 
 It is the simulation of `parallel/simulation.py`, quick enough for a search over thousands of layouts: the order of all
 passes of all ranks is found once for each schedule, and a long step is extrapolated from short ones. Once a pipeline
-is full, each further round of as many micro-batches as it has ranks takes equally long, so that the seconds grow
-linearly; whether they do is looked at each time, and where they do not yet, longer steps are simulated.
+is full, each further micro-batch takes equally long (under interleaved schedules, each round of as many as there are
+ranks), so that the seconds grow linearly; whether they do is looked at each time, and where they do not yet, longer
+steps are simulated.
 
 Around the passes are the replicas' messages. Weights are gathered while the first forward passes run, each layer
 waiting for its own; gradients are reduced while the last backward passes run; then all ranks agree on the gradient's
 norm, and the optimizer moves the master weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from parallel.plan.costs import PassTime
-from parallel.schedules import Action, Orders, Pass, Placement, Schedule, orders, source_of, split_off
+from parallel.schedules import TABLE, Action, Pass, Placement, Schedule, orders, source_of, split_off
 
 _MOST_ROUNDS = 6
-"""Rounds of as many micro-batches as there are ranks in the longest step that is simulated to extrapolate from."""
-_KINDS = 4  # of passes: F, a whole B, B without the gradients of weights, W
+"""Rounds of as many micro-batches as there are ranks in the longest steps that are simulated to extrapolate from."""
+_KINDS = 4
+_FORWARD, _WHOLE, _INPUT, _WEIGHTS = range(_KINDS)
+"""The kinds of passes, in the order of `StageTime`."""
 
 
 class StageTime(NamedTuple):
@@ -110,26 +113,40 @@ class StepTime(NamedTuple):
     waiting: float
 
 
+def step_seconds(step: Step) -> float:
+    """Return the seconds of a step, for a third of what `step_time` takes."""
+    whole = _extrapolated(step, lambda passes: passes.run(step.stages, step.links, step.ranks, step.overlap))
+    return whole + step.agreement
+
+
 def step_time(step: Step) -> StepTime:
-    """Return the seconds of a step."""
+    """Return the seconds of a step, and where they go."""
     ranks = step.placement.num_ranks
     free = [0.0] * len(step.links)
     quiet = [RankTime()] * ranks
     alone = _extrapolated(step, lambda passes: passes.run(step.stages, free, quiet, False))
     linked = _extrapolated(step, lambda passes: passes.run(step.stages, step.links, quiet, False))
-    whole = _extrapolated(step, lambda passes: passes.run(step.stages, step.links, step.ranks, step.overlap))
     optimizer = sum(rank.optimizer for rank in step.ranks) / ranks
-    seconds = whole + step.agreement
+    seconds = step_seconds(step)
     busy = _busy(step)
-    parts = [getattr(busy, name) / ranks for name in ("products", "attention", "traffic", "host", "exposed")]
-    waiting = alone - busy.seconds / ranks
-    return StepTime(seconds, *parts, linked - alone, seconds - linked - optimizer, optimizer, waiting)
+    return StepTime(
+        seconds,
+        busy.products / ranks,
+        busy.attention / ranks,
+        busy.traffic / ranks,
+        busy.host / ranks,
+        busy.exposed / ranks,
+        linked - alone,
+        seconds - linked - optimizer,
+        optimizer,
+        alone - busy.seconds / ranks,
+    )
 
 
 def _busy(step: Step) -> PassTime:
     """Return the passes of all ranks together."""
     found = PassTime()
-    numbers = _numbers(step.schedule, step.placement, step.micro_batches)
+    numbers = _numbers(step)
     for number, time in zip(numbers, (time for stage in step.stages for time in stage), strict=True):
         if number:
             found.add(time, number)
@@ -137,16 +154,29 @@ def _busy(step: Step) -> PassTime:
     return found
 
 
-@lru_cache(maxsize=8192)
-def _numbers(schedule: Schedule, placement: Placement, micro_batches: int) -> list[int]:
-    """Return how many passes of each kind a step has, by `_KINDS` * stage + kind."""
-    period = placement.num_ranks
-    at = 4 * period + micro_batches % period
-    if micro_batches <= at + period:
-        return _passes(schedule, placement, micro_batches).number
-    first, second = (_passes(schedule, placement, number).number for number in (at, at + period))
-    rounds = (micro_batches - at) // period
-    return [one + rounds * (other - one) for one, other in zip(first, second, strict=True)]
+def _shortest(step: Step) -> tuple[int, int]:
+    """Return the micro-batches of the shortest step to extrapolate from, and by how many steps can be longer."""
+    ranks = step.placement.num_ranks
+    period = ranks if TABLE[step.schedule.name].multiple_of_ranks else 1
+    return 2 * ranks + (step.micro_batches - 2 * ranks) % period, period
+
+
+def _numbers(step: Step) -> list[float]:
+    """Return how many passes of each kind a step has, by `_KINDS` * stage + kind: as many more for each micro-batch."""
+    at, period = _shortest(step)
+    longest = at + period + step.placement.num_ranks
+    if longest >= step.micro_batches:
+        return [*_passes_of(step, step.micro_batches).number]
+    each = _of_micro_batch(step)
+    rest = step.micro_batches - longest
+    return [number + rest * one for number, one in zip(_passes_of(step, longest).number, each, strict=True)]
+
+
+def _of_micro_batch(step: Step) -> list[float]:
+    """Return how many passes of each kind a further micro-batch adds to a step of a pipeline that is full."""
+    (at, period), ranks = _shortest(step), step.placement.num_ranks
+    short, longer = _passes_of(step, at + period).number, _passes_of(step, at + period + ranks).number
+    return [(more - less) / ranks for less, more in zip(short, longer, strict=True)]
 
 
 def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
@@ -154,42 +184,38 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
 
     A rank that is busier than the others may fall behind them only after many micro-batches: a step that grows by less
     than what the busiest rank computes is not long enough. Beyond `_MOST_ROUNDS` it is said to grow by that from there
-    on, which has been at most 0.1 % too much.
+    on, which has been at most 0.2 % too much.
     """
-    wanted, period, busiest = step.micro_batches, step.placement.num_ranks, _busiest(step)
-    at = 2 * period + (wanted - 2 * period) % period
-
-    def of(micro_batches: int) -> float:
-        return measure(_passes(step.schedule, step.placement, micro_batches))
-
-    while at + 2 * period < wanted:
-        first, second, third = of(at), of(at + period), of(at + 2 * period)
-        growth = third - second
-        steady = abs(growth - (second - first)) <= 1e-9 * abs(third)
-        if steady and (growth >= busiest * (1 - 1e-9) or at > _MOST_ROUNDS * period):
-            return third + max(growth, busiest) * ((wanted - at) // period - 2)
-        at += at // period * period  # which keeps what is left over of a period
-    return of(wanted)
+    ranks, wanted = step.placement.num_ranks, step.micro_batches
+    at, period = _shortest(step)
+    busiest = None
+    while (longest := at + period + ranks) < wanted:
+        busiest = _busiest(step) if busiest is None else busiest
+        first, second, third = (measure(_passes_of(step, number)) for number in (at, at + period, longest))
+        growth = (third - second) / ranks  # of a micro-batch
+        steady = abs(period * growth - (second - first)) <= 1e-9 * abs(third)
+        if steady and (growth >= busiest * (1 - 1e-9) or at > _MOST_ROUNDS * ranks):
+            return third + max(growth, busiest) * (wanted - longest)
+        at += 2 * ranks
+    return measure(_passes_of(step, wanted))
 
 
 def _busiest(step: Step) -> float:
-    """Return the most seconds that any rank computes for as many micro-batches as the pipeline has ranks."""
-    period = step.placement.num_ranks
-    short, longer = (_numbers(step.schedule, step.placement, rounds * period) for rounds in (4, 5))
+    """Return the most seconds that any rank computes for a micro-batch."""
+    placement = step.placement
     seconds = [time.seconds for stage in step.stages for time in stage]
-    each = [(longer[at] - short[at]) * seconds[at] for at in range(len(seconds))]
-    of_stage = [sum(each[_KINDS * stage : _KINDS * (stage + 1)]) for stage in range(step.placement.num_stages)]
-    return max(sum(of_stage[stage] for stage in step.placement.stages_of(rank)) for rank in range(period))
+    each = [number * one for number, one in zip(_of_micro_batch(step), seconds, strict=True)]
+    of_stage = [sum(each[_KINDS * stage : _KINDS * (stage + 1)]) for stage in range(placement.num_stages)]
+    of_rank = [0.0] * placement.num_ranks
+    for stage, one in enumerate(of_stage):
+        of_rank[placement.rank_of(stage)] += one
+    return max(of_rank)
 
 
 class _Passes:
     """The passes of all ranks of a pipeline in an order in which each follows what it waits for."""
 
     def __init__(self, schedule: Schedule, placement: Placement, micro_batches: int):
-        made = orders(schedule, placement, micro_batches)
-        split = {key for order in made for key in split_off(order)}
-        rank_of = {stage: placement.rank_of(stage) for stage in range(placement.num_stages)}
-        index: dict[Action, int] = {}
         self.placement = placement
         self.number = [0] * (_KINDS * placement.num_stages)
         """The passes of each kind, by `_KINDS` * stage + kind."""
@@ -199,20 +225,32 @@ class _Passes:
         """The index of each stage's first forward pass."""
         self.rows: list[tuple[int, int, int, int]] = []
         """Of each pass: its rank, its kind, the pass that it waits for or -1, the link of their message or -1."""
-        for rank, action in _in_order(made, placement):
-            key, stage = (action.stage, action.micro_batch), action.stage
-            kind = {Pass.F: 0, Pass.B: 2 if key in split else 1, Pass.W: 3}[action.what]
-            source = source_of(action, placement)
-            link = -1
-            if source is not None and rank_of[source.stage] != rank:
-                link = min(source.stage, stage)
-            index[action] = at = len(self.rows)
-            self.rows.append((rank, _KINDS * stage + kind, -1 if source is None else index[source], link))
-            self.number[_KINDS * stage + kind] += 1
-            if kind in (1, 3):
-                self.last[stage] = at
-            if action.what is Pass.F and self.first[stage] < 0:
-                self.first[stage] = at
+        stages = range(placement.num_stages)
+        rank_of = [placement.rank_of(stage) for stage in stages]
+        todo = [_numbered(order, placement, micro_batches) for order in orders(schedule, placement, micro_batches)]
+        index: dict[int, int] = {}
+        at = [0] * len(todo)
+        while len(index) < sum(map(len, todo)):
+            before = len(index)
+            for rank, passes in enumerate(todo):
+                while at[rank] < len(passes):
+                    number, source, kind, stage, source_stage = passes[at[rank]]
+                    if source >= 0 and source not in index:
+                        break
+                    self._add(rank, kind, stage, index.get(source, -1), rank_of[source_stage], source_stage)
+                    index[number] = len(self.rows) - 1
+                    at[rank] += 1
+            assert len(index) > before, "the ranks wait for each other without end"
+
+    def _add(self, rank: int, kind: int, stage: int, source: int, source_rank: int, source_stage: int) -> None:
+        link = min(source_stage, stage) if source >= 0 and source_rank != rank else -1
+        at = len(self.rows)
+        self.rows.append((rank, _KINDS * stage + kind, source, link))
+        self.number[_KINDS * stage + kind] += 1
+        if kind in (_WHOLE, _WEIGHTS):
+            self.last[stage] = at
+        if kind == _FORWARD and self.first[stage] < 0:
+            self.first[stage] = at
 
     def run(
         self, stages: Sequence[StageTime], links: Sequence[float], ranks: Sequence[RankTime], overlap: bool
@@ -223,15 +261,16 @@ class _Passes:
         free = [rank.optimizer for rank in ranks]
         gates = self._gates(ranks, free, overlap)
         ended = [0.0] * (len(self.rows) + 1)  # the last one is of passes that wait for none
-        for at, (rank, kind, source, link) in enumerate(self.rows):
-            begin = free[rank]
-            arrived = ended[source] + links[link]
-            if arrived > begin:
-                begin = arrived
-            end = begin + seconds[kind]
-            if at in gates and gates[at] > end:
-                end = gates[at]
-            free[rank] = ended[at] = end
+        at = 0
+        gated = sorted(gates)
+        for stop in [*gated, len(self.rows) - 1]:
+            for rank, kind, source, link in self.rows[at : stop + 1]:
+                begin = free[rank]
+                arrived = ended[source] + links[link]
+                free[rank] = ended[at] = (arrived if arrived > begin else begin) + seconds[kind]
+                at += 1
+            if stop in gates and gates[stop] > ended[stop]:
+                free[self.rows[stop][0]] = ended[stop] = gates[stop]
         return max(self._reduced(rank, end, ended, overlap) + rank.after for rank, end in zip(ranks, free, strict=True))
 
     def _gates(self, ranks: Sequence[RankTime], free: list[float], overlap: bool) -> dict[int, float]:
@@ -261,22 +300,37 @@ class _Passes:
         return max(now, end)
 
 
-def _in_order(made: Orders, placement: Placement) -> Iterator[tuple[int, Action]]:
-    """Yield the passes of all ranks so that each follows what it waits for."""
-    done: set[Action] = set()
-    at = [0] * len(made)
-    while any(begin < len(order) for begin, order in zip(at, made, strict=True)):
-        before = len(done)
-        for rank, order in enumerate(made):
-            while at[rank] < len(order):
-                action = order[at[rank]]
-                source = source_of(action, placement)
-                if source is not None and source not in done:
-                    break
-                done.add(action)
-                at[rank] += 1
-                yield rank, action
-        assert len(done) > before, "the ranks wait for each other without end"
+def _numbered(
+    order: Sequence[Action], placement: Placement, micro_batches: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Return a rank's passes with numbers in place of actions, which are quicker to look up.
+
+    Returns:
+        For each pass: its number, that of the pass that it waits for or -1, its kind, its stage, and the stage of the
+        pass that it waits for.
+    """
+    split = split_off(order)
+
+    def number(action: Action) -> int:
+        what = 0 if action.what is Pass.F else 1 if action.what is Pass.B else 2
+        return (what * placement.num_stages + action.stage) * micro_batches + action.micro_batch
+
+    found = []
+    for action in order:
+        if action.what is Pass.F:
+            kind = _FORWARD
+        elif action.what is Pass.W:
+            kind = _WEIGHTS
+        else:
+            kind = _INPUT if (action.stage, action.micro_batch) in split else _WHOLE
+        source = source_of(action, placement)
+        waits = (-1, action.stage) if source is None else (number(source), source.stage)
+        found.append((number(action), waits[0], kind, action.stage, waits[1]))
+    return found
+
+
+def _passes_of(step: Step, micro_batches: int) -> _Passes:
+    return _passes(step.schedule, step.placement, micro_batches)
 
 
 @lru_cache(maxsize=2048)

@@ -61,7 +61,7 @@ def test_a_rank_that_falls_behind_slowly_is_not_missed(name, virtual):
         one = step(name, virtual, 4, 160, link=0.05)
         one.stages[slow] = stage(1.02, 1.02 * 1.1, 1.02 * 0.9)
         whole = _passes(one.schedule, one.placement, 160).run(one.stages, one.links, one.ranks, True)
-        assert step_time(one).seconds == pytest.approx(whole, rel=1.5e-3)
+        assert step_time(one).seconds == pytest.approx(whole, rel=2e-3)
 
 
 @pytest.mark.parametrize(("name", "virtual"), KINDS)
