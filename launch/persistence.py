@@ -180,18 +180,19 @@ class _Watch:
             word = self._stall.halted.get(rank, "held up the others") if rank is not None else "does not move"
             return self._of_rank(rank, f"was {word}" if word.startswith("stopped") else word, step, self._stall.seconds)
         # Of a rank whose launcher has asked for its exit code already, that of all is taken.
-        codes = {gone.beat.rank: gone.code for gone in self.dog.gone}
-        codes = {rank: (128 - code if code > 128 else code) if own is None else own for rank, own in codes.items()}
+        of_all = 128 - code if code > 128 else code
+        codes = {gone.beat.rank: of_all if gone.code is None else gone.code for gone in self.dog.gone}
         failures = self.dog.failures()
-        silent = [rank for rank, own in codes.items() if own < 0 and rank not in [rank for _, rank, _ in failures]]
+        # Whoever fails, or ends since another one has, says so first; one that does not was the first itself.
+        silent = [rank for rank, own in codes.items() if own and rank not in [rank for _, rank, _ in failures]]
+        if silent and (own := codes[silent[0]]) < 0:
+            return self._of_killed(silent[0], signal.Signals(-own), step)
         if silent:
-            return self._of_killed(silent[0], signal.Signals(-codes[silent[0]]), step)
+            cause = f"ended with exit code {own} and without a word"
+            return self._of_rank(silent[0], cause, step, self._after(silent[0]), by_itself=True)
         if failures:
             _, rank, reason = failures[0]
             return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself=True)
-        if codes:
-            rank, own = next(iter(codes.items()))
-            return self._of_rank(rank, f"ended with exit code {own}", step, self._after(rank), by_itself=True)
         how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
         after = time.monotonic() - self.dog.moved
         return Failure(f"DeepSpeed's launcher {how}", None, None, step, "", code <= 128, after)

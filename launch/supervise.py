@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -76,7 +77,7 @@ def start_once(
     completed_before = _completion(run_dir)
     command = launcher_command(PRETRAIN, arguments, num_processes)
     group = subprocess.Popen(command, env={**launcher_environment(), **(environment or {})}, start_new_session=True)
-    signals.to(group.pid)
+    signals.to(Group(group.pid))
     while group.poll() is None:
         if look():
             _signal_group(group.pid, signal.SIGKILL)
@@ -113,7 +114,7 @@ class PassedOn:
     def __init__(self) -> None:
         self.first: int | None = None
         self.fatal: int | None = None
-        self._launcher: int | None = None
+        self._ranks: Ranks | None = None
 
     def __enter__(self) -> "PassedOn":
         self._before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
@@ -125,26 +126,56 @@ class PassedOn:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def to(self, launcher: int | None) -> None:
-        """Pass signals on to the ranks of this launcher from here on; None while there is none."""
-        self._launcher = launcher
-        if launcher is not None and self.fatal is not None:  # it came before there was anything to end
-            _signal_group(launcher, signal.SIGKILL)
+    def to(self, ranks: "Ranks | None") -> None:
+        """Pass signals on to these ranks from here on; None while there are none."""
+        self._ranks = ranks
+        if ranks is not None and self.fatal is not None:  # it came before there was anything to end
+            ranks.kill()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         later, self.first = self.first is not None, self.first or number
-        ranks = _ranks(self._launcher) if self._launcher and not later and number != signal.SIGQUIT else []
-        for rank in ranks:
-            with suppress(psutil.Error):
-                # Python would answer SIGINT with a traceback where it is not awaited yet.
-                rank.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-        if ranks:
+        # Python would answer SIGINT with a traceback where it is not awaited yet.
+        told = signal.SIGTERM if number == signal.SIGINT else number
+        if self._ranks is not None and not later and number != signal.SIGQUIT and self._ranks.signal(told):
             with suppress(OSError):  # the terminal may be what is gone
                 print("stopping after the step under way; a second signal stops at once", file=sys.stderr)
             return
         self.fatal = self.fatal or number
-        if self._launcher is not None:
-            _signal_group(self._launcher, signal.SIGKILL)
+        if self._ranks is not None:
+            self._ranks.kill()
+
+
+class Ranks(Protocol):
+    """What signals are passed on to."""
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to all ranks; return whether there are any."""
+
+    def kill(self) -> None:
+        """End all at once."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks below a launcher on this machine.
+
+    Attributes:
+        launcher: its process, which leads a group of its own.
+    """
+
+    launcher: int
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to all ranks; return whether there are any."""
+        ranks = _ranks(self.launcher)
+        for rank in ranks:
+            with suppress(psutil.Error):
+                rank.send_signal(number)
+        return bool(ranks)
+
+    def kill(self) -> None:
+        """End all at once, the launcher with them."""
+        _signal_group(self.launcher, signal.SIGKILL)
 
 
 def launcher_command(script: Path, arguments: Sequence[str], num_processes: int) -> list[str]:
@@ -152,10 +183,29 @@ def launcher_command(script: Path, arguments: Sequence[str], num_processes: int)
 
     It is the part of the launcher that runs on each host, without the one that reads a hostfile.
     """
-    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": _devices(num_processes)}).encode()).decode()
+    return launcher_of_host(script, arguments, {"localhost": _devices(num_processes)}, 0, "127.0.0.1", free_port())
+
+
+def launcher_of_host(
+    script: Path,
+    arguments: Sequence[str],
+    devices: Mapping[str, Sequence[int | str]],
+    node: int,
+    address: str,
+    port: int,
+) -> list[str]:
+    """Write the command of DeepSpeed's launcher on one of several hosts.
+
+    Args:
+        script, arguments: of the ranks.
+        devices: of each host, a rank for each, in the order of the ranks.
+        node: the index of this host.
+        address, port: where the ranks meet.
+    """
+    world = base64.urlsafe_b64encode(json.dumps(devices).encode()).decode()
     return [
-        *[sys.executable, "-c", _LAUNCHER, "-q", "--no_local_rank", f"--world_info={hosts}"],
-        *["--master_addr", "127.0.0.1", "--master_port", str(free_port())],
+        *[sys.executable, "-c", _LAUNCHER, "-q", "--no_local_rank", f"--world_info={world}", f"--node_rank={node}"],
+        *["--master_addr", address, "--master_port", str(port)],
         *[str(script), *arguments],
     ]
 

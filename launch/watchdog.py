@@ -146,17 +146,26 @@ class Watchdog:
                 self._steps.append((now - self._step_began[1]) / (step - self._step_began[0]))
             self._step_began = step, now
 
+    def _state(self, beat: Beat) -> tuple[str | None, int | None]:
+        """Return the state and, once it has ended, the exit code of a rank; of another host's as that has said."""
+        try:
+            state, code = json.loads(heartbeat.state_of(self._folder, beat.rank).read_text())
+        except OSError:
+            status = state_of(beat.pid)
+            return status, exit_code_of(beat.pid) if status == psutil.STATUS_ZOMBIE else None
+        return state, code
+
     def _halted(self, now: float) -> dict[int, tuple[str, float]]:
         """Find the ranks that do not run, and since when; the first that have ended are kept in `gone`."""
         found, gone = {}, []
         for rank, beat in self.beats.items():
             if beat is None:
                 continue
-            status = state_of(beat.pid)
+            status, code = self._state(beat)
             if status == psutil.STATUS_STOPPED:
                 found[rank] = (STOPPED, self._halted_since.get(rank, now))
             elif status in (None, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-                gone.append(Gone(beat, exit_code_of(beat.pid)))
+                gone.append(Gone(beat, code))
                 found[rank] = ("ended", self._halted_since.get(rank, now))
         self._halted_since = {rank: since for rank, (_, since) in found.items()}
         if gone and self.gone_at is None:

@@ -319,3 +319,8 @@ def stacks_of(folder: Path, rank: int) -> Path:
 def failure_of(folder: Path, rank: int) -> Path:
     """Name the file in which a rank says what it has failed with."""
     return folder / f"rank-{rank}.failure"
+
+
+def state_of(folder: Path, rank: int) -> Path:
+    """Name the file in which the host of a rank says how it is to those on another host: its state and exit code."""
+    return folder / f"rank-{rank}.state"

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from model.problems import BadInput
 from parallel.environment import TIMEOUT_MINUTES, timeout
+from parallel.heartbeat import heart
 
 T = TypeVar("T")
 
@@ -143,6 +144,7 @@ class Rendezvous:
                 return
             if self._left.is_set():
                 return
+            heart.fail(f"rank {failure['rank']} had failed")
             self._say(failure)
             with suppress(RuntimeError):
                 self._linger() if self.rank == 0 else self._ear.add(_HEARD, 1)
