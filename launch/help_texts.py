@@ -137,7 +137,9 @@ HELP = {
         "  deepnarrow bench cluster         products, attention and memory at the model's shapes, as plans count\n"
         "                                   them; --save FILE writes them for `deepnarrow plan --cluster FILE`\n"
         "  deepnarrow bench layouts         steps of layouts on 2 and 4 ranks by turns, against what a plan predicts\n"
-        "                                   from this machine's own figures",
+        "                                   from this machine's own figures\n"
+        "  deepnarrow bench planner         steps that others have measured, against what a plan predicts: by row and\n"
+        "                                   source, and the layouts that it would choose",
     ),
     "timeline": (
         "draw what every stage of a pipeline did in a step, and what its schedule would have it do",

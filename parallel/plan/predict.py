@@ -16,7 +16,7 @@ from parallel.schedules import orders, splits_backward
 from parallel.simulation import Costs, Timeline, simulate
 from parallel.stages import Stage
 
-ERROR = 0.15
+ERROR = 0.08
 """The mean relative error against published steps (docs/planner.md): layouts that are closer than that are equal."""
 
 
