@@ -6,7 +6,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from launch.help_texts import HELP
 from launch.manners import (
@@ -147,8 +148,9 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "plan":
         _plan_arguments(verb)
-    if name == "check":
+    if name in ("check", "launch"):
         a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
+    if name == "check":
         a_path(verb, "--save", metavar="FILE", help="a cluster file in which to write the links as measured")
         verb.add_argument("--percent", type=float, default=20.0, help="slower than the median that is named (20)")
     if name == "prepare":
@@ -235,20 +237,6 @@ def describe(options: argparse.Namespace) -> int:
     return 0
 
 
-def plan(options: argparse.Namespace) -> int:
-    """Print which layouts of a cluster train a model fastest."""
-    from launch.plan.command import run
-
-    return run(options)
-
-
-def dry_run(options: argparse.Namespace) -> int:
-    """Run ranks of a layout with nobody else there; 1 if they do not fit, or their messages do not pair up."""
-    from launch.dry_run.command import run
-
-    return run(options)
-
-
 def export_weights(options: argparse.Namespace) -> int:
     """Write a Hugging Face directory."""
     from launch import convert
@@ -261,13 +249,6 @@ def import_weights(options: argparse.Namespace) -> int:
     from launch import convert
 
     return convert.import_(options)
-
-
-def generate(options: argparse.Namespace) -> int:
-    """Complete prompts."""
-    from launch.generate import run
-
-    return run(options)
 
 
 def regroup(options: argparse.Namespace) -> int:
@@ -330,13 +311,6 @@ def gqa_study(options: argparse.Namespace) -> int:
     return run(take_over(options.overrides))
 
 
-def check(options: argparse.Namespace) -> int:
-    """Check a cluster; 1 if something in it is slow."""
-    from launch.check.run import run
-
-    return run(options)
-
-
 def bench(options: argparse.Namespace) -> int:
     """Run a benchmark."""
     from launch.bench.suite import run
@@ -344,20 +318,6 @@ def bench(options: argparse.Namespace) -> int:
 
     run(options.subject, take_over(options.overrides), options.out, options.json, options.save)
     return 0
-
-
-def timeline(options: argparse.Namespace) -> int:
-    """Draw a step."""
-    from launch.timeline import run
-
-    return run(options)
-
-
-def rerun(options: argparse.Namespace) -> int:
-    """Compute a step again on several devices; 1 where hardware is at fault."""
-    from launch.rerun.run import run
-
-    return run(options)
 
 
 def inspect(options: argparse.Namespace) -> int:
@@ -369,23 +329,29 @@ def inspect(options: argparse.Namespace) -> int:
     return 0 if all(found["sound"] for found in findings) else 1
 
 
+def _run_of(module: str) -> Callable[[argparse.Namespace], int]:
+    """Return the `run` of a module, which is imported when it is called."""
+    return lambda options: int(import_module(module).run(options))
+
+
 VERBS = {
     "train": train,
+    "launch": _run_of("launch.cluster.command"),
     "prepare": prepare,
     "refine": refine,
     "tokenizer": tokenizer,
     "describe": describe,
-    "dry-run": dry_run,
-    "plan": plan,
+    "dry-run": _run_of("launch.dry_run.command"),
+    "plan": _run_of("launch.plan.command"),
     "export": export_weights,
     "import": import_weights,
     "regroup": regroup,
     "gqa-study": gqa_study,
-    "generate": generate,
+    "generate": _run_of("launch.generate"),
     "bench": bench,
-    "check": check,
-    "timeline": timeline,
-    "rerun": rerun,
+    "check": _run_of("launch.check.run"),
+    "timeline": _run_of("launch.timeline"),
+    "rerun": _run_of("launch.rerun.run"),
     "inspect": inspect,
 }
 

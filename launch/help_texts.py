@@ -13,6 +13,17 @@ HELP = {
         "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and end it with 0; a second one ends it at once.\n\n"
         "On several machines, use the launcher itself: deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES",
     ),
+    "launch": (
+        "pretrain on the machines of a hostfile, and keep that going",
+        "Takes Hydra overrides, as train does.\n\n"
+        "  deepnarrow launch --hostfile hosts model=67b parallel.pp=12 parallel.tp=8 data=files data.path=/corpus\n\n"
+        "The hostfile is DeepSpeed's, a line `HOST slots=N` for each machine; rank 0 is on the first. Each is reached\n"
+        "by ssh without a password, has this package where it is here, and shares the run folder. An agent on each\n"
+        "starts its ranks and ends them when this command is gone or the link is cut; the death of any rank, agent or\n"
+        "machine ends all on all of them, and the run goes on from its newest sound checkpoint (launch.restarts). A\n"
+        "machine that has failed twice is left out where parallel.dp=null can be smaller. Signals, exit codes and the\n"
+        "watch over ranks that do not move (launch.stall_seconds) are those of train.",
+    ),
     "prepare": (
         "tokenise a corpus and keep it for every later run",
         "Takes the overrides of the run that it is for.\n\n"

@@ -41,12 +41,14 @@ class Persistence:
         run_dir: of the run.
         settings: how often, and when a run does not move.
         again: the arguments of the script at every further start, where they are not those of the first.
+        shrink: is told of each failure, and returns another layout where the next start is to have one.
     """
 
     layout: Layout
     run_dir: Path
     settings: LaunchConfig
     again: Sequence[str]
+    shrink: Callable[[Failure], Layout | None] = lambda failure: None
     _restarts: Restarts = field(init=False)
     _events: Events = field(init=False)
     _recovery: Recovery | None = field(init=False, default=None)
@@ -84,6 +86,7 @@ class Persistence:
                 time.sleep(0.1)
             if signals.fatal is not None:
                 return 128 + signals.fatal
+            self.layout = self.shrink(failure) or self.layout
             if watch.came_to(Phase.LOAD):  # the folder is cleared by then of what this run does not go on from
                 arguments = self.again
 
@@ -184,15 +187,15 @@ class _Watch:
         codes = {gone.beat.rank: of_all if gone.code is None else gone.code for gone in self.dog.gone}
         failures = self.dog.failures()
         # Whoever fails, or ends since another one has, says so first; one that does not was the first itself.
-        silent = [rank for rank, own in codes.items() if own and rank not in [rank for _, rank, _ in failures]]
+        silent = [rank for rank, own in codes.items() if own and rank not in [rank for _, rank, *_ in failures]]
         if silent and (own := codes[silent[0]]) < 0:
             return self._of_killed(silent[0], signal.Signals(-own), step)
         if silent:
             cause = f"ended with exit code {own} and without a word"
             return self._of_rank(silent[0], cause, step, self._after(silent[0]), by_itself=True)
         if failures:
-            _, rank, reason = failures[0]
-            return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself=True)
+            _, rank, reason, by_itself = failures[0]
+            return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself)
         how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
         after = time.monotonic() - self.dog.moved
         return Failure(f"DeepSpeed's launcher {how}", None, None, step, "", code <= 128, after)

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
-from parallel.heartbeat import STACKS, Beat, stacks_of
+from parallel.heartbeat import STACKS, Beat, stacks_of, state_of
 
 WAIT = 3.0
 """Seconds in which ranks write their stacks."""
 NATIVE = 8
 """Ranks at most whose native stacks are taken; each takes py-spy a second or two."""
+WANTED = "stacks-wanted"
+"""The file by which `collect` asks for the stacks of ranks on other hosts; whoever mirrors their heartbeats passes it
+on, and what comes is mirrored as well."""
 _PIPE = "nccl-"
 
 
@@ -42,8 +45,11 @@ def collect(beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[i
         folder: of the heartbeats.
         culprits: the ranks to look at first.
     """
+    here = {rank: beat for rank, beat in beats.items() if beat and not state_of(folder, rank).exists()}
+    if len(here) < len(beats):
+        (folder / WANTED).touch()
     for rank, beat in beats.items():
-        if beat is not None:
+        if beat is not None and rank in here:
             with suppress(OSError):
                 os.kill(beat.pid, STACKS)
             with suppress(OSError):
@@ -51,10 +57,10 @@ def collect(beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[i
                 os.write(pipe, b"1")
                 os.close(pipe)
     files = {rank: stacks_of(folder, rank) for rank in beats}
-    _settle(list(files.values()))
+    _settle(list(files.values()), WAIT if len(here) == len(beats) else 3 * WAIT)
     found = {rank: _text(path) or "no stack: the process does not answer\n" for rank, path in files.items()}
-    first = [*culprits, *(rank for rank in beats if rank not in set(culprits))][:NATIVE]
-    for rank, native in _native({rank: beat.pid for rank in first if (beat := beats[rank])}).items():
+    first = [rank for rank in (*culprits, *beats) if rank in here]
+    for rank, native in _native({rank: here[rank].pid for rank in dict.fromkeys(first[:NATIVE])}).items():
         found[rank] += native
     return found
 
@@ -71,10 +77,10 @@ def innermost(stacks: str, frames: int = 8) -> list[str]:
     return [re.sub(r'^ +File "(.*)", line (\d+)', r"\1:\2", line) for line in lines[:frames]]
 
 
-def _settle(files: list[Path]) -> None:
-    """Wait until all files have something, and no more comes."""
+def _settle(files: list[Path], seconds: float) -> None:
+    """Wait until all files have something, and no more comes, for so many seconds at most."""
     before: list[int] = []
-    end = time.monotonic() + WAIT
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         sizes = [path.stat().st_size if path.exists() else 0 for path in files]
         if all(sizes) and sizes == before:

@@ -125,13 +125,13 @@ class Watchdog:
         stopped = {rank: word for rank, (word, _) in halted.items()}
         return Stall(still, limit, dict(self.beats), stopped, judge(self.beats, self._layout, stopped))
 
-    def failures(self) -> list[tuple[float, int, str]]:
-        """Return what ranks say that they have failed with: when, the rank and the reason, the earliest first."""
+    def failures(self) -> list[tuple[float, int, str, bool]]:
+        """Return what ranks have failed with, the earliest first: when, the rank, the reason, whether by itself."""
         found = []
         for rank in self.beats:
             with suppress(OSError, ValueError, KeyError):
                 said = json.loads(heartbeat.failure_of(self._folder, rank).read_text())
-                found.append((said["time"], rank, said["reason"]))
+                found.append((said["time"], rank, said["reason"], said.get("by_itself", True)))
         return sorted(found)
 
     def _read(self, now: float) -> None:
