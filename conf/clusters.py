@@ -3,8 +3,9 @@
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -67,7 +68,7 @@ def cluster_from_file(path: Path, said: str | None = None) -> Cluster:
         base = OmegaConf.structured(cluster_of(str(preset)) if preset is not None else Cluster)
         if unknown := [str(key) for key in values if key not in {one.name for one in fields(Cluster)}]:
             raise BadInput([_unknown_key(said, key) for key in unknown])
-        cluster = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(values)))
+        cluster = OmegaConf.to_object(OmegaConf.merge(base, OmegaConf.create(_as_floats(values))))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise BadInput(
@@ -77,6 +78,15 @@ def cluster_from_file(path: Path, said: str | None = None) -> Cluster:
     if problems := cluster.problems(f"--cluster={said}: cluster"):
         raise BadInput(problems)
     return cluster
+
+
+def _as_floats(value: Any, inside: bool = False) -> Any:
+    """Return values with the whole numbers inside lists as floats: OmegaConf converts them elsewhere alone."""
+    if isinstance(value, (dict, DictConfig)):
+        return {key: _as_floats(one) for key, one in value.items()}
+    if isinstance(value, (list, ListConfig)):
+        return [_as_floats(one, inside=True) for one in value]
+    return float(value) if inside and type(value) is int else value
 
 
 def _loaded(kind: str, spec: str) -> Cluster:

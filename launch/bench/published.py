@@ -13,7 +13,7 @@ from parallel.plan.cluster import Cluster
 from parallel.plan.costs import Prices, Reach, pass_time, reaches
 from parallel.plan.operations import GroupKind
 from parallel.plan.replicas import LayerTime, stage_time
-from parallel.plan.steps import Exchange, RankTime, StageTime, Step, StepTime, step_time
+from parallel.plan.steps import Exchange, RankTime, StageTime, Step, StepTime, step_seconds, step_time
 from parallel.plan.work import LayerWork, Shape
 from parallel.schedules import Placement, Schedule, placement_of
 
@@ -127,8 +127,9 @@ def predicted(row: Row, cluster: Cluster | None = None) -> tuple[Row, StepTime]:
     Returns:
         The row with what was taken, and the prediction.
     """
-    found = [(one, _time(one, cluster or _cluster(one))) for one in _complete(row)]
-    return min(found, key=lambda pair: pair[1].seconds)
+    found = [(one, _step(one, cluster or _cluster(one))) for one in _complete(row)]
+    taken, step = min(found, key=lambda pair: step_seconds(pair[1])) if len(found) > 1 else found[0]
+    return taken, step_time(step)
 
 
 def _cluster(row: Row) -> Cluster:
@@ -162,7 +163,7 @@ def _blocks(row: Row, num_stages: int) -> list[int]:
     return [max(min(each, row.layers - stage * each), 0) for stage in range(num_stages)]
 
 
-def _time(row: Row, cluster: Cluster) -> StepTime:
+def _step(row: Row, cluster: Cluster) -> Step:
     practice = PRACTICES[row.practice]
     placement = placement_of(Schedule[row.schedule], row.pp, row.virtual)
     cut = row.tp > 1 and (row.practice not in ("megatron-2021", "megatron-deepspeed", "megatron-deepspeed-zero1"))
@@ -191,7 +192,7 @@ def _time(row: Row, cluster: Cluster) -> StepTime:
     links = [0.0 if practice.links_block else link] * last
     ranks = [_rank(row, practice, placement, rank, blocks, layers, prices, where) for rank in range(row.pp)]
     micro_batches = row.global_batch // (row.dp * row.micro_batch)
-    step = Step(
+    return Step(
         Schedule[row.schedule],
         placement,
         micro_batches,
@@ -201,7 +202,6 @@ def _time(row: Row, cluster: Cluster) -> StepTime:
         prices.agreement(where[GroupKind.world]),
         practice.overlaps_replicas,
     )
-    return step_time(step)
 
 
 def _layer_time(work: LayerWork, prices: Prices, where: dict[GroupKind, Reach]) -> LayerTime:
