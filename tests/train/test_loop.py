@@ -111,6 +111,19 @@ def test_a_step_is_taken_agreed_on_evaluated_recorded_and_saved(agreed):
     assert len(agreed) == STEPS  # one small collective a step
 
 
+def test_each_record_has_what_a_plan_predicts_and_steps_but_the_first_are_compared(agreed):
+    played = Played("cluster=h100")
+    played.expected = Expected.of(played.config, played.layout, False, played.device)
+    compared = []
+    keep = played.expected.compared
+    played.expected.compared = lambda record, size, counts: compared.append(counts) or keep(record, size, counts)
+    done(played)
+    predicted = {record["predicted_seconds"] for record, _ in played.records}
+    assert len(predicted) == 1 and min(predicted) > 0
+    assert compared == [False, *[True] * (STEPS - 1)]
+    assert "on H100 SXM (data sheet)" in played.expected.said()[0]
+
+
 def test_the_rate_of_each_step_is_the_schedules(agreed):
     played = Played("schedule.warmup_steps=4", "optimizer.lr=0.8")
     done(played)

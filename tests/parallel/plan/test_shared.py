@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.plan.costs import PassTime
+from parallel.layout import Layout
+from parallel.plan.cluster import Cluster
+from parallel.plan.costs import PassTime, Prices, pass_time, reaches
+from parallel.plan.operations import GroupKind, Message, Product, Wait
 from parallel.plan.shared import shared_step_time
 from parallel.plan.steps import Exchange, RankTime, StageTime, Step, step_time
 from parallel.schedules import TABLE, Schedule, placement_of
@@ -67,6 +70,17 @@ def test_messages_leave_the_device_to_others():
     bare, passes = shared_step_time(step(), 1, 1).seconds, 2 * M
     assert bare < shared_step_time(one, 1, 1).seconds < bare + passes * 0.5  # of each rank
     assert shared_step_time(one, 1, 2).tp == pytest.approx(passes * 0.5)
+
+
+def test_messages_run_beside_computation_on_gpus_and_take_a_cores_time():
+    message = Message("all_gather", GroupKind.tp, 2, 2**24, index=1)
+    operations = [message, Product(1024, 1024, 1024, bytes_per_value=4), Wait(1)]
+    figures = {"gpus_per_node": 2, "peak_fp32_tflops": 0.1, "intra_gb_per_s": 1.0}
+    where = reaches(Layout(1, 1, 2), 2)
+    gpus, cores = (Prices(Cluster(**figures, devices_per_node=devices), 4) for devices in (None, 2.0))
+    sent, computed = gpus.message("all_gather", 2**24, where[GroupKind.tp]), gpus.product(operations[1])
+    assert pass_time(operations, gpus, where).seconds == pytest.approx(max(sent, computed))
+    assert pass_time(operations, cores, where).seconds == pytest.approx(sent + computed)
 
 
 def test_the_parts_add_up():
