@@ -75,11 +75,11 @@ def test_messages_leave_the_device_to_others():
 def test_messages_run_beside_computation_on_gpus_and_take_a_cores_time():
     message = Message("all_gather", GroupKind.tp, 2, 2**24, index=1)
     operations = [message, Product(1024, 1024, 1024, bytes_per_value=4), Wait(1)]
-    figures = {"gpus_per_node": 2, "peak_fp32_tflops": 0.1, "intra_gb_per_s": 1.0}
+    figures = {"gpus_per_node": 2, "peak_fp32_tflops": 0.1, "intra_gb_per_s": 1.0, "tile_units": 0}
     where = reaches(Layout(1, 1, 2), 2)
     gpus, cores = (Prices(Cluster(**figures, devices_per_node=devices), 4) for devices in (None, 2.0))
     sent, computed = gpus.message("all_gather", 2**24, where[GroupKind.tp]), gpus.product(operations[1])
-    assert pass_time(operations, gpus, where).seconds == pytest.approx(max(sent, computed))
+    assert max(sent, computed) <= pass_time(operations, gpus, where).seconds < 1.1 * max(sent, computed)
     assert pass_time(operations, cores, where).seconds == pytest.approx(sent + computed)
 
 
