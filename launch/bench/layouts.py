@@ -41,7 +41,7 @@ from parallel.schedules import Schedule, batch_problems, placement_of
 from train.optimizer import adamw
 from train.strict_json import dumps
 
-DEFAULTS = [*ON_CPU, "train.global_batch=8"]
+DEFAULTS = [*ON_CPU, "train.global_batch=4"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The links of a cluster from measured messages: bandwidth, and the latency of a step."""
+"""The links of a cluster from measured messages, and its slowest device from measured products."""
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,16 @@ def links_of(found: Sequence[RankFindings]) -> dict[str, Any]:
     if values:
         values["protocols"] = [[1.0, *(rounded(1e6 * seconds) for seconds in (base, within, across or within))]]
     return values
+
+
+def slowest_of(found: Sequence[RankFindings]) -> dict[str, Any]:
+    """Return how much slower than usual the slowest GPU computes a matrix product; nothing where there are cores.
+
+    Args:
+        found: of all ranks.
+    """
+    rates = [one.product_flops for one in found if one.cores is None]
+    return {"slowest_share": rounded(min(rates) / median(rates))} if len(rates) > 1 else {}
 
 
 def _in_bulk(links: list[LinkTime]) -> list[LinkTime]:

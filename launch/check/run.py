@@ -151,18 +151,18 @@ def _ended_with_us(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def _report(found: Sequence[RankFindings], options: argparse.Namespace) -> int:
-    """Print the findings, save the links, and return the exit code."""
+    """Print the findings, save what a plan needs of them, and return the exit code."""
     verdict = judge(found, options.percent)
-    links = calibrate.links_of(found)
+    values = calibrate.links_of(found) | calibrate.slowest_of(found)
     if options.json:
         ranks: list[dict[str, Any]] = [asdict(one) for one in found]
-        print(dumps({"ranks": ranks, **asdict(verdict), "links": links}, indent=2))
+        print(dumps({"ranks": ranks, **asdict(verdict), "cluster": values}, indent=2))
     else:
         print(table(found))
         print("\n".join(_said(verdict, options.percent)))
-    if options.save is not None and links:
-        save(options.save, links, f"links by deepnarrow check, {len(found)} ranks")
-        print(f"{options.save}: {', '.join(links)}", file=sys.stderr)
+    if options.save is not None and values:
+        save(options.save, values, f"deepnarrow check of {len(found)} ranks")
+        print(f"{options.save}: {', '.join(values)}", file=sys.stderr)
     elif options.save is not None:
         print(f"{options.save}: not written, since one rank has no links", file=sys.stderr)
     return SLOW if verdict.odd else 0

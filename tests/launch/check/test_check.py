@@ -51,7 +51,7 @@ def test_the_links_are_saved_as_measured(checked):
     _, found, path = checked
     cluster = cluster_from_file(path)
     assert cluster.measured == ["intra_gb_per_s", "intra_share", "protocols"]
-    assert cluster.intra_gb_per_s == found["links"]["intra_gb_per_s"] and len(cluster.protocols) == 1
+    assert cluster.intra_gb_per_s == found["cluster"]["intra_gb_per_s"] and len(cluster.protocols) == 1
     assert "4 ranks" in path.read_text().splitlines()[0]
 
 

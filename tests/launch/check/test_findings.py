@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from launch.check.calibrate import links_of, steps_of
+from launch.check.calibrate import links_of, slowest_of, steps_of
 from launch.check.findings import judge, table
 from launch.check.measure import LinkTime, RankFindings, Request
 from launch.check.rank import Lines, as_lines
@@ -155,6 +155,13 @@ def test_quick_messages_between_two_ranks_do_not_make_collectives_quick():
     of_sends = [replace(one, links=[link for link in one.links if link.operation == "send"]) for one in found]
     assert links_of(found)["intra_gb_per_s"] == pytest.approx(360, rel=1e-3)
     assert links_of(of_sends)["intra_gb_per_s"] == pytest.approx(450, rel=1e-3)
+
+
+def test_the_slowest_device_is_told_by_the_median_but_not_of_shared_cores():
+    found = cluster()
+    found[5] = replace(found[5], product_flops=0.93 * found[5].product_flops)
+    assert slowest_of(found) == {"slowest_share": 0.93}
+    assert slowest_of([replace(one, cores=2) for one in found]) == {} == slowest_of(found[:1])
 
 
 def test_links_that_are_disturbed_are_fitted_roughly():
