@@ -144,7 +144,7 @@ def _complete(row: Row) -> Iterator[Row]:
     for micro_batch in [row.micro_batch] if row.micro_batch else MICRO_BATCHES:
         if row.global_batch % (row.dp * micro_batch):
             continue
-        for virtual in [row.virtual] if row.virtual else VIRTUAL_STAGES:
+        for virtual in [row.virtual] if row.virtual else VIRTUAL_STAGES if row.pp > 1 else (1,):
             if not row.virtual and (row.layers + ends) % (row.pp * virtual):
                 continue
             rounds = row.global_batch // (row.dp * micro_batch)
