@@ -6,12 +6,16 @@ from functools import cache
 
 import pytest
 
+from conf.validate import Machine
+from model.problems import BadInput
 from tests.faults.test_learned import run, summary
 from tests.train.checkpoint import runs
+from train.preflight import preflight
 from train.spikes import SKIPPED
 
 STEPS, SPIKE, NAN, LEAST = 14, 9, 11, 6
 ASKED = [f"train.max_steps={STEPS}", "train.spike_sigmas=6", "schedule.warmup_steps=4"]
+ANYWHERE = Machine(gpus=0, elsewhere=True)
 LAYOUTS = {"dp2": ["parallel.dp=2"], "pp2": ["parallel.pp=2"], "tp2": ["parallel.tp=2"]}
 
 
@@ -76,3 +80,21 @@ def test_steps_that_are_passed_over_leave_the_weights_that_skipped_updates_leave
     assert list(records) == list(range(1, STEPS + 1))
     assert [step for step, record in records.items() if record.get("passed_over")] == [SPIKE, NAN]
     assert records[SPIKE + 1]["loss"] == runs.curve(folder)[SPIKE + 1]["loss"]
+
+
+@pytest.mark.launch
+def test_samples_are_passed_over_from_an_earlier_checkpoint_alone(spoilt, overrides, tmp_path):
+    folder, _ = spoilt("dp2")
+    shutil.copytree(folder, tmp_path, symlinks=True, dirs_exist_ok=True)
+    bad = ["train.skip_samples_at=[64-71]", "train.max_steps=10"]
+    with pytest.raises(BadInput) as refused:
+        preflight([*overrides, *ASKED[1:], *bad, "wandb.mode=disabled", f"hydra.run.dir={tmp_path}"], machine=ANYWHERE)
+    (problem,) = refused.value.problems
+    assert problem.startswith("train.skip_samples_at=[64-71]: the checkpoint of step 14 has trained on samples 64-71; ")
+    assert f"resume={runs.saved(tmp_path, 8)} goes back before that" in problem
+    said = run(tmp_path, [], *overrides, *ASKED[1:], *LAYOUTS["dp2"], *bad, f"resume={runs.saved(tmp_path, 8)}", num=2)
+    assert "samples 64 to 71 are passed over: 8 of files, 64 to 71 of its order" in said
+    # The next batch comes a step earlier, to the same weights: the update of the ninth step was skipped.
+    assert runs.curve(tmp_path)[9]["loss"] == runs.curve(folder)[10]["loss"]
+    again = preflight([*overrides, *ASKED[1:], *bad[:1], f"hydra.run.dir={tmp_path}"], machine=ANYWHERE)
+    assert not again.complete and again.start.own
