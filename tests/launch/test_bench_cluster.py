@@ -86,6 +86,16 @@ def test_the_costs_explain_the_passes_that_were_measured(saved):
         assert expected == pytest.approx(measured, rel=0.25)  # of medians over two processes
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_a_cluster_whose_costs_explain_its_passes():
+    found = cluster.measure([*SHAPE, "model.head_dim=64", "train.seq_len=64"])
+    own = Cluster(**{**found["facts"], **found["values"]})
+    assert own.problems() == [] and own.has_gpus and found["precision"] == "bfloat16"
+    assert 0 < own.launch_us < own.host_us
+    if 0.01 < own.hbm_share < 1:
+        assert sum(row[2] for row in found["passes"]) == pytest.approx(sum(row[1] for row in found["passes"]), rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def compared():
     with pytest.MonkeyPatch.context() as patch:
