@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
 from launch.stacks import collect, innermost, record_flights
-from launch.watchdog import Stall, Watchdog, described, heartbeats_folder
+from launch.watchdog import Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
 from train.events import RESTART
@@ -72,7 +71,7 @@ class Persistence:
                     return code
                 failure = watch.failure(code)
             finally:
-                rmtree(watch.folder, ignore_errors=True)
+                remove_heartbeats(watch.folder)
             then = self._restarts.after(failure)
             self._events.failed(failure, then)
             if isinstance(then, str):

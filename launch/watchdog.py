@@ -1,6 +1,8 @@
 """The watchdog of a run: it reads the heartbeats of this host's ranks, and tells when and by whom they are held up."""
 
+import fcntl
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -29,7 +31,9 @@ _TIMED = 3
 _OWN_PAUSE = 10.0
 """Seconds without a look after which it is the watchdog itself that did not run: it, and perhaps all, were stopped."""
 STOPPED = "stopped (SIGSTOP)"
-_NAME = "deepnarrow-"
+_NAME, _LOCK = "deepnarrow-heartbeats-", "lock"
+_locks: dict[Path, int] = {}
+"""The locks of the folders that this process has made: they are held as long as it lives."""
 
 
 @dataclass(frozen=True)
@@ -215,10 +219,24 @@ def exit_code_of(pid: int) -> int | None:
 
 
 def heartbeats_folder() -> Path:
-    """Make a folder in memory for the heartbeats of one start of a run, and remove those of watchdogs that are gone."""
+    """Make a folder in memory for the heartbeats of one start of a run, and remove those of watchdogs that are gone.
+
+    A lock tells whose it is, not a process id: containers may share the memory, and count processes by themselves.
+    """
     memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-    for old in memory.glob(f"{_NAME}*-*"):
-        pid = old.name.removeprefix(_NAME).partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)  # another user's stays
-    return Path(tempfile.mkdtemp(prefix=f"{_NAME}{psutil.Process().pid}-", dir=memory))
+    for old in memory.glob(f"{_NAME}*/{_LOCK}"):
+        with suppress(OSError), open(old) as held:  # another user's stays
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_NAME, dir=memory))
+    lock = os.open(folder / "lock.tmp", os.O_CREAT | os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "lock.tmp").rename(folder / _LOCK)
+    _locks[folder] = lock
+    return folder
+
+
+def remove_heartbeats(folder: Path) -> None:
+    """Remove a folder that `heartbeats_folder` has made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(_locks.pop(folder))

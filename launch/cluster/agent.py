@@ -9,7 +9,6 @@ import base64
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 
 from launch.stacks import collect
 from launch.supervise import PRETRAIN, Group, end_group, launcher_environment, launcher_of_host
-from launch.watchdog import exit_code_of, heartbeats_folder, state_of
+from launch.watchdog import exit_code_of, heartbeats_folder, remove_heartbeats, state_of
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER
 
@@ -137,7 +136,7 @@ def main() -> int:
         agent.send({"ended": code})
     finally:
         end_group(agent.group.pid)
-        shutil.rmtree(agent.folder, ignore_errors=True)
+        remove_heartbeats(agent.folder)
     return 0 if code == 0 else 1
 
 

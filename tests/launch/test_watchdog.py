@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from launch import watchdog
 from launch.stacks import innermost
-from launch.watchdog import Watchdog, described, exit_code_of, heartbeats_folder, state_of
+from launch.watchdog import Watchdog, described, exit_code_of, heartbeats_folder, remove_heartbeats, state_of
 from parallel.heartbeat import Heart, Phase
 from parallel.layout import Layout
 from parallel.schedules import Action, Pass
@@ -129,15 +130,22 @@ def test_the_first_to_end_and_its_exit_code_are_kept(tmp_path):
     three.wait()
 
 
-def test_folders_of_watchdogs_that_are_gone_are_removed_and_no_other(monkeypatch, tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    old, alive = heartbeats_folder(), heartbeats_folder()
-    left = old.rename(old.with_name(f"deepnarrow-{gone.pid}-left"))
-    made = heartbeats_folder()
-    assert not left.exists() and alive.exists() and made.exists()
-    alive.rmdir()
-    made.rmdir()
+def test_folders_of_watchdogs_that_are_gone_are_removed_and_no_other():
+    ready, go = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(go, str(heartbeats_folder()).encode())
+        time.sleep(60)
+        os._exit(0)
+    left = Path(os.read(ready, 200).decode())
+    own = heartbeats_folder()
+    assert left.exists() and own.exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    remove_heartbeats(heartbeats_folder())
+    assert not left.exists() and own.exists()
+    remove_heartbeats(own)
+    assert not own.exists()
 
 
 def test_the_innermost_frames_are_those_of_the_thread_that_computes():
