@@ -137,7 +137,7 @@ class _CrossEntropy(torch.autograd.Function):
         with torch.no_grad():
             scale_N = _scale(grads[0], labels_N)
             _to_gradient(logits_NV, labels_N - ctx.shard.first_token, largest_N, total_N, scale_N, ctx.fused)
-        return logits_NV, None, None, None
+        return logits_NV.detach(), None, None, None  # a deferred gradient of a weight would keep the graph behind it
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -175,6 +175,7 @@ class _HeadLoss(torch.autograd.Function):
                 _to_gradient(logits_NV, local_N, largest_N, total_N, scale_N, ctx.fused)
                 grad_x += logits_NV @ weight_VD[rows]
                 torch.mm(logits_NV.T, x_ND, out=grad_weight[rows])
+                del logits_NV  # or two pieces would be there when the next one is made
         return grad_x.to(x_ND.dtype), grad_weight, None, None, None, None
 
 

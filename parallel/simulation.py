@@ -12,7 +12,7 @@ waited until the one before was over, none would wait for a later one.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.schedules import Action, Orders, Pass, Placement, receiver_of, source_of, split_off
+from parallel.schedules import Action, Orders, Pass, Placement, consumer_of, receiver_of, source_of, split_off
 
 
 @dataclass(frozen=True)
@@ -146,3 +146,42 @@ def programs(orders: Orders, placement: Placement) -> list[Program]:
             waiting[receiver].append(action)
     assert not any(waiting), "a message that no pass uses"
     return [Program(order, receives[rank], index) for rank, order in enumerate(orders)]
+
+
+def held_messages(orders: Orders, placement: Placement) -> list[list[int]]:
+    """Count the tensors that each rank holds for messages during each of its passes, as `parallel.pipeline` does.
+
+    They are receives that are posted and whose tensors no pass has used yet, the gradient that a backward pass begins
+    with, and gradients that have been sent, until the receiver is known to have them. Activations are not among them
+    once a stage has received or computed them: they are saved for the backward pass.
+    """
+    counts = []
+    for program in programs(orders, placement):
+        receiving: set[Action] = set()
+        own: set[Action] = set()  # gradients for a later pass of this rank
+        sent: dict[int, list[int]] = {}
+        mine, last, rank = [], None, placement.rank_of(program.actions[0].stage)
+        for action, awaited in zip(program.actions, program.receives, strict=True):
+            receiving.update(awaited)
+            source = source_of(action, placement)
+            begins_with = 0  # a gradient, for as long as the pass takes
+            if source is not None and action.what is source.what:
+                begins_with = action.what is Pass.B
+                own.discard(source)
+                if source in receiving:
+                    receiving.remove(source)
+                    queue = sent.get(placement.rank_of(source.stage), [])
+                    while queue and queue[0] < program.index[source]:
+                        queue.pop(0)
+            # The result of the pass before is held until this one has its own, sent or not.
+            lasting = last is not None and not any(last == number for queue in sent.values() for number in queue)
+            mine.append(len(receiving) + len(own) + sum(map(len, sent.values())) + begins_with + lasting)
+            last = None
+            if action.what is Pass.B and (receiver := receiver_of(action, placement)) is not None:
+                if receiver == rank:
+                    own.add(action)
+                else:
+                    last = program.index[consumer_of(action)]
+                    sent.setdefault(receiver, []).append(last)
+        counts.append(mine)
+    return counts

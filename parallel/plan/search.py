@@ -14,12 +14,14 @@ from typing import Any
 
 from model.config import ModelConfig
 from parallel.engine import EngineSettings
+from parallel.layer_memory import Step
 from parallel.layout import Layout, Recompute
-from parallel.memory import Memory, Step, stage_memory
+from parallel.memory import Memory, stage_memory
 from parallel.plan.cluster import Cluster
 from parallel.plan.job import Job
 from parallel.plan.predict import Prediction
 from parallel.schedules import ONE_F_ONE_B, TABLE, Orders, Placement, Schedule, orders, placement_of
+from parallel.simulation import held_messages
 
 HEAD_PIECES = (1, 2, 4, 8, 16)
 """Numbers of pieces of the logits that are tried."""
@@ -327,14 +329,15 @@ def rank_memory(job: Job, rank: int) -> Memory:
     """
     settings, placement = job.settings, job.placement
     step = Step(settings.micro_batch, settings.seq_len, settings.bf16, settings.recompute, settings.head_pieces)
-    order = _orders(settings.schedule, placement, min(settings.accumulation, 2 * placement.num_ranks))[rank]
+    made, messages = _orders(settings.schedule, placement, min(settings.accumulation, 2 * placement.num_ranks))
     stages = {index: job.stages[index] for index in placement.stages_of(rank)}
-    return stage_memory(job.model, job.layout, stages, order, step)
+    return stage_memory(job.model, job.layout, stages, made[rank], step, messages[rank])
 
 
 @lru_cache(maxsize=256)
-def _orders(schedule: Schedule, placement: Placement, micro_batches: int) -> Orders:
-    return orders(schedule, placement, micro_batches)
+def _orders(schedule: Schedule, placement: Placement, micro_batches: int) -> tuple[Orders, list[list[int]]]:
+    made = orders(schedule, placement, micro_batches)
+    return made, held_messages(made, placement)
 
 
 def _by_expected_memory(placement: Placement) -> list[int]:
