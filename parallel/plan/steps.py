@@ -17,10 +17,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from parallel.plan.costs import PassTime
-from parallel.schedules import TABLE, Action, Pass, Placement, Schedule, orders, source_of, split_off
+from parallel.schedules import Action, Pass, Placement, Schedule, orders, source_of, split_off
 
-_MOST_ROUNDS = 6
-"""Rounds of as many micro-batches as there are ranks in the longest steps that are simulated to extrapolate from."""
+_MOST_PASSES = 10_000
+"""Stages times micro-batches of a step from which on it is extrapolated whether it has settled or not."""
 _KINDS = 4
 _FORWARD, _WHOLE, _INPUT, _WEIGHTS = range(_KINDS)
 """The kinds of passes, in the order of `StageTime`."""
@@ -156,8 +156,10 @@ def _busy(step: Step) -> PassTime:
 
 def _shortest(step: Step) -> tuple[int, int]:
     """Return the micro-batches of the shortest step to extrapolate from, and by how many steps can be longer."""
-    ranks = step.placement.num_ranks
-    period = ranks if TABLE[step.schedule.name].multiple_of_ranks else 1
+    placement = step.placement
+    ranks = placement.num_ranks
+    # With stages around the ranks, as many micro-batches as there are ranks go through one of a rank's before the next.
+    period = ranks if placement.virtual > 1 and not placement.there_and_back else 1
     return 2 * ranks + (step.micro_batches - 2 * ranks) % period, period
 
 
@@ -183,7 +185,7 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
     """Return what is measured of a step, from shorter ones where it grows linearly with the micro-batches.
 
     A rank that is busier than the others may fall behind them only after many micro-batches: a step that grows by less
-    than what the busiest rank computes is not long enough. Beyond `_MOST_ROUNDS` it is said to grow by that from there
+    than what the busiest rank computes is not long enough. Beyond `_MOST_PASSES` it is said to grow by that from there
     on, which has been at most 0.2 % too much.
     """
     ranks, wanted = step.placement.num_ranks, step.micro_batches
@@ -194,7 +196,7 @@ def _extrapolated(step: Step, measure: Callable[["_Passes"], float]) -> float:
         first, second, third = (measure(_passes_of(step, number)) for number in (at, at + period, longest))
         growth = (third - second) / ranks  # of a micro-batch
         steady = abs(period * growth - (second - first)) <= 1e-9 * abs(third)
-        if steady and (growth >= busiest * (1 - 1e-9) or at > _MOST_ROUNDS * ranks):
+        if (steady and growth >= busiest * (1 - 1e-9)) or at * step.placement.num_stages > _MOST_PASSES:
             return third + max(growth, busiest) * (wanted - longest)
         at += 2 * ranks
     return measure(_passes_of(step, wanted))
