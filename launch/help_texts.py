@@ -11,7 +11,9 @@ HELP = {
         "theirs. --cfg job prints the composed configuration.\n\n"
         "The same command started again goes on from the newest sound checkpoint, on whatever layout it now has.\n"
         "Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 save and end it with 0; a second one ends it at once.\n\n"
-        "On several machines, use the launcher itself: deepspeed --hostfile HOSTS train/pretrain.py OVERRIDES",
+        "A run that fails, or whose ranks do not move, goes on from there by itself (launch.restarts=10,\n"
+        "launch.stall_seconds); what has happened is in events.jsonl, and docs/cluster.md has the rest.\n\n"
+        "On several machines, deepnarrow launch --hostfile HOSTS OVERRIDES does the same.",
     ),
     "launch": (
         "pretrain on the machines of a hostfile, and keep that going",
