@@ -44,11 +44,13 @@ class Pass:
         name: such as ``block, backward``.
         seconds: that it took.
         operations: what the costs count of it.
+        times: how many such layers the model has.
     """
 
     name: str
     seconds: float
     operations: Sequence[Operation]
+    times: int = 1
 
 
 def tensor_parallel_sizes(model: ModelConfig, most: int) -> list[int]:
@@ -155,6 +157,7 @@ class Passes:
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
+        self._blocks = config.model.n_layers
         config = replace(config, model=replace(config.model, n_layers=1))
         self._config, self._device, self._dtype = config, device, dtype
         stages = random_stages(config.model, [Stage(0, 0, 3, 1.0)], device)
@@ -283,10 +286,10 @@ def values_of_device(
 
 
 def _traffic_share(values: dict[str, Any], passes: Sequence[Pass], dtype: torch.dtype) -> float:
-    """Return the share of a copy's bandwidth with which the passes' other kernels explain the rest of their time."""
+    """Return the share of a copy's bandwidth with which other kernels explain the rest of the whole model's passes."""
     unlimited = Cluster(**{**values, "hbm_gb_per_s": 1e12, "hbm_share": 1.0})
-    rest = sum(one.seconds for one in passes) - sum(predicted(one, unlimited, dtype) for one in passes)
-    moved = sum(one.num_bytes for each in passes for one in each.operations if isinstance(one, Traffic))
+    rest = sum(one.times * (one.seconds - predicted(one, unlimited, dtype)) for one in passes)
+    moved = sum(each.times * one.num_bytes for each in passes for one in each.operations if isinstance(one, Traffic))
     share = moved / rest / (values["hbm_gb_per_s"] * 1e9) if rest > 0 else 1.0
     return rounded(min(max(share, 0.01), 1.0))
 
