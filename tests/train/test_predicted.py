@@ -8,7 +8,7 @@ import torch
 from conf.clusters import cluster_of
 from model.problems import BadInput
 from parallel.layout import Layout
-from parallel.plan.predict import predict
+from parallel.plan.predict import ERROR, predict
 from tests.shapes import preset
 from train.farewell import closing
 from train.job import job_of
@@ -129,7 +129,7 @@ def test_each_size_of_a_step_is_announced():
         'train.global_batch="0:8 20480:16"', "train.total_tokens=1e5",
     )  # fmt: skip
     said = expected(config).announced(length_of(config))
-    assert " s, later " in said and said.endswith("on H100 SXM (data sheet), within 15% as others were")
+    assert " s, later " in said and said.endswith(f"on H100 SXM (data sheet), within {ERROR:.0%} as others were")
 
 
 @pytest.mark.parametrize(
