@@ -13,7 +13,7 @@ from model.problems import BadInput
 from parallel.layout import Layout
 from parallel.plan.cluster import Cluster
 from parallel.plan.job import Job
-from parallel.plan.predict import Prediction, predict
+from parallel.plan.predict import ERROR, Prediction, predict
 from parallel.processes import local_processes
 from parallel.schedules import Pass
 from train.job import engine_settings
@@ -119,8 +119,10 @@ class Expected:
             )
         sizes = dict.fromkeys((span.first.global_batch, span.first.seq_len) for span in length.planned())
         seconds = [f"{self._prediction(size).seconds:.3g} s" for size in sizes]
-        error = f"within {self._prediction(next(iter(sizes))).error:.0%}" if seconds else ""
-        return f"a step is predicted to take {', later '.join(seconds)} on {self._name}, {error} as others were"
+        return (
+            f"a step is predicted to take {', later '.join(seconds)} on {self._name}; steps of others were predicted "
+            f"with an error of {ERROR:.0%} (docs/planner.md)"
+        )
 
     def compared(self, record: dict[str, Any], size: StepSize, counts: bool) -> dict[str, float]:
         """Return what is predicted of a step, for its record.

@@ -37,9 +37,11 @@ from parallel.plan.cluster import Cluster
 from parallel.plan.job import Job
 from parallel.plan.predict import predict
 from parallel.processes import free_port
-from parallel.schedules import Schedule, batch_problems, placement_of
+from parallel.schedules import Pass, Schedule, batch_problems, placement_of
 from train.optimizer import adamw
+from train.predicted import predicted_terms
 from train.strict_json import dumps
+from train.timeline import seconds_of
 
 DEFAULTS = [*ON_CPU, "train.global_batch=4"]
 
@@ -128,8 +130,10 @@ def measure(
 
     Returns:
         ``rows``, for each layout with ``measured``, the median seconds of its steps, their extremes, ``predicted`` and
-        their ``ratio``; ``worst``, the largest deviation of a ratio from 1; ``tau``, Kendall's rank correlation of
-        measured and predicted steps; ``clusters``, the keys that were measured, by the number of ranks.
+        their ``ratio``, and where there are stages ``terms``, the seconds of each kind of pass, measured and predicted,
+        means over the ranks (predicted as if a core were a rank's own); ``worst``, the largest deviation of a ratio
+        from 1; ``tau``, Kendall's rank correlation of measured and predicted steps; ``clusters``, the keys that were
+        measured, by the number of ranks.
 
     Raises:
         BadInput: the settings cannot work.
@@ -149,7 +153,10 @@ def measure(
             torch.multiprocessing.spawn(_rank, job, ranks)
             found = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
         cluster, clusters[str(ranks)] = _cluster(found)
-        rows += [_row(case, config, cluster, times) for case, times in zip(own, found[0]["steps"], strict=True)]
+        rows += [
+            _row(case, config, cluster, found[0]["steps"][at], [one["passes"][at] for one in found])
+            for at, case in enumerate(own)
+        ]
     measured, predicted = ([row[key] for row in rows] for key in ("measured", "predicted"))
     return {
         "device": device_name(torch.device("cpu")),
@@ -177,18 +184,26 @@ def _cluster(found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any
     return Cluster(**{**facts(torch.device("cpu"), values), **values, **place}), values
 
 
-def _row(case: Case, config: Config, cluster: Cluster, times: Sequence[float]) -> dict[str, Any]:
+def _row(
+    case: Case, config: Config, cluster: Cluster, times: Sequence[float], passes: Sequence[Mapping[str, float]]
+) -> dict[str, Any]:
     prediction = predict(case.job(config), cluster)
     measured = statistics.median(times)
-    return {
+    row = {
         **asdict(case),
         "case": str(case),
         "measured": measured,
         "extremes": [min(times), max(times)],
         "predicted": prediction.seconds,
         "ratio": prediction.seconds / measured,
-        "bubble": prediction.bubble,
     }
+    if case.pp > 1:
+        expected = predicted_terms(prediction)
+        row["terms"] = {
+            name: [statistics.mean(one[name] for one in passes), expected[name]]
+            for name in ("forward", "backward", "weights")
+        }
+    return row
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -232,6 +247,7 @@ def _rank(
     links = _links(rank, ranks, config, device)
     engines = [_engine(case.job(config), config) for case in cases]
     steps: list[list[float]] = [[] for _ in cases]
+    passes: list[dict[str, float]] = [{} for _ in cases]
     late = torch.zeros(1)
     for number in range(rounds + 1):
         if rank == 0 and number > 1:
@@ -239,13 +255,16 @@ def _rank(
         dist.broadcast(late, 0)
         if late:
             break
-        for case, engine, times in zip(cases, engines, steps, strict=True):
-            taken = _seconds(engine, case, config)
+        for at, (case, engine) in enumerate(zip(cases, engines, strict=True)):
+            dist.barrier()
+            _step(engine, case, config)  # it leaves weights on their way, as the step before does in a run
             if number:  # the first opens connections and allocates
-                times.append(taken)
+                taken, passes[at] = _step(engine, case, config)
+                steps[at].append(taken)
     for engine in engines:
         engine.wait()
-    (Path(folder) / f"{rank}.json").write_text(dumps({"device": own, "links": asdict(links), "steps": steps}), "utf-8")
+    told = {"device": own, "links": asdict(links), "steps": steps, "passes": passes}
+    (Path(folder) / f"{rank}.json").write_text(dumps(told), "utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -264,17 +283,15 @@ def _engine(job: Job, config: Config) -> Engine:
     return build_engine(job.model, job.layout, job.stages, job.settings, make_optimizer=optimizer)
 
 
-def _seconds(engine: Engine, case: Case, config: Config) -> float:
-    """Return the seconds of the second of two steps, whose weights are still on their way when it begins."""
+def _step(engine: Engine, case: Case, config: Config) -> tuple[float, dict[str, float]]:
+    """Train a step; return the seconds of the slowest rank, and those of this rank's passes by kind."""
     micro_batches = int(config.train.global_batch) // (case.micro_batch * case.dp)
-    dist.barrier()
-    for _ in range(2):
-        begin = time.perf_counter()
-        engine.step(_batches(case, config, micro_batches), config.optimizer.lr, micro_batches)
-        taken = time.perf_counter() - begin
-    slowest = torch.tensor(taken, dtype=torch.float64)
+    begin = time.perf_counter()
+    result = engine.step(_batches(case, config, micro_batches), config.optimizer.lr, micro_batches)
+    slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest)
+    kinds = {"forward": Pass.F, "backward": Pass.B, "weights": Pass.W}
+    return float(slowest), {name: seconds_of(what, result.spans) for name, what in kinds.items()}
 
 
 def _batches(case: Case, config: Config, micro_batches: int) -> Iterator[Batch]:

@@ -117,6 +117,9 @@ def test_layouts_are_measured_and_predicted_by_what_their_ranks_found(compared):
         assert row["predicted"] == pytest.approx(layouts.predict(case.job(config), own).seconds)
         assert row["ratio"] == row["predicted"] / row["measured"] > 0
         assert row["extremes"][0] <= row["measured"] <= row["extremes"][1]
+        if case.pp > 1:
+            assert (row["terms"]["weights"][0] > 0) == (row["terms"]["weights"][1] > 0) == (case.schedule == "zbv")
+            assert sum(measured for measured, _ in row["terms"].values()) < row["measured"]
     assert compared["worst"] == max(abs(row["ratio"] - 1) for row in compared["rows"])
     assert -1 <= compared["tau"] <= 1 and compared["tokens"] == 256
     assert layouts.as_text(compared).count("│ 2 ") >= len(LAYOUTS)
