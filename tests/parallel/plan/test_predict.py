@@ -82,6 +82,9 @@ def test_prices_are_those_of_the_published_microbenchmarks():
         for gradient, rate in ((False, forward), (True, backward)):
             kernel = Attention(1, 16384, 16, 16, 128, gradient)
             assert kernel.flops / Prices(cluster).attention(kernel) == pytest.approx(rate, rel=0.06)
+    short, long = (Attention(1, length, 16, 16, 128) for length in (2048, 16384))
+    rates = [one.flops / Prices(a100).attention(one) for one in (short, long)]
+    assert rates[0] / rates[1] == pytest.approx(155 / 187, rel=0.04)
     node, rail = Reach(8, 8), Reach(32, 1)
     size = 2**30
     assert size * 7 / 8 / Prices(a100).message("all_gather", size, node) == pytest.approx(235e9, rel=0.02)
