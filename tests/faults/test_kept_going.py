@@ -9,9 +9,6 @@ from tests.faults import injector
 from tests.faults.injector import Fault
 from tests.train.checkpoint import runs
 
-STALL = 10.0
-"""Seconds that a run may stand still: a machine on which others compute must not make it seem so."""
-
 
 @pytest.fixture(scope="module")
 def undisturbed(overrides, tmp_path_factory):
@@ -40,7 +37,7 @@ SELECTED = [
 @pytest.mark.launch
 @pytest.mark.parametrize("fault", SELECTED, ids=str)
 def test_a_fault_is_noticed_named_and_leaves_no_trace_in_the_weights(fault, overrides, undisturbed, tmp_path, capfd):
-    outcome = injector.inject(overrides, fault, tmp_path / "run", undisturbed(fault.layout), STALL)
+    outcome = injector.inject(overrides, fault, tmp_path / "run", undisturbed(fault.layout))
     assert outcome.as_it_should(fault), f"{outcome}\n{capfd.readouterr().err}"
     if fault.plant["do"] in ("sleep", "stop", "spin"):
         said = capfd.readouterr().err
