@@ -48,6 +48,11 @@ def state_bytes_per_parameter(bf16: bool, dp: int) -> float:
     return 2 + 4 + 12 / dp if bf16 else 4 + 4 + 8 / dp
 
 
+def batch_bytes(tokens: float) -> float:
+    """Return the bytes of a micro-batch's token ids and labels, which a rank keeps until the end of the step."""
+    return 2 * _IDS * tokens
+
+
 def stage_memory(
     model: ModelConfig,
     layout: Layout,
@@ -80,7 +85,7 @@ def stage_memory(
             best = held, one.most
         now += one.left
     parameters = sum(one.parameters for one in passes.values())
-    ids = 2 * _IDS * layers.tokens * len({action.micro_batch for action in order})
+    ids = batch_bytes(layers.tokens) * len({action.micro_batch for action in order})
     tables = model.max_seq_len * model.d_head * 4  # of rotary positions, fp32
     state = parameters * state_bytes_per_parameter(step.bf16, layout.dp)
     return Memory(state, best[0] + ids + tables, best[1])

@@ -11,7 +11,7 @@ from launch.plan.request import Request
 from launch.plan.rows import Peak, counted, gib
 from model.problems import BadInput
 from parallel.plan.job import Job
-from parallel.plan.search import Candidate, Choice, fastest_of_each, rank_memory
+from parallel.plan.search import Candidate, Choice, fastest_of_each, later_batches, rank_memory
 from parallel.schedules import Action
 from train.data.workers import default_workers
 
@@ -101,13 +101,16 @@ def fullest_ranks(candidate: Candidate) -> list[int]:
 def dry_run(job: Job, rank: int) -> DryRun:
     """Run a rank of the pipeline, the first of its replicas and of those that share its matrices, which has most."""
     from parallel.dry_run import run
+    from parallel.dry_run.storages import Kind
 
     found = run(job, rank * job.layout.dp * job.layout.tp)
-    sections = [
-        (section.action, {kind.value: float(size) for kind, size in section.held.by_kind.items()})
-        for section in found.sections
-    ]
-    parts = {kind.value: float(size) for kind, size in found.peak_by_kind.items() if size}
+    later = later_batches(job, found.micro_batches)  # which no dry run of fewer micro-batches holds
+
+    def named(by_kind: Mapping[Kind, int]) -> dict[str, float]:
+        return {kind.value: size + (later if kind is Kind.activations else 0) for kind, size in by_kind.items() if size}
+
+    sections = [(section.action, named(section.held.by_kind)) for section in found.sections]
+    parts = named(found.peak_by_kind)
     return DryRun(Peak(rank, parts, found.peak_at), sections, found.micro_batches)
 
 

@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from parallel.engine import EngineSettings
 from parallel.layer_memory import Step
 from parallel.layout import Layout, Recompute
-from parallel.memory import Memory, stage_memory
+from parallel.memory import Memory, batch_bytes, stage_memory
 from parallel.plan.cluster import Cluster
 from parallel.plan.job import Job
 from parallel.plan.predict import Prediction
@@ -325,13 +325,21 @@ def fullest(job: Job, most: float = float("inf")) -> tuple[int, Memory]:
 def rank_memory(job: Job, rank: int) -> Memory:
     """Return the memory of a rank of the pipeline by the formula.
 
-    A pipeline is full after twice as many micro-batches as it has ranks, and holds no more later.
+    After three times as many micro-batches as a pipeline has ranks it has held all that it holds at a time, but for the
+    token ids of those that follow.
     """
     settings, placement = job.settings, job.placement
     step = Step(settings.micro_batch, settings.seq_len, settings.bf16, settings.recompute, settings.head_pieces)
-    made, messages = _orders(settings.schedule, placement, min(settings.accumulation, 2 * placement.num_ranks))
+    shown = min(settings.accumulation, 3 * placement.num_ranks)
+    made, messages = _orders(settings.schedule, placement, shown)
     stages = {index: job.stages[index] for index in placement.stages_of(rank)}
-    return stage_memory(job.model, job.layout, stages, made[rank], step, messages[rank])
+    memory = stage_memory(job.model, job.layout, stages, made[rank], step, messages[rank])
+    return replace(memory, activations=memory.activations + later_batches(job, shown))
+
+
+def later_batches(job: Job, shown: int) -> float:
+    """Return the bytes of token ids that a step holds beyond those of its first micro-batches."""
+    return (job.settings.accumulation - shown) * batch_bytes(job.settings.micro_batch * job.settings.seq_len)
 
 
 @lru_cache(maxsize=256)
