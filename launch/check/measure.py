@@ -35,13 +35,13 @@ class Request:
         layout: the rank grid.
         placement: the placement of the stages on the ranks of a pipeline, whose links are those of the schedule.
         kv_copies: the number of neighbouring tensor-parallel ranks that hold the same key/value head.
-        bf16: whether products are in bf16, else in fp32.
+        bf16: whether products are in bf16, else in fp32; None goes by each rank's device, as a run does.
     """
 
     layout: Layout
     placement: Placement
     kv_copies: int = 1
-    bf16: bool = False
+    bf16: bool | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Turn it into what JSON can hold."""
@@ -118,7 +118,8 @@ def measure(request: Request, device: torch.device, group: Any) -> RankFindings:
         group: of all ranks, over the CPU, by which they begin each measurement together.
     """
     ranks = make_ranks(request.layout, request.placement, request.kv_copies)
-    dtype = torch.bfloat16 if request.bf16 else torch.float32
+    bf16 = device.type == "cuda" if request.bf16 is None else request.bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
     products, copies = [], []
     for _ in range(ROUNDS):
         dist.barrier(group)

@@ -100,9 +100,8 @@ def request_of(overrides: Sequence[str], slots: dict[str, int]) -> Request:
     if problems := composition.all_problems(problems):
         raise BadInput(problems)
     assert layout is not None
-    bf16 = config.train.precision is Precision.bf16
-    if config.train.precision is Precision.auto:
-        bf16 = bool(machine.gpus) or bool(slots and this_machine().gpus)
+    asked = config.train.precision
+    bf16 = None if asked is Precision.auto else asked is Precision.bf16
     return Request(layout, config.parallel.placement, kv_copies(config.model, layout.tp), bf16)
 
 
