@@ -145,7 +145,7 @@ def as_text(ran: Ran) -> str:
     if run_micro_batches < settings.accumulation:
         lines.append(
             f"{run_micro_batches} of a step's {settings.accumulation:,} micro-batches were run: a longer step holds no "
-            "more; its FLOPs and messages are counted from these"
+            "more but their token ids, which are added; its FLOPs and messages are counted from these"
         )
     console = Console(width=_WIDTH, color_system=None)
     with console.capture() as capture:

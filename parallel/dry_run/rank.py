@@ -86,6 +86,8 @@ class RankRun:
         micro_batches: the number of micro-batches of the step that was run, which may be fewer than the job's.
         sections: the passes in order, between what comes before and after them.
         exchanges: all messages of the step, in order.
+        kept: the bytes of each micro-batch that are held until the step ends: its token ids and labels, what says where
+            its documents are, and on the rank of the last stage its loss.
         state: the bytes of weights, gradients and optimizer between two steps, by kind.
         building: the most bytes while the engine was built.
         reads: the values that the host asked the device for, in the step.
@@ -97,6 +99,7 @@ class RankRun:
     micro_batches: int
     sections: Sequence[RankSection]
     exchanges: Sequence[Exchange]
+    kept: int
     state: Mapping[Kind, int]
     building: int
     reads: int
@@ -109,13 +112,16 @@ class RankRun:
 
     @property
     def peak(self) -> int:
-        """The most bytes that were allocated at any time of the step."""
-        return self.fullest.held.peak
+        """The most bytes that are allocated at any time of a whole step of the job."""
+        return sum(self.peak_by_kind.values())
 
     @property
     def peak_by_kind(self) -> Mapping[Kind, int]:
-        """Those bytes by kind."""
-        return self.fullest.held.by_kind
+        """Those bytes by kind: what was seen, and what the micro-batches that were not run would leave, which may not
+        all be there at the time of the peak yet: at most so much is counted too much."""
+        found = self.fullest.held.by_kind
+        left_out = max(self.job.settings.accumulation - self.micro_batches, 0)
+        return {**found, Kind.activations: found[Kind.activations] + left_out * self.kept}
 
     @property
     def peak_at(self) -> str:
@@ -137,9 +143,10 @@ class RankRun:
 def enough_micro_batches(job: Job) -> int:
     """Return how many micro-batches show all that a rank of a job ever holds.
 
-    After twice as many as the pipeline has ranks every schedule repeats itself: it holds no more in a longer step.
+    After twice as many as the pipeline has ranks, and three times where these are two, every schedule repeats itself:
+    in a longer step it holds no more but what is left of each micro-batch until the end (`RankRun.kept`).
     """
-    return min(job.settings.accumulation, 2 * job.layout.pp)
+    return min(job.settings.accumulation, 6 if job.layout.pp == 2 else 2 * job.layout.pp)
 
 
 def run(
@@ -203,6 +210,7 @@ def run(
         number,
         sections,
         exchanges,
+        record.storages.kept() // number,
         {kind: held[kind] for kind in STATE},
         building,
         record.reads,

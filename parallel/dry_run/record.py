@@ -98,6 +98,7 @@ class Record:
         self._between = None
         self.storages.next_section()
         yield
+        self.storages.mark()
         self._between = []
 
     def end(self) -> None:

@@ -85,6 +85,7 @@ class Storages:
         self._trace: list[tuple[_Storage, bool]] = []
         self._section_begins: list[int] = []
         self._before: list[_Storage] = []
+        self._marked = 0
         self.total = 0
         """The bytes that are allocated now."""
         self.peak = 0
@@ -149,6 +150,20 @@ class Storages:
                     peak, at_peak = total, dict(now)
             found.append(Held(peak, {kind: at_peak.get(kind, 0) for kind in Kind}, total))
         return found
+
+    def mark(self) -> None:
+        """Remember this moment for `kept`, in the place of the one that was marked before."""
+        self._marked = len(self._trace)
+
+    def kept(self) -> int:
+        """Return the bytes of activations that had come since the last `restart` and were there when it was marked."""
+        there = set()
+        for storage, comes in self._trace[: self._marked]:
+            if comes:
+                there.add(storage)
+            else:
+                there.discard(storage)
+        return sum(storage.num_bytes for storage in there if storage.kind is None)
 
     def held(self) -> dict[Kind, int]:
         """Return the bytes that are held now, by kind."""
