@@ -62,6 +62,8 @@ def test_hosts_that_wait_for_their_devices_tell_which_of_those_does_not_go_on(he
     assert str(found[0]) == "waiting for rank 1's result of B stage 1 micro-batch 0 on its device, step 3"
     verdict = judge(found, Layout(1, 2, 1), {})
     assert verdict.culprits == (1,) and verdict.certain
+    say(launched(0, all_of_them, 5), hearts[0])  # what it has waited for is there, and the pass has begun
+    assert str(beats(tmp_path)[0]) == "B stage 0 micro-batch 0 on its device, step 3"
 
 
 def test_a_device_that_says_the_same_again_gives_no_sign_and_one_that_goes_on_does(hearts, tmp_path):

@@ -118,6 +118,8 @@ def test_of_ranks_that_share_matrices_in_one_pass_it_is_the_one_that_is_not_in_t
     stage_0 = [beat(rank, Phase.PASS, index=2, collectives=9 - rank, in_collective=rank == 0) for rank in (0, 1)]
     stage_1 = [beat(rank, Phase.RECEIVE, index=1, peer=rank - 2, awaited=2) for rank in (2, 3)]
     assert named([*stage_0, *stage_1], layout) == ((1,), True)
+    compute = [beat(rank, Phase.PASS, index=2, collectives=9 - rank) for rank in (0, 1)]
+    assert named([*compute, *stage_1], layout) == ((0, 1), True)  # neither waits for the other
 
 
 def test_one_that_is_stopped_is_the_one_wherever_it_is():
