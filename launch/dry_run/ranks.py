@@ -102,8 +102,9 @@ def chosen(job: Job, ranks: str) -> list[RankClass]:
     words = [word.strip() for word in ranks.split(",")]
     wrong = [word for word in words if not word.isdecimal() or int(word) >= world]
     if wrong:
-        raise BadInput([f"--ranks={ranks}: {', '.join(map(repr, wrong))}: no rank of {world:,}; distinct, all, "
-                        f"or numbers from 0 to {world - 1} as in --ranks=0,{world - 1} would work"])  # fmt: skip
+        some = "0" if world == 1 else f"0,{world - 1}"
+        raise BadInput([f"--ranks={ranks}: {', '.join(map(repr, wrong))}: not among the ranks from 0 to {world - 1}; "
+                        f"distinct, all, or some of them as in --ranks={some} would work"])  # fmt: skip
     return [alone(job, rank) for rank in sorted({int(word) for word in words})]
 
 
