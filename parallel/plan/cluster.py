@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from model.problems import either, nearest
-
 
 @dataclass
 class Cluster:
@@ -153,17 +151,3 @@ def size_problems(spec: str, nodes: str, gpus: str) -> list[str]:
         if not text.isdecimal() or int(text) < 1:
             found.append(f"--cluster={spec}: {text!r} is no number of {what}; 1 or more would work, as in 32x8xh100")
     return found
-
-
-def rank_problems(cluster: Cluster, tp: int) -> list[str]:
-    """Return why ranks that share matrices do not fit into the machines of a cluster, a sentence with what would work.
-
-    Args:
-        cluster: the machines.
-        tp: the number of tensor-parallel ranks.
-    """
-    if cluster.gpus_per_node % tp == 0:
-        return []
-    fitting = [size for size in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % size == 0]
-    works = either("parallel.tp", nearest(fitting, tp))
-    return [f"parallel.tp={tp}: does not divide the {cluster.gpus_per_node} GPUs of a machine; {works} would"]

@@ -33,7 +33,7 @@ class LayerWork:
         weights: those of the pass of the deferred gradients.
         parameters: the number of the layer's parameters on the rank.
         shared_parameters: how many of them other tensor-parallel ranks hold as well, whose gradients are summed over
-            these ranks after the passes: the norms.
+            these ranks after the passes: norms, and key/value heads where there are fewer than ranks.
     """
 
     forward: tuple[Operation, ...]
@@ -248,8 +248,15 @@ class RankLayers:
             tuple(self.block_backward(again, deferring=True)),
             tuple(deferred),
             matrices + 2 * d,
-            2 * d if self.tp > 1 else 0,
+            self._shared(),
         )
+
+    def _shared(self) -> int:
+        """Return how many of a block's parameters other tensor-parallel ranks hold as well."""
+        if self.tp == 1:
+            return 0
+        copied = self.tp > self.shape.model[2]  # key/value heads, each of which several ranks hold
+        return 2 * self.d + (2 * self.d * self.kv if copied else 0)
 
     def attention(self, backward: bool) -> Attention:
         """Make causal attention of the rank's heads."""

@@ -114,3 +114,17 @@ def test_replicas_exchange_what_the_buckets_hold():
                 if one.kind is GroupKind.dp and one.operation == operation and one.num_bytes / size > 10**4
             )
             assert sizes == pytest.approx(sorted(parameters for _, _, parameters in buckets), rel=0.01)
+
+
+@pytest.mark.parametrize("how", [dict(tp=2), dict(tp=4, sequence_parallel=False), dict(tp=8)])
+def test_what_several_ranks_hold_is_summed_over_them(how):
+    """Norms, and key/value heads where there are fewer of them than ranks: 2 here."""
+    planned = job(**how)
+    layers = layers_of(shape_of(planned))
+    shared = MODEL.n_layers * layers.block.shared_parameters + layers.head.shared_parameters
+    after = run(planned, 0).sections[-1]
+    assert after.action is None
+    messages = [one for one in after.operations if isinstance(one, Message)]
+    summed = [one for one in messages if one.kind in (GroupKind.sharing, GroupKind.tp)]
+    assert {one.operation for one in summed} == {"all_reduce"}
+    assert sum(one.num_bytes for one in summed) == pytest.approx(4 * shared, rel=0.01)
