@@ -1,0 +1,91 @@
+"""What the command of several hosts decides: who is left out, what is passed on, what is said before a start."""
+
+import base64
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from conf.compose import compose_overrides
+from launch import cli
+from launch.cluster.command import LeaveOut
+from launch.cluster.hosts import Host, _passed
+from launch.watchdog import Watchdog
+from parallel.heartbeat import FOLDER, Heart, Phase, file_of, read
+from parallel.layout import Layout
+from parallel.processes import SUPERVISOR
+from tests.launch.test_restarts import KILLED
+
+
+def left_out(overrides, failures, **slots):
+    cluster = SimpleNamespace(slots=slots, host_of=lambda rank: None if rank is None else list(slots)[rank // 2])
+    prepared = SimpleNamespace(config=compose_overrides(overrides).config)
+    leave_out = LeaveOut(cluster, prepared)
+    layouts = [leave_out(replace(KILLED, rank=rank)) for rank in failures]
+    return layouts, list(cluster.slots)
+
+
+def test_a_host_that_has_failed_twice_is_left_out_and_dp_is_smaller(overrides, capsys):
+    given = [*overrides, "parallel.pp=2", "train.micro_batch=1", "train.global_batch=12"]
+    layouts, rest = left_out(given, [2, 0, 3], a=2, b=2, c=2)
+    assert layouts == [None, None, Layout(2, 2, 1)] and rest == ["a", "c"]
+    assert "b has failed 2 times and is left out: dp2 x pp2 x tp1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["parallel.dp=3"], "parallel.dp=3: "),
+        (["train.global_batch=9", "train.micro_batch=3"], "train.global_batch=9"),
+        (["parallel.pp=3"], "parallel.pp=3: "),
+    ],
+)
+def test_a_host_without_which_there_is_no_layout_stays_and_it_is_said_why(more, why, overrides, capsys):
+    given = [*overrides, "parallel.pp=2", "train.micro_batch=1", "train.global_batch=12", *more]
+    layouts, rest = left_out(given, [2, 2], a=2, b=2, c=2)
+    assert layouts == [None, None] and rest == ["a", "b", "c"]
+    assert (
+        f"b has failed 2 times and stays, since the 4 ranks of the others would not do ({why}"
+        in capsys.readouterr().err
+    )
+
+
+def test_where_the_rank_is_not_known_or_the_host_is_the_only_one_nobody_is_left_out(overrides):
+    assert left_out(overrides, [None, None, None], a=2, b=2) == ([None] * 3, ["a", "b"])
+    assert left_out(overrides, [0, 0, 0], a=2) == ([None] * 3, ["a"])
+
+
+def test_variables_that_all_hosts_need_the_same_are_passed_and_no_others():
+    here = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k", "HOME": "/root", FOLDER: "/dev/shm/x", SUPERVISOR: "1"}
+    assert _passed(here) == {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k"}
+
+
+def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp_path):
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir(), here.mkdir()
+    heart = Heart()
+    heart.share(str(there), 1)
+    heart.begin_step(7)
+    heart.at(Phase.AGREE)
+    content = base64.b64encode(file_of(there, 1).read_bytes().rstrip(b"\0")).decode()
+    mirror = SimpleNamespace(_folder=here)
+    failure = json.dumps({"time": 1.0, "reason": "x"})
+    Host._mirror(mirror, 1, {"beat": content, "age": 5.0, "state": ["stopped", None], "failure": failure})
+    found = read(file_of(here, 1))
+    assert (found.rank, found.step, found.phase) == (1, 7, Phase.AGREE)
+    assert 4.9 < time.monotonic() - found.time < 60
+    dog = Watchdog(here, Layout(1, 2, 1), None)
+    dog.look()
+    assert dog.failures()[0][1:] == (1, "x", True) and dog._halted_since.keys() == {1}  # it runs on this host
+
+
+def test_without_a_hostfile_it_is_said_what_would_work(overrides, tmp_path, capsys):
+    assert cli.main(["launch", *overrides]) == 2
+    assert "--hostfile: not given; a file with a line such as `node1 slots=8` for each host would work" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
+    assert cli.main(["launch", "--hostfile", str(tmp_path / "hosts"), *overrides, "parallel.pp=2"]) == 2
+    assert "3 processes cannot be laid out as pipelines of 2" in capsys.readouterr().err
