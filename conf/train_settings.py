@@ -230,7 +230,8 @@ class TrainConfig:
     """The update of a step is skipped, on all ranks, where its loss or its gradient norm before clipping is more than
     so many standard deviations above the mean of the last 128 steps (`train/spikes.py`; 6 and 128 are what OLMo-core's
     skip-step optimizers have). Nothing is skipped for it in the first 64 steps, nor in those after a change of batch,
-    length or mixture. Which samples the batch was is in skipped.jsonl. Null skips only what is not finite."""
+    length or mixture. Which samples the batch was is in skipped.jsonl. Batches of a few hundred tokens are so uneven
+    that one in a hundred is a spike. Null skips only what is not finite."""
     skip_steps: list[str] = field(default_factory=list)
     """Steps to pass over, such as [812,830-840], both ends included: their batches are neither read nor trained on and
     their updates are not made, but they count, so that all other steps have the samples and the rate that they had.
@@ -243,7 +244,7 @@ class TrainConfig:
     straggler_percent: float | None = 20.0
     """A rank whose passes take so many percent longer than the median of the ranks of its stage is named, with its
     host, in the log and in metrics.jsonl; where there is one replica, than the fastest that the rank has been before.
-    Null measures nothing."""
+    A run of one process has none. Null measures nothing."""
     straggler_steps: int = 50
     """The steps whose median is compared, each time that so many have been taken."""
     precision: Precision = Precision.auto

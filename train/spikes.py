@@ -214,7 +214,7 @@ class SkippedSteps:
         self._last, self.said = now, True
         samples = ", ".join(f"{first:,} to {last:,}" for first, last in skipped.samples)
         finite = skipped.reason != "not finite"
-        helps = f"train.skip_steps=[{skipped.step}] from an earlier checkpoint passes over it" if finite else CALMER
+        helps = f"train.skip_steps=[{skipped.step}] and resume=… of an earlier checkpoint" if finite else CALMER
         return (
             f"step {skipped.step} was skipped: {skipped.why}, and the weights stay as they were; its batch is samples "
             f"{samples} of the order ({', '.join(skipped.places)}; {SKIPPED} has the sequences); where that goes on, "

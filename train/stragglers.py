@@ -80,7 +80,7 @@ class Stragglers:
             Seconds by rank, zero but at this rank's place, each time that enough steps are measured; else nothing. That
             is so after the same steps on every rank.
         """
-        if self._percent is None:
+        if self._percent is None or self._layout.world_size == 1:  # nobody waits for it
             return []
         if kind != self._kind:
             self._kind, self._busy, self._fastest = kind, [], []

@@ -121,4 +121,7 @@ def test_the_first_skipped_step_is_said_and_then_at_most_one_a_minute(tmp_path):
     skipped.total = 10  # as a resumed run has it
     now[0] += 100
     spike = skipped.add(described(9.0, 1.0, Limits(3.0, 2.0), step=200))
-    assert "train.skip_steps=[200] from an earlier checkpoint" in spike and spike.endswith("skipped so far: 11")
+    assert (
+        "goes on, train.skip_steps=[200] and resume=… of an earlier checkpoint would help; " in spike
+        and spike.endswith("skipped so far: 11")
+    )

@@ -33,6 +33,8 @@ def test_ranks_hand_over_the_median_of_so_many_steps_of_one_kind():
     assert handed == [[], [], [0.0, 0.0, 0.0, 0.0, 2.0, 0.0], [], []]
     assert own.measured(spans(1.0), "another kind") == []  # which begins anew
     assert [own.measured(spans(1.0), "another kind") for _ in range(2)][1][4] == 1.0
+    alone = judge(Layout(dp=1, pp=1), steps=2)  # nobody waits for it
+    assert [alone.measured(spans(1.0), "kind") for _ in range(9)] == [[]] * 9
     assert [judge(Layout(dp=2, pp=1), percent=None).measured(spans(1.0), "kind") for _ in range(9)] == [[]] * 9
 
 
