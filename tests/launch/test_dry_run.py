@@ -81,7 +81,8 @@ def test_bad_options_are_told_before_anything_runs(capsys):
     assert code == 2 and not out.out
     assert out.err.splitlines() == [
         "--device-gib=2: is above the 4 GiB that CUDA, NCCL and the allocator take; 80 would work",
-        "--ranks=0,7,x: '7', 'x': not among the ranks from 0 to 0; distinct, all, or some of them as in --ranks=0 would work",
+        "--ranks=0,7,x: '7', 'x': not among the ranks from 0 to 0; distinct, all, or some of them as in --ranks=0 "
+        "would work",
     ]
     code, out = said(capsys, *SMALL, "parallel.pp=9")
     assert code == 2 and "parallel.pp=9" in out.err
