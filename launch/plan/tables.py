@@ -130,7 +130,7 @@ def _duration(seconds: float) -> str:
 
 
 def _price(cost: float) -> str:
-    return f"{cost:,.0f}" if cost < 1e6 else f"{cost / 1e6:,.3g} M"
+    return f"{cost:,.0f}" if cost < 1e6 else f"{cost / 1e6:,.2f} M"
 
 
 def _rendered(table: Table) -> str:

@@ -58,7 +58,7 @@ def test_what_is_printed_composes_to_the_job_that_was_planned():
     assert len({one.choice.schedule for one in found.candidates}) == 5
 
 
-def test_rows_hold_what_the_issue_of_a_plan_is(capsys):
+def test_the_numbers_of_a_row_follow_from_each_other(capsys):
     found = json.loads(plan(capsys, *SMALL, "--json", "--price", "3", "--top", "3"))
     assert len(found["rows"]) == 3 and found["search"]["timed"] > 20
     first = found["rows"][0]

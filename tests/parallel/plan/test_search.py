@@ -173,8 +173,9 @@ def _values(name, fixed):
 
 
 def test_tensor_parallelism_stays_within_a_machine():
-    wide = space_for(Cluster(nodes=4, gpus_per_node=2), MODEL, LENGTH, {})
-    assert {choice.tp for choice in wide.layouts()} == {1, 2} and max(choice.pp for choice in wide.layouts()) == 8
+    wide = space_for(Cluster(nodes=4, gpus_per_node=6), MODEL, LENGTH, {})
+    assert {choice.tp for choice in wide.layouts()} == {1, 2, 3, 6}  # 4 and 8 divide the 24 GPUs as well
+    assert {choice.pp for choice in wide.layouts()} == {1, 2, 3, 4, 6, 8}  # of the 10 blocks
 
 
 def test_where_nothing_fits_the_least_is_told():
