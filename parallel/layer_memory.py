@@ -85,7 +85,7 @@ class LayerMemory:
         self.tokens = step.micro_batch * step.seq_len
         self._cut = layout.sequence_parallel
         self._tp = tp
-        self._width = model.d_model
+        self.width = model.d_model
         heads, keys = model.n_heads * model.d_head / tp, max(model.n_kv_heads / tp, 1) * model.d_head
         ff = model.d_ff / tp
         shard = vocabulary_shard(model, tp, 0)
@@ -283,7 +283,7 @@ class LayerMemory:
             self._column_parallel(tally, split, self._w_vocab)
             tally.give(statistics, 0 if split else self.V + self.R)
         else:
-            in_fp32 = self.tokens * _FP32 * self._width
+            in_fp32 = self.tokens * _FP32 * self.width
             tally.take(in_fp32, self._w_vocab)
             with tally.holding(self._piece, self.D):
                 pass

@@ -10,8 +10,10 @@ of a sequence. Not counted is the copy of attention's output that a CPU keeps, w
 another.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from typing import Any
 
 from model.config import ModelConfig
 from parallel.layer_memory import LayerMemory, PassMemory, Step, Tally, pass_memory
@@ -72,14 +74,22 @@ def stage_memory(
         messages: the number of activations and gradients on their way to or from other ranks during each pass, as
             `parallel.simulation.held_messages` counts them; empty for a rank that is alone.
     """
-    layers = LayerMemory(model, layout, step)
+    layers = _layers(astuple(model), layout.tp, layout.sequence_parallel, step)
     passes = {
-        index: _StagePasses(stage, model, layers, after=index - 1 in stages, before=index + 1 in stages)
+        index: _StagePasses(
+            layers,
+            blocks=len(range(max(stage.start, 1), min(stage.stop, model.n_layers + 1))),
+            first=stage.start == 0,
+            last=stage.stop == model.n_layers + 2,
+            after=index - 1 in stages,
+            before=index + 1 in stages,
+        )
         for index, stage in stages.items()
     }
     split, now, best = split_off(order), 0.0, (0.0, 0.0)
     for index, action in enumerate(order):
-        one = passes[action.stage].of(action, (action.stage, action.micro_batch) in split)
+        is_split = bool(split) and (action.stage, action.micro_batch) in split
+        one = passes[action.stage].of(action, is_split)
         held = now + (messages[index] if messages else 0) * layers.R
         if held + one.most >= sum(best):
             best = held, one.most
@@ -91,25 +101,29 @@ def stage_memory(
     return Memory(state, best[0] + ids + tables, best[1])
 
 
+@lru_cache(maxsize=64)
+def _layers(model: tuple[Any, ...], tp: int, cut: bool, step: Step) -> LayerMemory:
+    return LayerMemory(ModelConfig(*model), Layout(1, 1, tp, cut), step)
+
+
+@lru_cache(maxsize=1024)
 class _StagePasses:
     """The memory of the passes of a micro-batch through a stage.
 
     Args:
-        stage: which layers it has.
-        model: the whole model's shape.
-        layers: the memory of each.
+        layers: the memory of each layer.
+        blocks: the number of blocks.
+        first, last: whether it has the embedding, and the head.
         after, before: whether the stage before, and the one after, is on the same rank: the output of one is the input
             of the other, and there once.
     """
 
-    def __init__(self, stage: Stage, model: ModelConfig, layers: LayerMemory, after: bool, before: bool):
-        self._blocks = len(range(max(stage.start, 1), min(stage.stop, model.n_layers + 1)))
+    def __init__(self, layers: LayerMemory, blocks: int, first: bool, last: bool, after: bool, before: bool):
+        self._layers, self._blocks, self._first, self._last = layers, blocks, first, last
         self._after, self._before = after, before
-        self._first, self._last = stage.start == 0, stage.stop == model.n_layers + 2
-        self._layers = layers
         self._known: dict[tuple[Pass, bool], PassMemory] = {}
-        self.parameters = self._blocks * layers.block_parameters
-        self.parameters += (self._first + self._last) * layers.vocab * model.d_model + self._last * model.d_model
+        self.parameters = blocks * layers.block_parameters
+        self.parameters += (first + last) * layers.vocab * layers.width + last * layers.width
 
     def of(self, action: Action, split: bool) -> PassMemory:
         """Return the memory of a pass, which may be split off the gradients of its weights."""
@@ -153,7 +167,7 @@ class _StagePasses:
         return pass_memory([*tallies, _taken(-deferred)])
 
 
-def _ran(run, *how, **more) -> Tally:  # type: ignore[no-untyped-def]
+def _ran(run: Callable[..., None], *how: bool, **more: bool) -> Tally:
     tally = Tally()
     run(tally, *how, **more)
     return tally

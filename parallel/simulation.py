@@ -9,6 +9,7 @@ follows the pass that produces it, and in which every rank does its passes, send
 waited until the one before was over, none would wait for a later one.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -159,29 +160,33 @@ def held_messages(orders: Orders, placement: Placement) -> list[list[int]]:
     for program in programs(orders, placement):
         receiving: set[Action] = set()
         own: set[Action] = set()  # gradients for a later pass of this rank
-        sent: dict[int, list[int]] = {}
-        mine, last, rank = [], None, placement.rank_of(program.actions[0].stage)
+        sent: dict[int, deque[int]] = {}
+        mine: list[int] = []
+        underway, number, last = 0, -1, None
+        rank = placement.rank_of(program.actions[0].stage)
         for action, awaited in zip(program.actions, program.receives, strict=True):
             receiving.update(awaited)
             source = source_of(action, placement)
-            begins_with = 0  # a gradient, for as long as the pass takes
+            begins_with = False  # a gradient, for as long as the pass takes
             if source is not None and action.what is source.what:
                 begins_with = action.what is Pass.B
                 own.discard(source)
                 if source in receiving:
                     receiving.remove(source)
-                    queue = sent.get(placement.rank_of(source.stage), [])
+                    queue = sent.get(placement.rank_of(source.stage), deque())
                     while queue and queue[0] < program.index[source]:
-                        queue.pop(0)
+                        queue.popleft()
+                        underway -= 1
             # The result of the pass before is held until this one has its own, sent or not.
-            lasting = last is not None and not any(last == number for queue in sent.values() for number in queue)
-            mine.append(len(receiving) + len(own) + sum(map(len, sent.values())) + begins_with + lasting)
-            last = None
-            if action.what is Pass.B and (receiver := receiver_of(action, placement)) is not None:
-                if receiver == rank:
-                    own.add(action)
-                else:
-                    last = program.index[consumer_of(action)]
-                    sent.setdefault(receiver, []).append(last)
+            lasting = last is not None and (not sent[last] or sent[last][-1] != number)
+            mine.append(len(receiving) + len(own) + underway + begins_with + lasting)
+            last = receiver_of(action, placement) if action.what is Pass.B else None
+            if last == rank:
+                own.add(action)
+                last = None
+            elif last is not None:
+                number = program.index[consumer_of(action)]
+                sent.setdefault(last, deque()).append(number)
+                underway += 1
         counts.append(mine)
     return counts
