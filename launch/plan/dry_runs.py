@@ -1,19 +1,16 @@
 """Dry runs of the fastest layouts: the exact memory of the ranks that need most, from the code that trains."""
 
-import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launch.dry_run.pool import pool
 from launch.plan.request import Request
 from launch.plan.rows import Peak, counted, gib
 from model.problems import BadInput
 from parallel.plan.job import Job
 from parallel.plan.search import Candidate, Choice, fastest_of_each, later_batches, rank_memory
 from parallel.schedules import Action
-from train.data.workers import default_workers
 
 _NEARLY = 0.9
 """An end of the pipeline that needs so much of what the fullest rank needs, by the formula, is run as well."""
@@ -65,13 +62,13 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
     room, ranks, left = request.cluster.allocatable_gib * 2**30, 0, list(candidates)
     runs: dict[Choice, DryRun] = {}
     dropped: list[str] = []
-    with _pool() as pool:
+    with pool() as processes:
         while batch := [one for one in fastest_of_each(left)[:number] if one.choice not in runs]:
             tasks = [(one, rank) for one in batch for rank in fullest_ranks(one)]
             said = f"dry runs of {counted(len(tasks), 'rank')} of {counted(len(batch), 'layout')} ..."
             print(said, file=sys.stderr, flush=True)
             ranks += len(tasks)
-            for (one, _), run in zip(tasks, pool.map(dry_run, *_jobs_and_ranks(tasks)), strict=True):
+            for (one, _), run in zip(tasks, processes.map(dry_run, *_jobs_and_ranks(tasks)), strict=True):
                 before = runs.get(one.choice)
                 runs[one.choice] = run if before is None or run.peak.num_bytes > before.peak.num_bytes else before
             for one in batch:
@@ -112,20 +109,6 @@ def dry_run(job: Job, rank: int) -> DryRun:
     sections = [(section.action, named(section.held.by_kind)) for section in found.sections]
     parts = named(found.peak_by_kind)
     return DryRun(Peak(rank, parts, found.peak_at), sections, found.micro_batches)
-
-
-@contextmanager
-def _pool() -> Iterator[ProcessPoolExecutor]:
-    """Start as many processes as there are cores; each is a rank at a time."""
-    how = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(4, default_workers()), mp_context=how, initializer=_quiet) as pool:
-        yield pool
-
-
-def _quiet() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _named(candidate: Candidate) -> str:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from launch import cli
-from launch.dry_run import command
+from launch.dry_run import command, ranks
 from launch.dry_run.ranks import GIB, Ran, needs, run_all, what_would_fit
 from parallel.dry_run.distinct import classes
+from parallel.memory import Memory
 from parallel.plan.operations import GroupKind
 from tests.shapes import preset
 from train.job import job_of
@@ -64,6 +65,11 @@ def test_what_does_not_fit_is_told_with_what_would(ran):
     assert verdict.startswith("does not fit a GPU of 4.0") and "pass of micro-batch" in verdict
     assert verdict.endswith(f"; {works[0]} would, with 0.0 GiB") and "parallel.recompute=" in verdict
     assert command.judged(ran, 4 + 1e-6, 4.0).endswith("; more pipeline or tensor-parallel ranks would")
+
+
+def test_what_fits_by_the_formula_alone_is_not_promised(ran, monkeypatch):
+    monkeypatch.setattr(ranks, "fullest", lambda job: (0, Memory(0.0, 0.0, 0.0)))
+    assert what_would_fit(ran, 1000.0) is None
 
 
 def test_messages_that_do_not_pair_up_are_told(ran):
