@@ -150,6 +150,10 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         _plan_arguments(verb)
     if name in ("check", "launch"):
         a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
+    if name == "launch":
+        kinds = ("slurm", "k8s", "hostfile")
+        verb.add_argument("--print", choices=kinds, help="print the run for a cluster instead of starting it")
+        verb.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of each node (Slurm's; to print 8)")
     if name == "check":
         a_path(verb, "--save", metavar="FILE", help="a cluster file in which to write the links as measured")
         verb.add_argument("--percent", type=float, default=20.0, help="slower than the median that is named (20)")

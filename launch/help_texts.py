@@ -16,15 +16,19 @@ HELP = {
         "On several machines, deepnarrow launch --hostfile HOSTS OVERRIDES does the same.",
     ),
     "launch": (
-        "pretrain on the machines of a hostfile, and keep that going",
+        "pretrain on several machines, and keep that going",
         "Takes Hydra overrides, as train does.\n\n"
-        "  deepnarrow launch --hostfile hosts model=67b parallel.pp=12 parallel.tp=8 data=files data.path=/corpus\n\n"
+        "  deepnarrow launch --hostfile hosts model=67b parallel.pp=12 parallel.tp=8 data=files data.path=/corpus\n"
+        "  deepnarrow launch --print slurm model=67b parallel.pp=12 parallel.tp=8 data=files data.path=/c > job\n\n"
         "The hostfile is DeepSpeed's, a line `HOST slots=N` for each machine; rank 0 is on the first. Each is reached\n"
         "by ssh without a password, has this package where it is here, and shares the run folder. An agent on each\n"
         "starts its ranks and ends them when this command is gone or the link is cut; the death of any rank, agent or\n"
         "machine ends all on all of them, and the run goes on from its newest sound checkpoint (launch.restarts). A\n"
         "machine that has failed twice is left out where parallel.dp=null can be smaller. Signals, exit codes and the\n"
-        "watch over ranks that do not move (launch.stall_seconds) are those of train.",
+        "watch over ranks that do not move (launch.stall_seconds) are those of train.\n\n"
+        "In a job of Slurm's no hostfile is needed: the nodes are the job's, and srun reaches them. --print writes\n"
+        "what starts the run, with the nodes that its layout takes: slurm an sbatch script that saves and is queued\n"
+        "again before its time is over, k8s a JobSet with torchrun in its pods, hostfile the hosts.",
     ),
     "prepare": (
         "tokenise a corpus and keep it for every later run",

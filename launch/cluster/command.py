@@ -1,11 +1,13 @@
-"""``deepnarrow launch``: a run over the hosts of a hostfile, kept going by the command that has started it."""
+"""``deepnarrow launch``: a run over several hosts, kept going by the command that has started it."""
 
 import argparse
+import os
 import sys
 from collections import Counter
 
 from conf.validate import Machine, validate
-from launch.cluster.hosts import Cluster
+from launch.cluster import printed, slurm
+from launch.cluster.hosts import Cluster, over_ssh
 from launch.hostfile import slots_of
 from launch.persistence import Persistence
 from launch.restarts import Failure
@@ -23,12 +25,18 @@ LEFT_OUT_AFTER = 2
 def run(options: argparse.Namespace) -> int:
     """Check and prepare here, then start the ranks on all hosts; returns the exit code of the run.
 
+    The hosts are those of a hostfile, which are reached over ssh, or those of the allocation of Slurm's that this runs
+    in, which srun reaches. Where the run is only to be printed, nothing is prepared or started.
+
     Raises:
-        BadInput: there is no hostfile, or the settings cannot work on its hosts.
+        BadInput: there are no hosts, or the settings cannot work on them.
     """
-    if options.hostfile is None:
-        raise BadInput(["--hostfile: not given; a file with a line such as `node1 slots=8` for each host would work"])
-    slots = slots_of(options.hostfile)
+    if options.print:
+        job = printed.job_of(options.overrides, options.gpus_per_node)
+        print(printed.KINDS[options.print](job), end="")
+        print("".join(f"{sentence}\n" for sentence in job.said), end="", file=sys.stderr)
+        return 0
+    slots, reach = _slots(options), over_ssh if options.hostfile else slurm.over_srun
     machine = Machine(gpus=0, processes=sum(slots.values()), elsewhere=True)
     prepared = preflight(take_over(options.overrides, goes_on=True), machine=machine)
     if prepared.complete:
@@ -38,10 +46,27 @@ def run(options: argparse.Namespace) -> int:
     arguments = pretrain.for_ranks(prepared.arguments, run_dir)
     again = pretrain.for_ranks([*prepared.arguments, *pretrain.goes_on(prepared)], run_dir)
     with PassedOn() as signals:
-        cluster = Cluster(slots, signals)
+        cluster = Cluster(slots, signals, reach)
         shrink = LeaveOut(cluster, prepared)
         persistence = Persistence(prepared.layout, run_dir, prepared.config.launch, again, shrink)
         return persistence.run(cluster.start, arguments, signals)
+
+
+def _slots(options: argparse.Namespace) -> dict[str, int]:
+    """Return the ranks of each host, by name.
+
+    Raises:
+        BadInput: nothing says what hosts there are, or what does is wrong.
+    """
+    if options.hostfile is not None:
+        if options.gpus_per_node is not None:
+            given = f"--gpus-per-node={options.gpus_per_node}"
+            raise BadInput([f"{given}: --hostfile says it for each host (slots=N); one of the two would work"])
+        return slots_of(options.hostfile)
+    if slurm.is_allocation(os.environ):
+        return slurm.slots_of_allocation(os.environ, options.gpus_per_node)
+    line = "a file with a line such as `node1 slots=8` for each host would work"
+    raise BadInput([f"--hostfile: not given, and this is no job of Slurm's; {line}"])
 
 
 class LeaveOut:

@@ -1,4 +1,4 @@
-"""The hosts of a run as the command sees them: an agent on each over ssh, whose ranks' heartbeats are mirrored here."""
+"""The hosts of a run as the command sees them: an agent on each, whose ranks' heartbeats are mirrored here."""
 
 import base64
 import json
@@ -48,19 +48,19 @@ class Host:
     Args:
         order: what its agent is to do.
         folder: of the heartbeats here.
+        reach: makes the command that starts another one there, such as `over_ssh`.
     """
 
-    def __init__(self, name: str, ranks: range, order: dict[str, Any], folder: Path):
+    def __init__(
+        self, name: str, ranks: range, order: dict[str, Any], folder: Path, reach: Callable[[str, list[str]], list[str]]
+    ):
         self.name, self.ranks, self._folder = name, ranks, folder
         self.ended: int | None = None
         self.lost: str | None = None
         self._heard, self._patience = time.monotonic(), CONNECT
-        agent = shlex.join(
-            ["env", f"PYTHONPATH={_ROOT}", "PYTHONSAFEPATH=1", sys.executable, "-m", "launch.cluster.agent"]
-        )
-        options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=5"]
-        self._ssh = subprocess.Popen(
-            ["ssh", *options, name, agent],
+        agent = ["env", f"PYTHONPATH={_ROOT}", "PYTHONSAFEPATH=1", sys.executable, "-m", "launch.cluster.agent"]
+        self._link = subprocess.Popen(
+            reach(name, agent),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,29 +72,29 @@ class Host:
 
     def tell(self, order: Mapping[str, Any]) -> None:
         """Send an order to the agent."""
-        assert self._ssh.stdin is not None
+        assert self._link.stdin is not None
         with suppress(OSError, ValueError):
-            print(json.dumps(order), file=self._ssh.stdin, flush=True)
+            print(json.dumps(order), file=self._link.stdin, flush=True)
 
     def check(self) -> None:
         """Notice that the host is gone."""
         if self.ended is not None or self.lost is not None:
             return
-        if self._ssh.poll() is not None:
+        if self._link.poll() is not None:
             self._reader.join(1.0)  # its last words
             if self.ended is None:
-                self.lost = f"its connection has ended (ssh: {self._ssh.returncode})"
+                self.lost = f"its connection has ended ({self._link.args[0]}: {self._link.returncode})"
         elif (silent := time.monotonic() - self._heard) > self._patience:
             self.lost = f"nothing was heard of it for {silent:.0f} s"
 
     def cut(self) -> None:
         """End the connection, upon which the agent ends its ranks."""
-        self._ssh.kill()
-        self._ssh.wait()
+        self._link.kill()
+        self._link.wait()
 
     def _read(self) -> None:
-        assert self._ssh.stdout is not None
-        for line in self._ssh.stdout:
+        assert self._link.stdout is not None
+        for line in self._link.stdout:
             with suppress(ValueError):
                 said = json.loads(line)
                 self._heard, self._patience = time.monotonic(), SILENCE
@@ -120,6 +120,12 @@ class Host:
                 )
 
 
+def over_ssh(name: str, command: list[str]) -> list[str]:
+    """Write the command that runs another one on a host over ssh."""
+    options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=5"]
+    return ["ssh", *options, name, shlex.join(command)]
+
+
 class Cluster:
     """The hosts of a run, and each start of it over them.
 
@@ -128,10 +134,13 @@ class Cluster:
 
     Args:
         signals: to this process.
+        reach: makes the command that starts another one on a host.
     """
 
-    def __init__(self, slots: dict[str, int], signals: PassedOn):
-        self.slots, self._signals = slots, signals
+    def __init__(
+        self, slots: dict[str, int], signals: PassedOn, reach: Callable[[str, list[str]], list[str]] = over_ssh
+    ):
+        self.slots, self._signals, self._reach = slots, signals, reach
         self._hosts: list[Host] = []
         self._ending = 0.0
 
@@ -153,7 +162,8 @@ class Cluster:
         self._ending, first = 0.0, 0
         self._hosts = []
         for node, (name, number) in enumerate(self.slots.items()):
-            self._hosts.append(Host(name, range(first, first + number), {**order, "node": node}, folder))
+            ranks = range(first, first + number)
+            self._hosts.append(Host(name, ranks, {**order, "node": node}, folder, self._reach))
             first += number
         self._signals.to(self)
         try:

@@ -83,9 +83,10 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
 
 def test_without_a_hostfile_it_is_said_what_would_work(overrides, tmp_path, capsys):
     assert cli.main(["launch", *overrides]) == 2
-    assert "--hostfile: not given; a file with a line such as `node1 slots=8` for each host would work" in (
-        capsys.readouterr().err
+    said = (
+        "--hostfile: not given, and this is no job of Slurm's; a file with a line such as `node1 slots=8` for each host"
     )
+    assert said in capsys.readouterr().err
     (tmp_path / "hosts").write_text("a slots=1\nb slots=2\n")
     assert cli.main(["launch", "--hostfile", str(tmp_path / "hosts"), *overrides, "parallel.pp=2"]) == 2
     assert "3 processes cannot be laid out as pipelines of 2" in capsys.readouterr().err
