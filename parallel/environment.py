@@ -79,24 +79,36 @@ def timeout() -> timedelta:
     return timedelta(minutes=minutes)
 
 
+def file_limit_problem(processes: int) -> str | None:
+    """Say that this system lets a process open too few files for a run, and what would do; None where it does not.
+
+    Args:
+        processes: of the run. Each group over Gloo has a socket to every process.
+    """
+    hard, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[1], _files(processes)
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        return None
+    return f"ulimit -n {hard}: {processes} processes need {needed} open files each; ulimit -Hn {needed} would work"
+
+
 def raise_file_limit(processes: int) -> None:
-    """Let this process open as many files as its system allows: each group over Gloo has a socket to every process.
+    """Let this process open as many files as a run needs, where the system allows that.
 
     Args:
         processes: of the run.
 
     Raises:
-        RuntimeError: that is too few; says how many would do.
+        RuntimeError: it does not; says how many would do.
     """
+    if problem := file_limit_problem(processes):
+        raise RuntimeError(problem)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 4 * processes + 256  # two groups over Gloo, the store twice, and what a process has open anyway
-    if soft < needed:
-        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-        if most < needed:
-            raise RuntimeError(
-                f"ulimit -n {hard}: {processes} processes need {needed} open files each; ulimit -Hn {needed} would work"
-            )
+    if soft != resource.RLIM_INFINITY and soft < _files(processes):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_files(processes), hard))
+
+
+def _files(processes: int) -> int:
+    return 4 * processes + 256  # two groups over Gloo, the store twice, and what a process has open anyway
 
 
 @contextlib.contextmanager

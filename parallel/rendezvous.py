@@ -34,6 +34,7 @@ GRACE = 3.0
 """Seconds that it waits for those that are still on their way."""
 _SCHEME = "deepnarrow"
 _FAILED, _HEARD, _ARRIVED, _READY, _BUSY, _SHARED = "failed", "heard", "arrived", "ready", "busy", "shared"
+_TIME = "time"
 
 
 class RankLost(RuntimeError):
@@ -53,7 +54,7 @@ class Rendezvous:
         self.rank, self.size, self._patience = rank, size, patience
         self._host = socket.gethostname()
         self._interval = max(0.3, size / 1000)  # all of them together ask a thousand times a second at most
-        self._left = threading.Event()
+        self._left, self._all_met = threading.Event(), threading.Event()
         # A compiler that a library tries has stderr for a while, and what is said then would be lost.
         self._log = os.dup(sys.stderr.fileno())
         self.store = _connect(rank, size, patience)
@@ -105,6 +106,26 @@ class Rendezvous:
                 if self.rank == 0 and time.monotonic() > late:  # one rank counts, and the others hear of it
                     raise RankLost(self._missing())
                 time.sleep(min(self._interval, 0.1) if self.size <= 64 else self._interval)
+        self._all_met.set()
+
+    def clock_ahead(self) -> float:
+        """Return how many seconds this host's clock is ahead of rank 0's, negative behind it.
+
+        Rank 0 writes its time down now and then, until all have met. The time that it took to be seen here counts for
+        neither side: clocks that may agree are 0 apart. So they are where rank 0 writes nothing for a while.
+        """
+        with self._while_rank_0_lives():
+            late = time.monotonic() + LINGER
+            first, before = self._time_of_rank_0(), time.time()
+            while (theirs := self._time_of_rank_0()) in (None, first):
+                if time.monotonic() > late:
+                    return 0.0
+                time.sleep(self._interval / 4)
+            assert theirs is not None
+            return max(before - theirs, 0.0) + min(time.time() - theirs, 0.0)
+
+    def _time_of_rank_0(self) -> float | None:
+        return float(self.store.get(_TIME)) if self.store.check([_TIME]) else None
 
     def fail(self, code: int, lines: list[str], *, said: bool = False) -> None:
         """Have all ranks end, and wait until they have heard why.
@@ -137,6 +158,8 @@ class Rendezvous:
     def _listen(self) -> None:
         while not self._left.wait(self._interval):
             try:
+                if self.rank == 0 and not self._all_met.is_set():
+                    self._ear.set(_TIME, repr(time.time()))
                 if not self._ear.check([_FAILED]):
                     continue
                 failure = json.loads(self._ear.get(_FAILED))

@@ -7,6 +7,7 @@ one rank judges there.
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from conf.schema import Config
 from conf.train_settings import corpora
 from conf.validate import Machine, validate, warnings
 from model.problems import BadInput
-from parallel import environment
+from parallel import environment, interfaces
 from parallel.layout import Layout
 from parallel.processes import local_processes
-from train import passed_over, predicted, uptrain, wandb_check
+from train import hosts, passed_over, predicted, uptrain, wandb_check
 from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -32,6 +33,7 @@ from train.data import cache
 from train.data.prepare import check_sources
 from train.data.sources import PreparedSources, prepare_run, repeated, shares, too_often
 from train.fit import judged, smallest_gpu_bytes
+from train.hosts import SharedFacts
 from train.learning_rate import warnings as length_warnings
 from train.length import length_of
 from train.pretrained import Source
@@ -145,14 +147,15 @@ def preflight(
     )
 
 
-def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
+def preflight_here(prepared: PreparedRun, of_rank_0: SharedFacts, *, judges: bool) -> PreparedRun:
     """Take over on another host what rank 0 has prepared; return it with the data as this host has them.
 
     The corpus, the checkpoint and the weights to begin with are not read again. Only where the prepared data lie on a
-    disk that rank 0 does not share are they prepared here as well.
+    disk that rank 0 does not share are they prepared here as well, which is said.
 
     Args:
         prepared: by rank 0.
+        of_rank_0: what this host has to have the same.
         judges: whether this process is the one of its host that judges; others rely on it, and wait for it.
 
     Raises:
@@ -163,12 +166,15 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
     if not judges:
         return replace(prepared, data=data)
     machine = this_machine()
-    problems = validate(config, machine)[1] + _environment_problems(machine, config)
+    problems = validate(config, machine)[1] + _environment_problems(machine, config) + hosts.problems(of_rank_0)
     problems += judged(config, prepared.layout.world_size, machine.gpu_bytes)[0]
     if prepared.source and not prepared.source.path.is_dir():
         problems.append(f"init_from={prepared.source.path}: not there; a path that all hosts share would work")
     try:
         if not all(cache.sound(one.folder) for one in data.by_name.values()):
+            folder = expanded(config.data.cache_dir)
+            said = f"{host}: the corpus that rank 0 has prepared is not in {folder} here, and is prepared here as well"
+            print(said, file=sys.stderr)
             data = prepare_run(config)
         if data.fingerprint != prepared.data.fingerprint:
             problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
@@ -183,6 +189,10 @@ def preflight_here(prepared: PreparedRun, *, judges: bool) -> PreparedRun:
 def _environment_problems(machine: Machine, config: Config) -> list[str]:
     """Judge the environment that the ranks have, or will inherit."""
     problems = environment.problems(os.environ, config.parallel.pp) if machine.gpus else []
+    if machine.local_processes and machine.processes:  # the ranks are here
+        problems += interfaces.problems(os.environ, several_hosts=machine.processes > machine.local_processes)
+        if too_few := environment.file_limit_problem(machine.processes):
+            problems.append(too_few)
     try:
         environment.timeout()
     except BadInput as error:

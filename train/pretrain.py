@@ -86,12 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
     """Run: rank 0 checks and prepares for all; then all train."""
+    from train import hosts
     from train.like import take_over
     from train.preflight import PreparedRun, locked, preflight, preflight_here
 
     held = ExitStack()
 
-    def prepare() -> tuple[PreparedRun, list[str]]:
+    def prepare() -> tuple[PreparedRun, list[str], hosts.SharedFacts | None]:
         try:
             prepared = preflight(take_over(arguments, goes_on=True))
         except BadInput as error:
@@ -99,10 +100,12 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
         if not prepared.complete:
             held.enter_context(locked(prepared.run_dir))
             clear_run_dir(prepared)
-        return prepared, arguments
+        others = met.size > 1 and not prepared.complete
+        saves = prepared.config.checkpoint.enabled
+        return prepared, arguments, hosts.of_rank_0(prepared.run_dir, saves) if others else None
 
     with held:
-        prepared, of_rank_0 = met.share(prepare)
+        prepared, of_rank_0, shared = met.share(prepare)
         if prepared.complete:
             if met.rank == 0:
                 print(prepared.complete, file=sys.stderr)
@@ -114,8 +117,12 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
             return
         if arguments != of_rank_0:
             raise BadInput([_other_arguments(arguments, of_rank_0)])
+        assert shared is not None
+        judges = os.environ.get("LOCAL_RANK", "0") == "0"
+        if judges and (warning := hosts.clock_warning(shared, met.clock_ahead())):
+            print(warning, file=sys.stderr)
         with met.busy():
-            prepared = preflight_here(prepared, judges=os.environ.get("LOCAL_RANK", "0") == "0")
+            prepared = preflight_here(prepared, shared, judges=judges)
         train(prepared, signals, met)
 
 

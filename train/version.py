@@ -1,5 +1,6 @@
 """Which code this is: its commit, or the version that is installed, and that of what it stands on."""
 
+import hashlib
 import platform
 import subprocess
 from contextlib import suppress
@@ -8,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _STANDS_ON = ("torch", "deepspeed")
+_FLOORS = ("model", "parallel", "conf", "train", "launch", "deepnarrow")
 
 
 @cache
@@ -27,6 +29,23 @@ def commit() -> str | None:
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
         return found + ("+changes" if changes.strip() else "")
     return None
+
+
+@cache
+def fingerprint() -> str:
+    """Compute the SHA-256 of this code, by paths and contents of its files, in hexadecimal.
+
+    Whatever it is that two hosts have, a clone, a copy without git or an installed package, is the same code where this
+    is the same.
+    """
+    root = Path(__file__).resolve().parent.parent
+    found = hashlib.sha256()
+    for path in sorted(
+        path for floor in _FLOORS for kind in ("py", "yaml") for path in (root / floor).rglob(f"*.{kind}")
+    ):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
+    return found.hexdigest()
 
 
 def installed(package: str) -> str | None:
