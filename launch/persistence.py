@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
-from launch.stacks import collect, innermost, record_flights
+from launch.stacks import STALLS, collect, innermost
 from launch.watchdog import Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
@@ -24,8 +22,6 @@ from train.records import SUMMARY
 if TYPE_CHECKING:
     from launch.supervise import PassedOn
 
-STALLS = "stalls"
-"""The folder of a run in which stacks are kept."""
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _FINAL = (0, 2, 3)
 """Exit codes after which nothing is to be started again: complete or stopped, bad input, diverged."""
@@ -126,8 +122,6 @@ class _Watch:
         made[FOLDER] = str(self.folder)
         if restarts:
             made[RESTART] = str(restarts)
-        if torch.cuda.is_available():
-            record_flights(made, self.folder, self._of.run_dir / STALLS)
         return {key: value for key, value in made.items() if os.environ.get(key) != value}
 
     def look(self) -> bool:

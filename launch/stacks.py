@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from parallel.heartbeat import STACKS, Beat, stacks_of, state_of
 
 WAIT = 3.0
@@ -20,16 +22,23 @@ WANTED = "stacks-wanted"
 """The file by which `collect` asks for the stacks of ranks on other hosts; whoever mirrors their heartbeats passes it
 on, and what comes is mirrored as well."""
 _PIPE = "nccl-"
+STALLS = "stalls"
+"""The folder of a run in which stacks are kept."""
 
 
 def record_flights(environment: MutableMapping[str, str], folder: Path, stalls: Path) -> None:
     """Have NCCL keep a record of its last operations, and write it when `collect` asks or a collective times out.
 
+    Whoever starts the ranks of a host calls it there: a rank ends where it cannot make its pipe. Without a GPU there is
+    nothing to record.
+
     Args:
-        environment: of the ranks; what it sets already stays.
-        folder: of the heartbeats, where the pipes are over which ranks are asked.
+        environment: of the ranks of this host; what it sets already stays.
+        folder: of this host's heartbeats, where the pipes are over which ranks are asked.
         stalls: where the dumps go, one for each rank, for PyTorch's analyzer (`torchfrtrace`).
     """
+    if not torch.cuda.is_available():
+        return
     environment.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environment.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(folder / _PIPE))

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
+from launch.stacks import STALLS, record_flights
 from parallel.environment import name_accelerator
+from parallel.heartbeat import FOLDER
 from parallel.processes import SUPERVISOR, forget_launcher, free_port
 from train.records import SUMMARY
 
@@ -76,7 +78,10 @@ def start_once(
     """
     completed_before = _completion(run_dir)
     command = launcher_command(PRETRAIN, arguments, num_processes)
-    group = subprocess.Popen(command, env={**launcher_environment(), **(environment or {})}, start_new_session=True)
+    of_ranks = {**launcher_environment(), **(environment or {})}
+    if environment and FOLDER in environment:
+        record_flights(of_ranks, Path(environment[FOLDER]), run_dir / STALLS)
+    group = subprocess.Popen(command, env=of_ranks, start_new_session=True)
     signals.to(Group(group.pid))
     while group.poll() is None:
         if look():

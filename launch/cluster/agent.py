@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
-from launch.stacks import collect
+from launch.stacks import collect, record_flights
 from launch.supervise import PRETRAIN, Group, end_group, launcher_environment, launcher_of_host
 from launch.watchdog import exit_code_of, heartbeats_folder, remove_heartbeats, state_of
 from parallel import heartbeat
@@ -32,7 +33,8 @@ class Agent:
     """The ranks of this host.
 
     Args:
-        order: of the command: arguments, devices by host, node, address and port of the meeting, environment, cwd.
+        order: of the command: arguments, devices by host, node, address and port of the meeting, environment, cwd, and
+            where the run keeps stacks.
         out: where reports go.
     """
 
@@ -47,6 +49,7 @@ class Agent:
         where = (order["devices"], order["node"], order["address"], order["port"])
         command = launcher_of_host(PRETRAIN, order["arguments"], *where)
         environment = {**launcher_environment(), FOLDER: str(self.folder)}
+        record_flights(environment, self.folder, Path(order["stalls"]))
         # The channel is ours alone: what ranks print goes where errors go.
         self.group = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     arguments = pretrain.for_ranks(prepared.arguments, run_dir)
     again = pretrain.for_ranks([*prepared.arguments, *pretrain.goes_on(prepared)], run_dir)
     with PassedOn() as signals:
-        cluster = Cluster(slots, signals, reach)
+        cluster = Cluster(slots, run_dir, signals, reach)
         shrink = LeaveOut(cluster, prepared)
         persistence = Persistence(prepared.layout, run_dir, prepared.config.launch, again, shrink)
         return persistence.run(cluster.start, arguments, signals)

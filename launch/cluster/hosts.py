@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster.agent import SILENCE
-from launch.stacks import WANTED
+from launch.stacks import STALLS, WANTED
 from launch.supervise import PassedOn
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER
@@ -133,14 +133,19 @@ class Cluster:
         slots: the ranks of each host, by name, in order.
 
     Args:
+        run_dir: of the run.
         signals: to this process.
         reach: makes the command that starts another one on a host.
     """
 
     def __init__(
-        self, slots: dict[str, int], signals: PassedOn, reach: Callable[[str, list[str]], list[str]] = over_ssh
+        self,
+        slots: dict[str, int],
+        run_dir: Path,
+        signals: PassedOn,
+        reach: Callable[[str, list[str]], list[str]] = over_ssh,
     ):
-        self.slots, self._signals, self._reach = slots, signals, reach
+        self.slots, self._run_dir, self._signals, self._reach = slots, run_dir, signals, reach
         self._hosts: list[Host] = []
         self._ending = 0.0
 
@@ -158,6 +163,7 @@ class Cluster:
             "port": free_port(),
             "environment": _passed({**os.environ, **environment}),
             "cwd": os.getcwd(),
+            "stalls": str(self._run_dir / STALLS),
         }
         self._ending, first = 0.0, 0
         self._hosts = []

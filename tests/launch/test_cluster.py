@@ -1,6 +1,7 @@
 """What the command of several hosts decides: who is left out, what is passed on, what is said before a start."""
 
 import base64
+import io
 import json
 import time
 from dataclasses import replace
@@ -10,9 +11,10 @@ import pytest
 
 from conf.compose import compose_overrides
 from launch import cli
+from launch.cluster import agent, hosts
 from launch.cluster.command import LeaveOut
 from launch.cluster.hosts import Host, _passed
-from launch.watchdog import Watchdog
+from launch.watchdog import Watchdog, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Heart, Phase, file_of, read
 from parallel.layout import Layout
 from parallel.processes import SUPERVISOR
@@ -60,6 +62,35 @@ def test_where_the_rank_is_not_known_or_the_host_is_the_only_one_nobody_is_left_
 def test_variables_that_all_hosts_need_the_same_are_passed_and_no_others():
     here = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k", "HOME": "/root", FOLDER: "/dev/shm/x", SUPERVISOR: "1"}
     assert _passed(here) == {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "k"}
+
+
+class NoSignals:
+    """A command that is told nothing."""
+
+    first = fatal = None
+
+    def to(self, ranks):
+        pass
+
+
+def test_the_pipes_of_ranks_with_gpus_are_in_a_folder_of_their_own_host(tmp_path, monkeypatch):
+    """A rank that cannot make its pipe ends, and the command's folder is on no other host."""
+    orders, started = [], []
+    ended = SimpleNamespace(ended=0, lost=None, cut=lambda: None)
+    monkeypatch.setattr(hosts, "Host", lambda name, ranks, order, *rest: orders.append(order) or ended)
+    monkeypatch.setattr(agent.subprocess, "Popen", lambda command, env, **more: started.append(env))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    of_command = heartbeats_folder()
+    hosts.Cluster({"a": 1}, tmp_path / "run", NoSignals()).start([], {FOLDER: str(of_command)}, lambda: False)
+    (order,) = orders
+    assert str(of_command) not in json.dumps(order) and order["environment"]["NCCL_DEBUG"] == "INFO"
+    made = agent.Agent(json.loads(json.dumps(order)), io.StringIO())
+    (env,) = started
+    assert env["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] == f"{made.folder}/nccl-" and made.folder.is_dir()
+    assert env["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/run/stalls/flight-recorder-rank-"
+    for folder in (of_command, made.folder):
+        remove_heartbeats(folder)
 
 
 def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp_path):
