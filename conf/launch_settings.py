@@ -15,8 +15,8 @@ class LaunchConfig:
     stall_seconds: float | None = None
     """Seconds without a heartbeat of any rank after which the run is ended, with the rank that the others wait for
     named and the stacks of all ranks in RUN/stalls, and started again. Null is five times the median step, 30 seconds
-    at least, and 10 minutes before three steps are taken. Saves, loads, the preparation at the start and the end of a
-    run may take six hours, as long as no rank is stopped."""
+    at least, and 10 minutes before three steps are taken. Saves, loads, profiles, the preparation at the start and the
+    end of a run may take six hours, as long as no rank is stopped."""
     force: bool = False
     """true starts a run that by its plan does not fit the memory of the GPUs that are there."""
 

@@ -42,18 +42,19 @@ class Phase(IntEnum):
     REDUCE = 6
     AGREE = 7
     UPDATE = 8
-    REPORT = 9
-    RECORD = 10
-    EVALUATE = 11
-    SAVE = 12
-    SAMPLE = 13
-    END = 14
+    KEEP = 9
+    REPORT = 10
+    RECORD = 11
+    EVALUATE = 12
+    SAVE = 13
+    SAMPLE = 14
+    END = 15
 
 
 OF_ALL = (Phase.START, Phase.LOAD, Phase.AGREE, Phase.REPORT, Phase.EVALUATE, Phase.SAVE, Phase.SAMPLE, Phase.END)
 """Phases that end when all ranks have come to them."""
-PATIENT = (Phase.START, Phase.LOAD, Phase.SAVE, Phase.SAMPLE, Phase.END)
-"""Phases that may take long: they read or write a whole checkpoint or a corpus, or take leave of W&B."""
+PATIENT = (Phase.START, Phase.LOAD, Phase.KEEP, Phase.SAVE, Phase.SAMPLE, Phase.END)
+"""Phases that may take long: they read or write a whole checkpoint, a corpus or a trace, or take leave of W&B."""
 _ISSUED = (Phase.PASS, Phase.REDUCE, Phase.AGREE, Phase.UPDATE, Phase.EVALUATE)
 """Phases in which a host may have told its device to do what that has not come to."""
 SAID = {
@@ -63,6 +64,7 @@ SAID = {
     Phase.REDUCE: "summing gradients over the replicas",
     Phase.AGREE: "summing the loss and the norm over all ranks",
     Phase.UPDATE: "updating the weights",
+    Phase.KEEP: "writing a profile or a timeline",
     Phase.REPORT: "merging the reports of all ranks",
     Phase.RECORD: "writing records and logs",
     Phase.EVALUATE: "summing a validation over all ranks",

@@ -143,6 +143,7 @@ def _keep_timeline(run: Run, step: int, result: StepResult) -> None:
     spans = timeline.gather(result.began, result.spans, run.group, ranks)
     if spans is None or run.tracker is None:
         return
+    heart.at(Phase.KEEP)
     measured = timeline.MeasuredStep(step, parallel.schedule, parallel.placement, run.micro_batches(step), spans)
     try:
         run.tracker.picture("timeline", timeline.write(measured, run.run_dir))

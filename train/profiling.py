@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from parallel.heartbeat import Phase, heart
 from train import strict_json
 
 PROFILES = "profiles"
@@ -53,6 +54,7 @@ def profiled(
     try:
         try:
             yield
+            heart.at(Phase.KEEP)  # all ranks wait, for minutes where the trace is long
         finally:
             failure = _stopped(trace)
         try:

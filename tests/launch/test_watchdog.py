@@ -86,7 +86,7 @@ def test_one_beat_of_one_rank_is_enough_and_collectives_count(ranks):
     assert ranks.after(31) is not None
 
 
-@pytest.mark.parametrize("phase", [Phase.LOAD, Phase.SAVE, Phase.END])
+@pytest.mark.parametrize("phase", [Phase.LOAD, Phase.KEEP, Phase.SAVE, Phase.END])
 def test_what_takes_long_by_its_nature_may(phase, ranks):
     for number in range(1, 6):
         ranks.step(number)

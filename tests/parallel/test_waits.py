@@ -107,6 +107,8 @@ def test_replicas_wait_for_one_that_has_not_come_to_their_sum_and_all_for_one_th
     assert named([beat(0, Phase.AGREE), beat(1, Phase.AGREE), beat(2, Phase.REDUCE), computes], layout) == ((3,), True)
     late = [beat(0, Phase.REPORT), beat(1, Phase.UPDATE), beat(2, Phase.REPORT), beat(3, Phase.REPORT)]
     assert named(late, layout) == ((1,), True)
+    traced = [beat(0, Phase.KEEP), *[beat(rank, Phase.REPORT) for rank in (1, 2, 3)]]
+    assert named(traced, layout) == ((0,), True)  # a trace takes long to write
     records = [beat(0, Phase.RECORD), beat(1, Phase.PASS, 6), beat(2, Phase.AGREE, 6), beat(3, Phase.AGREE, 6)]
     assert named(records, layout) == ((0,), True)  # of whose weights the others gather a part
     assert named([beat(rank, Phase.AGREE) for rank in range(4)], layout) == ((0, 1, 2, 3), False)

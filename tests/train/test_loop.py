@@ -12,6 +12,7 @@ import torch
 
 from conf.ranges import ranges_of
 from parallel.engine import StepResult
+from parallel.heartbeat import Phase
 from parallel.layout import Layout
 from tests.shapes import preset
 from train import loop, report, run
@@ -183,6 +184,16 @@ def test_a_step_that_is_passed_over_is_not_taken_and_puts_its_save_off():
     assert rates == [played.rate(step) for step in (1, 3, 6, 7, 8)]
     (said, *_) = [text for what, text in played.done if what == "say"]
     assert said == "step 2 is passed over (train.skip_steps), and with it samples 8 to 15"
+
+
+def test_whoever_watches_the_rank_hears_of_a_timeline_before_that_is_drawn(monkeypatch):
+    played, at = Played(), []
+    monkeypatch.setattr(loop.heart, "at", at.append)
+    monkeypatch.setattr(loop.timeline, "gather", lambda *told: [[]])
+    monkeypatch.setattr(loop.timeline, "write", lambda measured, run_dir: "a picture")
+    played.tracker.picture = lambda name, picture: at.append(picture)
+    loop._keep_timeline(played, 2, StepResult(2.0, 1.0, False, 0.0, [], 0.0))
+    assert at == [Phase.KEEP, "a picture"]
 
 
 def test_all_ranks_collect_garbage_at_the_same_steps(monkeypatch):

@@ -11,8 +11,10 @@ import resource
 import pytest
 import torch
 
+from parallel.heartbeat import Phase
 from parallel.pipeline import _span
 from parallel.schedules import Action, Pass
+from train import profiling
 from train.profiling import messages_aside, profiled
 
 CPU = torch.device("cpu")
@@ -127,6 +129,14 @@ def test_a_trace_that_was_cut_short_is_not_kept(tmp_path, monkeypatch):
     ((text, level),) = keep(tmp_path)
     assert level == logging.WARNING and "torch's profiler wrote no whole trace" in text
     assert list((tmp_path / "profiles").iterdir()) == []
+
+
+def test_whoever_watches_the_rank_hears_of_the_trace_before_that_is_written(tmp_path, monkeypatch):
+    at = []
+    monkeypatch.setattr(profiling.heart, "at", at.append)
+    monkeypatch.setattr(profiling, "write", lambda path, trace, on_gpu: at.append("written"))
+    keep(tmp_path)
+    assert at == [Phase.KEEP, "written"]
 
 
 def test_what_is_raised_meanwhile_passes_and_leaves_no_file(tmp_path):
