@@ -40,9 +40,10 @@ def fingerprint() -> str:
     """
     root = Path(__file__).resolve().parent.parent
     found = hashlib.sha256()
-    for path in sorted(
-        path for floor in _FLOORS for kind in ("py", "yaml") for path in (root / floor).rglob(f"*.{kind}")
-    ):
+    paths = [path for floor in _FLOORS for kind in ("py", "yaml") for path in (root / floor).rglob(f"*.{kind}")]
+    for path in sorted(paths):
+        if path.name.startswith("."):  # an editor's
+            continue
         content = path.read_bytes()
         found.update(f"{path.relative_to(root)} {len(content)} ".encode() + content)
     return found.hexdigest()

@@ -131,11 +131,11 @@ class Cluster:
 
     Attributes:
         slots: the ranks of each host, by name, in order.
+        reach: makes the command that starts another one on a host.
 
     Args:
         run_dir: of the run.
         signals: to this process.
-        reach: makes the command that starts another one on a host.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Cluster:
         signals: PassedOn,
         reach: Callable[[str, list[str]], list[str]] = over_ssh,
     ):
-        self.slots, self._run_dir, self._signals, self._reach = slots, run_dir, signals, reach
+        self.slots, self._run_dir, self._signals, self.reach = slots, run_dir, signals, reach
         self._hosts: list[Host] = []
         self._ending = 0.0
 
@@ -169,7 +169,7 @@ class Cluster:
         self._hosts = []
         for node, (name, number) in enumerate(self.slots.items()):
             ranks = range(first, first + number)
-            self._hosts.append(Host(name, ranks, {**order, "node": node}, folder, self._reach))
+            self._hosts.append(Host(name, ranks, {**order, "node": node}, folder, self.reach))
             first += number
         self._signals.to(self)
         try:
@@ -226,6 +226,11 @@ class Cluster:
         if self._signals.fatal is not None:
             return 128 + self._signals.fatal
         return int(any(host.lost or host.ended is None for host in self._hosts))
+
+    @property
+    def lost(self) -> list[str]:
+        """The names of the hosts that were lost in the last start."""
+        return [host.name for host in self._hosts if host.lost is not None]
 
     def host_of(self, rank: int | None) -> str | None:
         """Return the name of the host of a rank."""
