@@ -171,9 +171,9 @@ class _Watch:
         """
         step = self.dog.step
         if self._stall is not None:
-            culprits = self._stall.verdict.culprits
-            rank = culprits[0] if culprits else None
-            word = self._stall.halted.get(rank, "held up the others") if rank is not None else "does not move"
+            verdict = self._stall.verdict
+            rank = verdict.culprits[0] if verdict.culprits and verdict.certain else None
+            word = self._stall.halted.get(rank, "held up the others") if rank is not None else "the run does not move"
             return self._of_rank(rank, f"was {word}" if word.startswith("stopped") else word, step, self._stall.seconds)
         # Of a rank whose launcher has asked for its exit code already, that of all is taken.
         of_all = 128 - code if code > 128 else code

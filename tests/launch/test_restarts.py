@@ -140,6 +140,39 @@ def test_bad_input_and_divergence_end_it(code, tmp_path):
     assert kept_going(tmp_path, starts) == code and not (tmp_path / "events.jsonl").exists()
 
 
+class Stalls:
+    """Starts of two ranks, the second of which computes in the first start, and which both agree in the second."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, arguments, environment, look):
+        self.count += 1
+        hearts = [Heart(), Heart()]
+        for rank, heart in enumerate(hearts):
+            heart.share(environment[FOLDER], rank)
+            heart.begin_step(8)
+            heart.at(Phase.AGREE)
+        if self.count == 1:
+            hearts[1].in_pass()
+        while self.count < 3 and not look():
+            pass
+        return 137 if self.count < 3 else 0
+
+
+@pytest.mark.usefixtures("at_once")
+def test_where_all_ranks_wait_for_each_other_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.persistence.collect", lambda beats, *more: dict.fromkeys(beats, ""))
+    failures = []
+    settings = LaunchConfig(stall_seconds=0.1)
+    persistence = Persistence(Layout(2, 1, 1), tmp_path, settings, [], lambda failure: failures.append(failure))
+    assert persistence.run(Stalls(), [], Signals) == 0
+    assert [(failure.rank, failure.cause) for failure in failures] == [
+        (1, "held up the others"),
+        (None, "the run does not move"),
+    ]
+
+
 def test_a_signal_ends_it_whatever_the_code_is_and_while_it_waits(tmp_path, monkeypatch):
     class Stopped(Signals):
         first = signal.SIGTERM
