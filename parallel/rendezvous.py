@@ -32,6 +32,8 @@ LINGER = 10.0
 """Seconds that a rank which fails waits at most for those that have arrived to hear of it."""
 GRACE = 3.0
 """Seconds that it waits for those that are still on their way."""
+_SHORT = 0.3
+"""Seconds from one look of a rank to the next, where there are not thousands that look."""
 _SCHEME = "deepnarrow"
 _FAILED, _HEARD, _ARRIVED, _READY, _BUSY, _SHARED = "failed", "heard", "arrived", "ready", "busy", "shared"
 _TIME = "time"
@@ -53,7 +55,7 @@ class Rendezvous:
     def __init__(self, rank: int, size: int, patience: timedelta):
         self.rank, self.size, self._patience = rank, size, patience
         self._host = socket.gethostname()
-        self._interval = max(0.3, size / 1000)  # all of them together ask a thousand times a second at most
+        self._interval = max(_SHORT, size / 1000)  # all of them together ask a thousand times a second at most
         self._left, self._all_met = threading.Event(), threading.Event()
         # A compiler that a library tries has stderr for a while, and what is said then would be lost.
         self._log = os.dup(sys.stderr.fileno())
@@ -156,7 +158,8 @@ class Rendezvous:
             self._listener.join(LINGER)
 
     def _listen(self) -> None:
-        while not self._left.wait(self._interval):
+        # Rank 0 is one, and the others wait for its time.
+        while not self._left.wait(_SHORT if self.rank == 0 and not self._all_met.is_set() else self._interval):
             try:
                 if self.rank == 0 and not self._all_met.is_set():
                     self._ear.set(_TIME, repr(time.time()))
