@@ -1,7 +1,7 @@
 """Lists of whole numbers and ranges of them, as `train.skip_steps` and `train.skip_samples_at` have them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def ranges_of(entries: Sequence[str]) -> list[range]:
@@ -24,13 +24,18 @@ def ranges_of(entries: Sequence[str]) -> list[range]:
         if last >= 2**62:
             raise ValueError(f"{entry} is more than any run has; numbers below 2**62 would work")
         found.append(range(first, last + 1))
-    joined: list[range] = []
-    for one in sorted(found, key=lambda one: one.start):
-        if joined and one.start <= joined[-1].stop:
-            joined[-1] = range(joined[-1].start, max(joined[-1].stop, one.stop))
+    return joined(found)
+
+
+def joined(ranges: Iterable[range]) -> list[range]:
+    """Return the numbers of some ranges as ranges in order, none of which overlaps or touches another."""
+    found: list[range] = []
+    for one in sorted(ranges, key=lambda one: one.start):
+        if found and one.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, one.stop))
         else:
-            joined.append(one)
-    return joined
+            found.append(one)
+    return found
 
 
 def said(ranges: Sequence[range]) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 
 from parallel.engine import StepResult
 from parallel.heartbeat import Phase, heart
@@ -77,6 +78,7 @@ def train(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -
 def take_steps(run: Run, progress: Progress, health: Health) -> None:
     """Take steps until the run is complete, diverges or is told to stop: step, agree, evaluate, record, save."""
     settings = run.config.train
+    first = next(step for step in count(run.steps_before + 1) if step not in run.passed_steps)
     while progress.step < run.length.steps and not progress.stopped and progress.diverged is None:
         step = progress.step = progress.step + 1
         if step in run.passed_steps:
@@ -90,7 +92,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
             seconds = time.perf_counter() - begin
         run.window.add(result, limits)
         # The first step pays for allocations and kernel choices, one that is traced for its trace.
-        counts = (step > run.steps_before + 1 or run.length.steps == 1) and step not in settings.profile
+        counts = (step > first or run.length.steps == 1) and step not in settings.profile
         if counts:
             progress.timed_steps, progress.timed_seconds = progress.timed_steps + 1, progress.timed_seconds + seconds
             progress.timed_tokens += size.tokens

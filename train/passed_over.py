@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from conf.ranges import below, minus, ranges_of, said
+from conf.ranges import below, joined, minus, ranges_of, said
 from conf.schema import Config
 from train.checkpoint.manifest import Manifest
 from train.length import Consumed, Length
@@ -50,7 +50,7 @@ def _ends(one: range) -> str:
 
 
 def problems(
-    config: Config, found: Manifest, now: Consumed, earlier: Iterable[tuple[Path, Manifest]] = ()
+    config: Config, found: Manifest, now: Consumed, earlier: Iterable[tuple[Path, Manifest, Consumed]] = ()
 ) -> list[str]:
     """Say why a checkpoint is no place to go on from: what is to be passed over was trained on, or the other way.
 
@@ -58,15 +58,17 @@ def problems(
         config: of the run.
         found: the checkpoint.
         now: what was trained on and passed over by its step.
-        earlier: checkpoints before it with their paths, newest first, of which one may be the place.
+        earlier: checkpoints before it with their paths and what was trained on by then, newest first, of which one may
+            be the place.
     """
     lines = []
-    for key, (trained, dropped) in _conflicts(config, found, now).items():
+    conflicts = _conflicts(config, found, now)
+    suited = (path for path, one, by_then in earlier if not _trained(config, one, by_then))
+    back = next(suited, None) if _trained(config, found, now) else None
+    for key, (trained, dropped) in conflicts.items():
         asked = ranges_of(getattr(config.train, key))
         what = "steps" if key == STEPS else "samples"
         if trained:
-            sound = (path for path, other in earlier if not any(trained_already(config, other, key)))
-            back = next(sound, None)
             works = f"resume={back} goes back before that" if back else "resume=never would start again"
             without = said(minus(asked, trained))
             lines.append(
@@ -74,7 +76,7 @@ def problems(
                 f"{said(trained)[1:-1]}; {works}, or train.{key}={without} to go on with what they did"
             )
         if dropped:
-            both = ranges_of([said([one])[1:-1] for one in [*asked, *dropped]])
+            both = joined([*asked, *dropped])
             lines.append(
                 f"train.{key}={said(asked)}: the run has passed over {what} {said(dropped)[1:-1]} by step "
                 f"{found.step:,}, on which the places of all others rest; train.{key}={said(both)} would work"
@@ -82,11 +84,9 @@ def problems(
     return lines
 
 
-def trained_already(config: Config, found: Manifest, key: str) -> list[range]:
-    """Return what of a key's ranges a checkpoint has trained on."""
-    history = found.history or {}
-    now = Consumed.from_json(history["now"]) if history else Consumed()
-    return _conflicts(config, found, now)[key][0]
+def _trained(config: Config, found: Manifest, now: Consumed) -> bool:
+    """Tell whether a checkpoint has trained on anything that is to be passed over."""
+    return any(trained for trained, _ in _conflicts(config, found, now).values())
 
 
 def _conflicts(config: Config, found: Manifest, now: Consumed) -> dict[str, tuple[list[range], list[range]]]:

@@ -192,12 +192,9 @@ class SkippedSteps:
     """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic):
-        self.total, self.said, self.file = (
-            0,
-            False,
-            None if not (run_dir / SKIPPED).exists() else PatientFile(run_dir / SKIPPED, clock),
-        )
         self._path, self._clock, self._last = run_dir / SKIPPED, clock, -float("inf")
+        self.total, self.said = 0, False
+        self.file = PatientFile(self._path, clock) if self._path.exists() else None
 
     def add(self, skipped: SkippedStep) -> str | None:
         """Count and write down a step that was skipped.

@@ -104,7 +104,8 @@ class Stragglers:
             of_stage: dict[int, list[float]] = {}
             for rank, one in enumerate(seconds):
                 of_stage.setdefault(layout.stage(rank), []).append(one)
-            against = [median_low(of_stage[layout.stage(rank)]) for rank in range(layout.world_size)]
+            middle = {stage: median_low(each) for stage, each in of_stage.items()}
+            against = [middle[layout.stage(rank)] for rank in range(layout.world_size)]
         else:
             self._fastest = [min(pair) for pair in zip(self._fastest or seconds, seconds, strict=True)]
             against = self._fastest

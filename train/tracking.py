@@ -249,8 +249,10 @@ class Tracker:
         self._costs |= figures
 
     def sync(self) -> None:
-        """Make metrics.jsonl durable, as far as its disk can."""
+        """Make metrics.jsonl and skipped.jsonl durable, as far as their disk can."""
         self._metrics.sync()
+        if self._skipped.file:
+            self._skipped.file.sync()
 
     def samples(self, prompts: list[str], texts: list[str]) -> None:
         """Log text drawn from the model."""

@@ -191,9 +191,10 @@ class Passes:
         for name, (run, gradient) in runs.items():
             forward, backward = self._seconds(run, gradient, together, rounds)
             work = getattr(layers, name)
+            times = self._blocks if name == "block" else 1
             found += [
-                Pass(f"{name}, forward", forward, work.forward),
-                Pass(f"{name}, backward", backward, work.backward),
+                Pass(f"{name}, forward", forward, work.forward, times),
+                Pass(f"{name}, backward", backward, work.backward, times),
             ]
         return found
 

@@ -25,12 +25,12 @@ from conf.schema import Config
 from conf.train_settings import Precision
 from launch.rerun import rank as rank_module
 from launch.rerun.rank import Order, result_of
-from launch.rerun.verdict import Attempt, Verdict, first_difference, judge
+from launch.rerun.verdict import Attempt, Verdict, first_difference, judge, same
 from launch.supervise import end_group, launcher_environment
 from model.problems import BadInput
 from parallel.layout import Layout
 from parallel.processes import free_port
-from train.checkpoint import manifest
+from train.checkpoint import history, manifest, resume
 from train.checkpoint.folder import below, step_of
 from train.checkpoint.manifest import Damaged
 from train.length import length_of
@@ -146,9 +146,7 @@ def request_of(options: argparse.Namespace, scratch: Path) -> Request:
     ]
     if problems:
         raise BadInput(problems)
-    checkpoints = below(run_dir)
-    before = [path for path in checkpoints if (step_of(path) or 0) < step]
-    start = before[0] if before else None
+    start = _checkpoint_before(run_dir, step)
     said = io.StringIO()
     with redirect_stderr(said):
         overrides = [
@@ -165,13 +163,12 @@ def request_of(options: argparse.Namespace, scratch: Path) -> Request:
     if (dp := _replicas(start, config)) is not None:
         arguments = [f"parallel.dp={dp}", *arguments]  # options come last
     prepared = preflight(arguments)
-    if (last := length_of(prepared.config).steps) < step:
+    begun = history.begun(prepared.config, resume.newest(prepared.start))
+    if (last := length_of(prepared.config, begun).steps) < step:
         raise BadInput([f"--step={step}: the run ends with step {last:,}; --step={last} would work"])
     gpus = torch.cuda.device_count()
     placements = min(options.placements, gpus) if gpus else options.placements
-    return Request(
-        run_dir, step, start, arguments, prepared.config, prepared.layout, options.repeats, max(1, placements)
-    )
+    return Request(run_dir, step, start, arguments, prepared.config, prepared.layout, options.repeats, placements)
 
 
 def computed(request: Request, folder: Path, start: Start) -> Found:
@@ -237,7 +234,28 @@ def started(folder: Path, size: int, environment: Mapping[str, str]) -> list[int
 def _devices() -> list[str]:
     """Name the GPUs of this machine, as CUDA_VISIBLE_DEVICES does; none on a CPU, where each rank is a process."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return visible or [str(index) for index in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # a name among them may be of no GPU
+    return visible[:count] or [str(index) for index in range(count)]
+
+
+def _checkpoint_before(run_dir: Path, step: int) -> Path | None:
+    """Find where the steps before one go on from; None for the run's first step.
+
+    Raises:
+        BadInput: the run began elsewhere, and what it began from is not there or is of a later step.
+    """
+    checkpoints = below(run_dir)
+    if before := [path for path in checkpoints if (step_of(path) or 0) < step]:
+        return before[0]
+    origin = resume.origin_of(checkpoints)
+    if origin is not None and (step_of(Path(origin)) or step) < step and Path(origin).is_dir():
+        return Path(origin)
+    first = next((one["step"] for one in _recorded(run_dir)), 1)
+    if origin is None and first <= 1:
+        return None
+    began = f"began with step {first:,}" + (f" from {origin}, which is not there" if origin else "")
+    later = f"; a step after {step_of(checkpoints[-1]):,}, its first checkpoint, would work" if checkpoints else ""
+    raise BadInput([f"--step={step}: the run {began}, and there is no checkpoint before this step{later}"])
 
 
 def _replicas(start: Path | None, config: Config) -> int | None:
@@ -269,7 +287,7 @@ def _as_text(request: Request, found: Found, of_run: dict[int, tuple[float, floa
         results.setdefault((one.loss, one.grad_norm), set()).add(one.device)
     lines += [f"computed again          loss {loss!r}  norm {norm!r}" for loss, norm in results]
     replay = found.replays[0]
-    other = [step for step, *figures in replay if step in of_run and of_run[step] != tuple(figures)]
+    other = [step for step, *figures in replay if step in of_run and not same(of_run[step], figures)]
     if replay:
         span = f"steps {replay[0][0]:,} to {replay[-1][0]:,} before it"
         lines.append(f"{span}: {f'other than recorded from step {other[0]:,} on' if other else 'as recorded'}")

@@ -88,7 +88,7 @@ def judge(attempts: Sequence[Attempt], recorded: tuple[float, float] | None, tol
     innocent = "data or optimisation are at fault, not hardware"
     if recorded is None:
         return Verdict(False, [], [f"{alike}; the run has no record of the step: as far as can be told, {innocent}"])
-    if _same(recorded, now):
+    if same(recorded, now):
         return Verdict(False, [], [f"{alike}, and with what the run has recorded: {innocent}"])
     figures = [f"loss {loss:.8g} and norm {norm:.8g}" for loss, norm in (now, recorded)]
     said = f"{figures[0]} against {figures[1]} in the record"
@@ -112,7 +112,7 @@ def first_difference(replays: Sequence[Sequence[tuple[int, float, float]]]) -> i
         replays: of each placement, step, loss and norm of each step since the checkpoint.
     """
     for steps in zip(*replays, strict=True):
-        if any(not _same(one[1:], steps[0][1:]) for one in steps):
+        if any(not same(one[1:], steps[0][1:]) for one in steps):
             return steps[0][0]
     return None
 
@@ -155,7 +155,8 @@ def _of_hardware(differences: list[_Difference]) -> Verdict:
                                     "a third device would tell which"])  # fmt: skip
 
 
-def _same(one: Sequence[float], other: Sequence[float]) -> bool:
+def same(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Tell whether figures are the same to the last bit, NaN among them."""
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
 
 

@@ -84,6 +84,13 @@ def test_what_was_trained_on_cannot_be_passed_over_and_what_was_passed_over_stay
         "before that, or train.skip_samples_at=[] to go on with what they did"
     )
     assert history.problems(asked, early) == []
+    both = run(*ONE, "train.skip_samples_at=[24-31]", "train.skip_steps=[2,5]")[0]
+    oldest = saved(1, *ONE)
+    lines = history.problems(both, past, iter([("step-4", late), ("step-2", early), ("step-1", oldest)]))
+    assert len(lines) == 2 and all("resume=step-1 goes back before that" in line for line in lines)
+    unkept = replace(early, history=None)  # as checkpoints of before are: it has trained on samples all the same
+    (line,) = history.problems(run(*ONE, "train.skip_samples_at=[3]")[0], past, iter([("step-2", unkept)]))
+    assert "resume=never would start again" in line
     (line,) = history.problems(run(*ONE, "train.skip_steps=[3,5-6]")[0], past)
     assert line.startswith("train.skip_steps=[3,5-6]: the checkpoint of step 5 has trained on steps 3,5; resume=never ")
     assert line.endswith("or train.skip_steps=[6] to go on with what they did")

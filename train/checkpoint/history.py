@@ -79,8 +79,7 @@ def problems(config: Config, found: Manifest, earlier: Iterable[tuple[Path, Mani
         found: the checkpoint.
         earlier: those before it with their paths, newest first, one of which may do.
     """
-    now = Consumed.from_json((found.history or _of_before(found))["now"])
-    lines = passed_over.problems(config, found, now, earlier)
+    lines = passed_over.problems(config, found, _now(found), ((path, one, _now(one)) for path, one in earlier))
     then = found.config["train"].get("skip_samples", 0)
     if config.train.skip_samples >= then:
         return lines
@@ -135,6 +134,11 @@ def _course(config: Mapping[str, Any]) -> dict[str, Any]:
         "skip": train.get("skip_samples", 0),
         "weights": dict.fromkeys(own),
     }
+
+
+def _now(found: Manifest) -> Consumed:
+    """Return what had been trained on by a checkpoint."""
+    return Consumed.from_json((found.history or _of_before(found))["now"])
 
 
 def _of_before(found: Manifest) -> dict[str, Any]:

@@ -58,11 +58,11 @@ def find(resume: str, run_dir: Path) -> Start:
     if resume == NEVER:
         return Start()
     if resume == AUTO:
-        return Start(tuple(own), own=bool(own), origin=_origin(own))
+        return Start(tuple(own), own=bool(own), origin=origin_of(own))
     named = checked("resume", resume).absolute()
     if named.name == LATEST:
         named = named.resolve()
-    if own and _origin(own) == str(named):  # the same command again: it began there, and has come further
+    if own and origin_of(own) == str(named):  # the same command again: it began there, and has come further
         return Start(tuple(own), own=True, origin=str(named))
     found = [named] if step_of(named) is not None and named.is_dir() else below(named)
     if not found:
@@ -266,7 +266,7 @@ def _none_is_sound(config: Config, start: Start, reasons: list[str]) -> str:
     return f"resume={config.resume}: no sound checkpoint in {where} ({'; '.join(reasons)}); {works} would start"
 
 
-def _origin(own: list[Path]) -> str | None:
+def origin_of(own: list[Path]) -> str | None:
     """Read from the newest readable checkpoint of a run what that run was told to begin from."""
     for path in own:
         try:

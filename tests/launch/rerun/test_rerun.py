@@ -114,3 +114,23 @@ def test_what_cannot_be_computed_again_is_said(changes, said, trained, tmp_path)
 def test_the_steps_begin_at_the_newest_checkpoint_before(trained, tmp_path):
     starts = {step: rerun.request_of(asked(trained, step), tmp_path).start for step in (2, 3, 4, 5)}
     assert starts == {2: None, 3: runs.saved(trained, 2), 4: runs.saved(trained, 2), 5: runs.saved(trained, 4)}
+
+
+@pytest.mark.launch
+def test_a_run_that_began_elsewhere_is_not_computed_from_new_weights(trained, overrides, tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "step-00000002"
+    shutil.copytree(runs.saved(trained, 2), elsewhere)
+    later = tmp_path / "later"
+    runs.finish(later, 2, *overrides, *STAGES, f"resume={elsewhere}", "checkpoint.every_steps=4")
+    assert rerun.request_of(asked(later, 4), tmp_path / "scratch").start == elsewhere
+    shutil.rmtree(elsewhere.parent)
+    with pytest.raises(BadInput, match=r"began with step 3 from .*, which is not there"):
+        rerun.request_of(asked(later, 4), tmp_path / "scratch")
+
+
+def test_only_gpus_that_are_there_are_named(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert rerun._devices() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert rerun._devices() == ["3", "5"]
