@@ -133,8 +133,7 @@ class Watchdog:
         """Return what ranks have failed with, the earliest first: when, the rank, the reason, whether by itself."""
         found = []
         for rank in self.beats:
-            with suppress(OSError, ValueError, KeyError):
-                said = json.loads(heartbeat.failure_of(self._folder, rank).read_text())
+            if said := heartbeat.failed(self._folder, rank):
                 found.append((said["time"], rank, said["reason"], said.get("by_itself", True)))
         return sorted(found)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from parallel.schedules import Action, Pass
 
@@ -314,6 +315,13 @@ def read(path: Path) -> Beat | None:
 def file_of(folder: Path, rank: int) -> Path:
     """Name the file of a rank's heartbeat."""
     return folder / f"rank-{rank}.beat"
+
+
+def failed(folder: Path, rank: int) -> dict[str, Any] | None:
+    """Read what a rank has failed with, as `Heart.fail` has written it; None where it has not, or is writing it."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads(failure_of(folder, rank).read_text()))
+    return None
 
 
 def stacks_of(folder: Path, rank: int) -> Path:

@@ -88,8 +88,8 @@ class Agent:
                 continue
             state = state_of(beat.pid)
             code = exit_code_of(beat.pid) if state == "zombie" else None
-            failure = heartbeat.failure_of(self.folder, rank)
-            said = (beat.beats, beat.collectives, beat.in_collective, state, code, failure.exists())
+            failure = heartbeat.failed(self.folder, rank)
+            said = (beat.beats, beat.collectives, beat.in_collective, state, code, failure is not None)
             if said == self._said.get(rank):
                 continue
             self._said[rank] = said
@@ -98,7 +98,7 @@ class Agent:
                 "beat": base64.b64encode(content.rstrip(b"\0")).decode(),
                 "age": time.monotonic() - beat.time,
                 "state": [state, code],
-                **({"failure": failure.read_text()} if failure.exists() else {}),
+                **({"failure": {**failure, "age": time.monotonic() - failure["time"]}} if failure else {}),
             }
         self.send({"ranks": new})
 

@@ -112,12 +112,10 @@ class Host:
         struct.pack_into("@d", content, struct.calcsize("@Q"), now - told["age"])
         _write(heartbeat.state_of(self._folder, rank), json.dumps(told["state"]).encode())
         _write(heartbeat.file_of(self._folder, rank), bytes(content))
-        if "failure" in told and not heartbeat.failure_of(self._folder, rank).exists():
-            with suppress(ValueError):
-                _write(
-                    heartbeat.failure_of(self._folder, rank),
-                    json.dumps({**json.loads(told["failure"]), "time": now}).encode(),
-                )
+        path = heartbeat.failure_of(self._folder, rank)
+        if (failure := told.get("failure")) and not path.exists():
+            # Not when it came: a rank that has only heard of another one's failure may be heard of before that one.
+            _write(path, json.dumps({**failure, "time": now - failure["age"]}).encode())
 
 
 def over_ssh(name: str, command: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from launch.cluster import agent, hosts
 from launch.cluster.command import LeaveOut
 from launch.cluster.hosts import Host, _passed
 from launch.watchdog import Watchdog, heartbeats_folder, remove_heartbeats
+from parallel import heartbeat
 from parallel.heartbeat import FOLDER, Heart, Phase, file_of, read
 from parallel.layout import Layout
 from parallel.processes import SUPERVISOR
@@ -102,7 +103,7 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
     heart.at(Phase.AGREE)
     content = base64.b64encode(file_of(there, 1).read_bytes().rstrip(b"\0")).decode()
     mirror = SimpleNamespace(_folder=here)
-    failure = json.dumps({"time": 1.0, "reason": "x"})
+    failure = {"reason": "x", "age": 5.0}
     Host._mirror(mirror, 1, {"beat": content, "age": 5.0, "state": ["stopped", None], "failure": failure})
     found = read(file_of(here, 1))
     assert (found.rank, found.step, found.phase) == (1, 7, Phase.AGREE)
@@ -110,6 +111,31 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
     dog = Watchdog(here, Layout(1, 2, 1), None)
     dog.look()
     assert dog.failures()[0][1:] == (1, "x", True) and dog._halted_since.keys() == {1}  # it runs on this host
+
+
+def test_of_failures_on_several_hosts_the_first_is_the_one_that_came_first_not_the_one_heard_of_first(tmp_path):
+    """Rank 1 has only heard of the failure of rank 0, and its host reports a little before that of rank 0."""
+    here = tmp_path / "here"
+    here.mkdir()
+    reports = []
+    for rank, reason, ago in ((0, "the cause", 5.0), (1, "rank 0 had failed", 4.5)):
+        one = SimpleNamespace(folder=tmp_path / f"host-{rank}", _ranks=[rank], _said={}, send=reports.append)
+        one.folder.mkdir()
+        heart = Heart()
+        heart.share(str(one.folder), rank)
+        failure = heartbeat.failure_of(one.folder, rank)
+        failure.touch()  # it is being written
+        agent.Agent.report(one)
+        failure.write_text(json.dumps({"time": time.monotonic() - ago, "reason": reason}))
+        agent.Agent.report(one)
+    unfinished, whole = reports[0::2], reports[1::2]
+    for told in (*unfinished, *reversed(whole)):
+        for rank, said in told["ranks"].items():
+            Host._mirror(SimpleNamespace(_folder=here), rank, json.loads(json.dumps(said)))
+    assert [reason for _, _, reason, _ in Watchdog(here, Layout(1, 2, 1), None).failures()] == [
+        "the cause",
+        "rank 0 had failed",
+    ]
 
 
 def test_without_a_hostfile_it_is_said_what_would_work(overrides, tmp_path, capsys):
