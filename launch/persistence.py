@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
 from launch.stacks import STALLS, collect, innermost
-from launch.watchdog import Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
+from launch.watchdog import HOST_LOST, Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
 from train.events import RESTART
@@ -179,8 +179,10 @@ class _Watch:
         of_all = 128 - code if code > 128 else code
         codes = {gone.beat.rank: of_all if gone.code is None else gone.code for gone in self.dog.gone}
         failures = self.dog.failures()
+        lost = bool(failures) and failures[0][0] == HOST_LOST  # others end since it is
         # Whoever fails, or ends since another one has, says so first; one that does not was the first itself.
-        silent = [rank for rank, own in codes.items() if own and rank not in [rank for _, rank, *_ in failures]]
+        said = [rank for _, rank, *_ in failures]
+        silent = [rank for rank, own in codes.items() if own and rank not in said and not lost]
         if silent and (own := codes[silent[0]]) < 0:
             return self._of_killed(silent[0], signal.Signals(-own), step)
         if silent:

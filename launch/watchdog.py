@@ -30,6 +30,8 @@ BEFORE_STEPS = 600.0
 _TIMED = 3
 _OWN_PAUSE = 10.0
 """Seconds without a look after which it is the watchdog itself that did not run: it, and perhaps all, were stopped."""
+HOST_LOST = 0.0
+"""In place of the time of a failure: the host of the rank is lost, and whatever ranks elsewhere say comes of that."""
 STOPPED = "stopped (SIGSTOP)"
 _NAME, _LOCK = "deepnarrow-heartbeats-", "lock"
 _locks: dict[Path, int] = {}
@@ -134,7 +136,7 @@ class Watchdog:
         found = []
         for rank in self.beats:
             if said := heartbeat.failed(self._folder, rank):
-                found.append((said["time"], rank, said["reason"], said.get("by_itself", True)))
+                found.append((said["time"], rank, said["reason"], said["by_itself"]))
         return sorted(found)
 
     def _read(self, now: float) -> None:

@@ -186,11 +186,16 @@ class Heart:
         faulthandler.register(STACKS, open(stacks_of(Path(folder), rank), "w"), all_threads=True)  # noqa: SIM115
         unfinished.rename(path)  # whoever finds it finds it whole, and may ask for stacks
 
-    def fail(self, reason: str) -> None:
-        """Say, where a folder is shared, what this rank fails with; only the first that it says counts."""
+    def fail(self, reason: str, by_itself: bool = True) -> None:
+        """Say, where a folder is shared, what this rank fails with; only the first that it says counts.
+
+        Args:
+            reason: a clause.
+            by_itself: whether it has failed by an error of its own, not since it lacks another rank.
+        """
         if self._failures is not None:
             with suppress(OSError), open(self._failures, "x") as file:
-                json.dump({"time": time.monotonic(), "reason": reason}, file)
+                json.dump({"time": time.monotonic(), "reason": reason, "by_itself": by_itself}, file)
 
     def begin_step(self, step: int) -> None:
         """Say that a step begins, with the reading of its first micro-batch."""

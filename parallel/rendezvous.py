@@ -170,7 +170,7 @@ class Rendezvous:
                 return
             if self._left.is_set():
                 return
-            heart.fail(f"rank {failure['rank']} had failed")
+            heart.fail(f"rank {failure['rank']} had failed", by_itself=False)
             self._say(failure)
             with suppress(RuntimeError):
                 self._linger() if self.rank == 0 else self._ear.add(_HEARD, 1)

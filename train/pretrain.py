@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         heart.share(os.environ.get(FOLDER), int(os.environ["RANK"]))
         met = join()
     except (BadInput, RankLost) as error:
+        if isinstance(error, RankLost):
+            heart.fail(str(error), by_itself=False)
         print("\n".join(error.problems if isinstance(error, BadInput) else [str(error)]), file=sys.stderr)
         raise SystemExit(2 if isinstance(error, BadInput) else 1) from None
     with StopSignals(lambda code, why: met.fail(code, [why])) as signals:
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             met.fail(2, error.problems)
             raise SystemExit(2) from None
         except RankLost as error:
-            heart.fail(str(error))
+            heart.fail(str(error), by_itself=False)
             met.fail(1, [str(error)])
             raise SystemExit(1) from None
         except Exception as error:

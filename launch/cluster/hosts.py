@@ -18,6 +18,7 @@ from typing import Any
 from launch.cluster.agent import SILENCE
 from launch.stacks import STALLS, WANTED
 from launch.supervise import PassedOn
+from launch.watchdog import HOST_LOST
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER
 from parallel.processes import SUPERVISOR, free_port
@@ -204,8 +205,9 @@ class Cluster:
             time.sleep(0.1)
         for host in self._hosts:
             if host.lost:
-                reason = {"time": 0.0, "reason": f"host {host.name} is lost: {host.lost}", "by_itself": False}
-                _write(heartbeat.failure_of(folder, host.ranks[0]), json.dumps(reason).encode())
+                reason = f"host {host.name} is lost: {host.lost}"
+                failure = {"time": HOST_LOST, "reason": reason, "by_itself": False}
+                _write(heartbeat.failure_of(folder, host.ranks[0]), json.dumps(failure).encode())
         look()
 
     def _pass_on_wishes(self, folder: Path) -> None:

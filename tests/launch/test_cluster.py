@@ -103,7 +103,7 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
     heart.at(Phase.AGREE)
     content = base64.b64encode(file_of(there, 1).read_bytes().rstrip(b"\0")).decode()
     mirror = SimpleNamespace(_folder=here)
-    failure = {"reason": "x", "age": 5.0}
+    failure = {"reason": "x", "by_itself": True, "age": 5.0}
     Host._mirror(mirror, 1, {"beat": content, "age": 5.0, "state": ["stopped", None], "failure": failure})
     found = read(file_of(here, 1))
     assert (found.rank, found.step, found.phase) == (1, 7, Phase.AGREE)
@@ -126,7 +126,7 @@ def test_of_failures_on_several_hosts_the_first_is_the_one_that_came_first_not_t
         failure = heartbeat.failure_of(one.folder, rank)
         failure.touch()  # it is being written
         agent.Agent.report(one)
-        failure.write_text(json.dumps({"time": time.monotonic() - ago, "reason": reason}))
+        failure.write_text(json.dumps({"time": time.monotonic() - ago, "reason": reason, "by_itself": True}))
         agent.Agent.report(one)
     unfinished, whole = reports[0::2], reports[1::2]
     for told in (*unfinished, *reversed(whole)):

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from parallel import heartbeat, rendezvous
 from parallel.processes import free_port
 from parallel.schedules import Placement, Schedule, orders
 from tests.launch.wandb_parts import history_and_config
 from tests.ranks import ROOT
 from tests.shapes import preset
 from tests.train.checkpoint.runs import metrics
+from train import pretrain
 from train.timeline import MeasuredStep
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
@@ -225,6 +227,23 @@ def test_hydras_questions_are_answered(arguments, said):
     result = run(sys.executable, PRETRAIN, *arguments)
     assert result.returncode == 0, result.stderr
     assert all(part in result.stdout for part in said), result.stdout
+
+
+def test_a_rank_that_meets_no_other_says_that_it_has_not_failed_by_itself(tmp_path, monkeypatch):
+    """So a run is started again whose ranks came too late, even before its first step."""
+
+    def alone():
+        raise rendezvous.RankLost("rank 0 was not met")
+
+    monkeypatch.setattr(rendezvous, "join", alone)
+    monkeypatch.setattr(pretrain, "heart", heartbeat.Heart())
+    monkeypatch.setattr(pretrain, "stand_alone_unless_launched", lambda: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(heartbeat.FOLDER, str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main([])
+    said = heartbeat.failed(tmp_path, 1)
+    assert ended.value.code == 1 and (said["reason"], said["by_itself"]) == ("rank 0 was not met", False)
 
 
 def test_an_unknown_option_is_refused():

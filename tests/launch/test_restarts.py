@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from conf.launch_settings import LaunchConfig, problems
-from launch.persistence import Persistence
+from launch.persistence import Persistence, _Watch
 from launch.restarts import Events, Failure, Recovery, Restarts
+from launch.watchdog import HOST_LOST, Gone, remove_heartbeats
+from parallel import heartbeat
 from parallel.heartbeat import FOLDER, Heart, Phase
 from parallel.layout import Layout
 from train.events import RESTART, last_failure, tell_of_restart
@@ -138,6 +140,30 @@ def test_a_run_goes_on_until_it_ends_and_says_where_it_goes_on_from(tmp_path):
 def test_bad_input_and_divergence_end_it(code, tmp_path):
     starts = Starts(code)
     assert kept_going(tmp_path, starts) == code and not (tmp_path / "events.jsonl").exists()
+
+
+def watched(tmp_path, layout, code, *failures, gone=()):
+    """What a start of two ranks has failed with that ended with a code."""
+    watch = _Watch(Persistence(layout, tmp_path, LaunchConfig(), []))
+    for rank in range(2):
+        heart = Heart()
+        heart.share(str(watch.folder), rank)
+        heart.begin_step(8)
+    watch.dog.look()
+    watch.dog.gone = [Gone(watch.dog.beats[rank], own) for rank, own in gone]
+    for rank, failure in failures:
+        heartbeat.failure_of(watch.folder, rank).write_text(json.dumps(failure))
+    failure = watch.failure(code)
+    remove_heartbeats(watch.folder)
+    return failure
+
+
+def test_a_lost_host_is_named_before_ranks_that_are_ended_since_it_is(tmp_path):
+    lost = {"time": HOST_LOST, "reason": "host b is lost: x", "by_itself": False}
+    found = watched(tmp_path, Layout(2, 1, 1), 1, (1, lost), gone=[(0, 1)])
+    assert (found.rank, found.cause, found.by_itself) == (1, "failed (host b is lost: x)", False)
+    found = watched(tmp_path, Layout(2, 1, 1), 1, (1, {**lost, "time": 9.0}), gone=[(0, 1)])
+    assert (found.rank, found.cause) == (0, "ended with exit code 1 and without a word")
 
 
 class Stalls:
