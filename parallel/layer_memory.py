@@ -81,7 +81,7 @@ class LayerMemory:
     def __init__(self, model: ModelConfig, layout: Layout, step: Step):
         tp = layout.tp
         self.bytes = 2 if step.bf16 else 4
-        self._step, self._recompute, self._pieces = step, step.recompute, step.head_pieces
+        self._recompute, self._pieces = step.recompute, step.head_pieces
         self.tokens = step.micro_batch * step.seq_len
         self._cut = layout.sequence_parallel
         self._tp = tp

@@ -81,16 +81,21 @@ def changes(job: Job) -> Iterator[tuple[str, Job]]:
                 yield " ".join(said), replace(job, settings=settings)
 
 
-def smallest_gpu_bytes() -> int | None:
-    """Return the memory of the smallest GPU of this machine; None without one, or where nothing tells.
+def smallest_gpu_bytes(visible: int) -> int | None:
+    """Return the memory that the smallest of so many GPUs of this machine has; None where nothing tells.
 
-    PyTorch would make a context on each GPU that it is asked about, which a launcher should not hold.
+    PyTorch would make a context on each GPU that it is asked about, which a launcher should not hold, and nvidia-smi
+    tells of all GPUs, in an order of its own. Where fewer are visible, they are taken to be the largest: a run that
+    might fit is not refused.
+
+    Args:
+        visible: how many GPUs there are by CUDA_VISIBLE_DEVICES.
     """
-    if not (tool := which("nvidia-smi")):
+    if not visible or not (tool := which("nvidia-smi")):
         return None
     asked = [tool, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(int(line) for line in said.split()) * 2**20
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return sorted(int(line) for line in said.split())[-visible:][0] * 2**20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return None

@@ -248,7 +248,7 @@ def this_machine() -> Machine:
         gpus=torch.cuda.device_count(),
         local_processes=local_processes(),
         processes=int(processes) if processes else None,
-        gpu_bytes=smallest_gpu_bytes() if torch.cuda.device_count() else None,
+        gpu_bytes=smallest_gpu_bytes(torch.cuda.device_count()),
     )
 
 

@@ -33,7 +33,7 @@ class Practice:
         overlaps_replicas: whether replicas sum gradients during the last backward passes, and gather weights during the
             first forward passes.
         links_block: whether a stage waits for its messages to others before it goes on.
-        links_scattered: whether ranks with equal activations send a part each, and gather the parts.
+        sequence_parallel: whether norms and residuals are cut along the sequence where ranks share matrices.
         tied: whether embedding and head share a matrix, whose gradients the first and the last stage sum.
     """
 
@@ -47,18 +47,22 @@ class Practice:
     sharded: bool = False
     overlaps_replicas: bool = False
     links_block: bool = True
-    links_scattered: bool = True
+    sequence_parallel: bool = True
     tied: bool = True
 
 
 PRACTICES = {
     # arXiv 2104.04473: fp16, interleaved schedule, scatter and gather between stages.
-    "megatron-2021": Practice(overlaps_columns=False, adds_in_product=False, gradient_bytes=2),
+    "megatron-2021": Practice(overlaps_columns=False, adds_in_product=False, gradient_bytes=2, sequence_parallel=False),
     # arXiv 2205.05198.
     "megatron-2022": Practice(),
     # Megatron-DeepSpeed: DeepSpeed's pipeline, fp16; the optimizer whole on each replica, or ZeRO-1.
-    "megatron-deepspeed": Practice(overlaps_columns=False, adds_in_product=False, gradient_bytes=2),
-    "megatron-deepspeed-zero1": Practice(overlaps_columns=False, adds_in_product=False, gradient_bytes=2, sharded=True),
+    "megatron-deepspeed": Practice(
+        overlaps_columns=False, adds_in_product=False, gradient_bytes=2, sequence_parallel=False
+    ),
+    "megatron-deepspeed-zero1": Practice(
+        overlaps_columns=False, adds_in_product=False, gradient_bytes=2, sharded=True, sequence_parallel=False
+    ),
     # examples/pretrain_zero_bubble.sh of sail-sg/zero-bubble-pipeline-parallelism.
     "zero-bubble": Practice(flash=True, dropout=False, sharded=True, links_block=False, tied=False),
     # Megatron-LM's README: --overlap-grad-reduce --overlap-param-gather --tp-comm-overlap.

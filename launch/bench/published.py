@@ -10,11 +10,11 @@ from conf.clusters import cluster_of
 from launch.bench.practices import PRACTICES, Practice, PracticedLayers
 from parallel.layout import Layout, Recompute
 from parallel.plan.cluster import Cluster
-from parallel.plan.costs import Prices, Reach, pass_time, reaches
+from parallel.plan.costs import Prices, Reach, reaches
 from parallel.plan.operations import GroupKind
-from parallel.plan.replicas import LayerTime, stage_time
+from parallel.plan.replicas import LayerTime, layer_time, stage_time
 from parallel.plan.steps import Exchange, RankTime, StageTime, Step, StepTime, step_seconds, step_time
-from parallel.plan.work import LayerWork, Shape
+from parallel.plan.work import Shape
 from parallel.schedules import Placement, Schedule, placement_of
 
 FILE = Path(__file__).parent / "published.csv"
@@ -166,7 +166,7 @@ def _blocks(row: Row, num_stages: int) -> list[int]:
 def _step(row: Row, cluster: Cluster) -> Step:
     practice = PRACTICES[row.practice]
     placement = placement_of(Schedule[row.schedule], row.pp, row.virtual)
-    cut = row.tp > 1 and (row.practice not in ("megatron-2021", "megatron-deepspeed", "megatron-deepspeed-zero1"))
+    cut = row.tp > 1 and practice.sequence_parallel
     cut = cut and not (row.practice == "megatron-2022" and row.recompute == "full")
     shape = Shape(
         (row.d_model, row.heads, row.kv_heads, row.d_model // row.heads, row.d_ff, row.vocab),
@@ -181,7 +181,7 @@ def _step(row: Row, cluster: Cluster) -> Step:
     layout = Layout(row.dp, row.pp, row.tp, cut)
     prices, where = Prices(cluster), reaches(layout, cluster.gpus_per_node)
     made = PracticedLayers(shape, practice, row.recompute)
-    layers = [_layer_time(work, prices, where) for work in (made.embedding(), made.block(), made.head())]
+    layers = [layer_time(work, prices, where) for work in (made.embedding(), made.block(), made.head())]
     blocks = _blocks(row, placement.num_stages)
     last = placement.num_stages - 1
     link = _link(row, practice, cut, prices, where)
@@ -204,11 +204,6 @@ def _step(row: Row, cluster: Cluster) -> Step:
     )
 
 
-def _layer_time(work: LayerWork, prices: Prices, where: dict[GroupKind, Reach]) -> LayerTime:
-    passes = (work.forward, work.backward, work.input_gradient, work.weights)
-    return LayerTime(work, StageTime(*(pass_time(one, prices, where) for one in passes)))
-
-
 def _link(row: Row, practice: Practice, cut: bool, prices: Prices, where: dict[GroupKind, Reach]) -> float:
     """Return the seconds of a message between stages, with the gather of its parts where these are scattered."""
     size = row.micro_batch * row.seq_len * row.d_model * 2
@@ -216,7 +211,7 @@ def _link(row: Row, practice: Practice, cut: bool, prices: Prices, where: dict[G
         return 0.0
     if cut:
         return prices.message("send", size / row.tp, where[GroupKind.pp])
-    if not practice.links_scattered or row.tp == 1:
+    if row.tp == 1:
         return prices.message("send", size, where[GroupKind.pp])
     part = prices.message("send", size / row.tp, where[GroupKind.pp])
     return part + prices.message("all_gather", size, where[GroupKind.tp])

@@ -107,7 +107,7 @@ def dry_run(job: Job, rank: int) -> DryRun:
         return {kind.value: size + (later if kind is Kind.activations else 0) for kind, size in by_kind.items() if size}
 
     sections = [(section.action, named(section.held.by_kind)) for section in found.sections]
-    parts = named(found.peak_by_kind)
+    parts = {kind.value: size for kind, size in found.peak_by_kind.items() if size}
     return DryRun(Peak(rank, parts, found.peak_at), sections, found.micro_batches)
 
 

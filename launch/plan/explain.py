@@ -7,7 +7,7 @@ from typing import Any
 
 from conf.compose import compose_overrides
 from conf.overrides import key_of
-from launch.plan.request import KEYS, Request, overrides_of, value_of
+from launch.plan.request import KEYS, Request, below_one, overrides_of, value_of
 from launch.plan.rows import GIB, gib, parts_of
 from model.problems import BadInput
 from parallel.layout import Recompute, layout_for
@@ -90,6 +90,8 @@ def _choice(request: Request, text: str) -> tuple[Choice | None, list[str]]:
         raise BadInput([f"--explain: {problem}" for problem in composition.problems])
     config = composition.config
     values = {name: value_of(config, name) for name in KEYS}
+    if problems := below_one(values):
+        return None, problems
     try:
         layout = layout_for(config.parallel, request.cluster.world_size)
     except ValueError as error:

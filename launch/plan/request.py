@@ -17,6 +17,7 @@ from model.problems import BadInput
 from parallel.plan.cluster import Cluster
 from parallel.plan.search import Choice, Space, Task, space_for
 from parallel.schedules import ONE_F_ONE_B
+from train import predicted
 from train.job import computes_in_bf16
 from train.length import Length, length_of, longest
 from train.like import take_over
@@ -90,25 +91,41 @@ def read(arguments: Sequence[str], cluster: str | None, price: float | None) -> 
     taken = take_over(of_presets(arguments))
     composition, source, _ = compose_with_source(taken, checked=False)
     config = composition.config
+    choices = composition.node.hydra.runtime.choices
+    groups = {group: str(choices[group]) for group in _GROUPS if choices.get(group)}
+    fixed = _fixed(taken, config, groups)
     # Any layout will do for what else is asked: those that are searched are judged one by one.
     _, problems = validate(with_choice(config, _ANY), Machine(gpus=0, elsewhere=True))
     problems = composition.all_problems(problems + (other_shape(config, source) if source else []))
+    problems += below_one(fixed)
     if price is not None and not 0 <= price < math.inf:
         problems.append(f"--price={price}: must be at least 0, for an hour of a GPU; --price=2.5 would work")
-    found, spec = None, cluster or getattr(config, "cluster", None)
+    found, spec = None, cluster or config.cluster
     try:
         if spec is None:
             problems.append("--cluster: a plan is for machines; --cluster=32x8xh100 would work, or --cluster=FILE.yaml")
         else:
             found = cluster_of(spec)
     except BadInput as error:
-        problems += error.problems
+        problems += error.problems if cluster else predicted.problems(config)
     if problems or found is None:
         raise BadInput(problems)
     found = found if price is None else replace(found, price_per_gpu_hour=price)
-    choices = composition.node.hydra.runtime.choices
-    groups = {group: str(choices[group]) for group in _GROUPS if choices.get(group)}
-    return Request(taken, config, found, _fixed(taken, config, groups), groups)
+    return Request(taken, config, found, fixed, groups)
+
+
+def below_one(values: Mapping[str, Any]) -> list[str]:
+    """Say which values of a layout are below 1, a sentence each.
+
+    Args:
+        values: by field of `Choice`.
+    """
+    degrees = {name: values.get(name) for name in ("pp", "tp", "dp", "micro_batch")}
+    return [
+        f"{KEYS[name]}={value}: must be at least 1; {KEYS[name]}=1 would work"
+        for name, value in degrees.items()
+        if value is not None and value < 1
+    ]
 
 
 def _fixed(arguments: Sequence[str], config: Config, groups: Mapping[str, str]) -> dict[str, Any]:

@@ -6,8 +6,10 @@ same size and the same of them are counted in the norm: it tells the first one f
 the vocabulary does not divide. Ranks of other stages do other things.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from model.transformer import full_shapes
 from parallel.plan.job import Job
@@ -47,10 +49,11 @@ def classes(job: Job) -> list[RankClass]:
     layout = job.layout
     replicas = layout.dp * layout.tp
     found = []
+    shapes = full_shapes(job.model)
     for pp_rank in range(layout.pp):
         alike: dict[object, list[int]] = {}
         for tp_rank in range(layout.tp):
-            alike.setdefault(_signature(job, pp_rank, tp_rank), []).append(tp_rank)
+            alike.setdefault(_signature(job, shapes, pp_rank, tp_rank), []).append(tp_rank)
         found += [
             RankClass(pp_rank, tuple(tp_ranks), range(layout.dp), pp_rank * replicas + tp_ranks[0])
             for tp_ranks in alike.values()
@@ -58,7 +61,7 @@ def classes(job: Job) -> list[RankClass]:
     return found
 
 
-def _signature(job: Job, pp_rank: int, tp_rank: int) -> object:
+def _signature(job: Job, shapes: Mapping[str, torch.Size], pp_rank: int, tp_rank: int) -> object:
     """Return what tells a rank from others of its stages: the sizes of its parts of parameters, and which it counts."""
     model, layout = job.model, job.layout
     held = {0: "embedding.", 1: "blocks.0.", model.n_layers + 1: "head."}
@@ -66,7 +69,7 @@ def _signature(job: Job, pp_rank: int, tp_rank: int) -> object:
     kinds = {held[layer if layer in held else 1] for indices in layers for layer in indices}
     infos = [
         parameter_info(name, shape, model, layout.tp, tp_rank, layout.sequence_parallel)
-        for name, shape in full_shapes(model).items()
+        for name, shape in shapes.items()
         if any(name.startswith(kind) for kind in kinds)
     ]
     return tuple((info.name, info.shard.stop - info.shard.start, info.counted) for info in infos)

@@ -52,7 +52,7 @@ class DryGroup(_ProcessGroup):
 
     Args:
         rank: of this process in the group.
-        ranks: the global ranks of the group, or how many there are for all of them.
+        ranks: the global ranks of the group.
         record: where to.
     """
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from parallel.plan.cluster import Cluster
-from parallel.plan.costs import Prices, Reach, pass_time, reaches
+from parallel.plan.costs import Prices, Reach, reaches
 from parallel.plan.job import Job
 from parallel.plan.operations import GroupKind
-from parallel.plan.replicas import LayerTime, rank_time, stage_time
+from parallel.plan.replicas import LayerTime, layer_time, rank_time, stage_time
 from parallel.plan.shared import shared_step_time
 from parallel.plan.steps import StageTime, Step, StepTime, step_seconds, step_time
-from parallel.plan.work import LayerWork, Shape, layers_of, shape_of
+from parallel.plan.work import Shape, layers_of, shape_of
 from parallel.schedules import orders, splits_backward
 from parallel.simulation import Costs, Timeline, simulate
 from parallel.stages import Stage
@@ -153,19 +153,12 @@ def _layer_times(shape: Shape, prices: Prices, where: Mapping[GroupKind, Reach])
         if len(_LAYER_TIMES) > _MOST_KEPT:
             _LAYER_TIMES.clear()
         layers = layers_of(shape)
-        _LAYER_TIMES[key] = [
-            LayerTime(work, _times(work, prices, where)) for work in (layers.embedding, layers.block, layers.head)
-        ]
+        _LAYER_TIMES[key] = [layer_time(work, prices, where) for work in (layers.embedding, layers.block, layers.head)]
     return _LAYER_TIMES[key]
 
 
 _LAYER_TIMES: dict[tuple[Shape, Reach, str], Sequence[LayerTime]] = {}
 _MOST_KEPT = 4096
-
-
-def _times(work: LayerWork, prices: Prices, where: Mapping[GroupKind, Reach]) -> StageTime:
-    passes = (work.forward, work.backward, work.input_gradient, work.weights)
-    return StageTime(*(pass_time(operations, prices, where) for operations in passes))
 
 
 def _stage_time(layers: Sequence[LayerTime], stage: Stage, num_layers: int) -> StageTime:

@@ -7,7 +7,7 @@ them has been added, an all-gather of the weights in the order of their use.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from parallel.plan.costs import PassTime, Prices, Reach
+from parallel.plan.costs import PassTime, Prices, Reach, pass_time
 from parallel.plan.job import Job
 from parallel.plan.operations import GroupKind
 from parallel.plan.steps import Exchange, RankTime, StageTime
@@ -24,6 +24,12 @@ class LayerTime:
 
     work: LayerWork
     times: StageTime
+
+
+def layer_time(work: LayerWork, prices: Prices, where: Mapping[GroupKind, Reach]) -> LayerTime:
+    """Return the time of a layer's passes: forward, whole backward, and the two halves of that."""
+    passes = (work.forward, work.backward, work.input_gradient, work.weights)
+    return LayerTime(work, StageTime(*(pass_time(operations, prices, where) for operations in passes)))
 
 
 def stage_time(layers: Sequence[tuple[LayerTime, int]]) -> StageTime:

@@ -98,7 +98,7 @@ class _Shared:
             then = min(events)
             for rank in active:
                 left[rank] -= (then - now) * speed
-                if left[rank] <= 1e-12:
+                if left[rank] <= 1e-12 * max(then, 1.0):  # less than this, and no time passes
                     _, messages, action = self._todo[rank][at[rank]]
                     until[rank] = then + messages
                     if action is not None:

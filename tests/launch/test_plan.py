@@ -13,6 +13,7 @@ from launch.plan import dry_runs, explain
 from launch.plan.request import KEYS, overrides_of, read, value_of, with_choice
 from launch.plan.rows import Peak, parts_of
 from model.problems import BadInput
+from parallel.dry_run import run as run_dry
 from parallel.plan.predict import predict
 from parallel.plan.search import fastest_of_each, first_fitting, search
 from train.job import job_of
@@ -189,6 +190,11 @@ def test_what_cannot_be_planned_is_said_all_at_once(capsys, narrow):
     assert [line.partition("=")[0] for line in said.splitlines()] == ["--top", "--explain", "--picture"]
     said = bad(capsys, "tiny", "--cluster", CLUSTER, "train.global_batch=5", "parallel.dp=2")
     assert "train.global_batch=4 or train.global_batch=6" in said
+    for key in ("pp", "tp", "dp"):
+        said = bad(capsys, "tiny", "--cluster", CLUSTER, f"parallel.{key}=0")
+        assert f"parallel.{key}=0: must be at least 1" in said and "parallel.dp=-" not in said
+        assert f"parallel.{key}=0: must be at least 1" in plan(capsys, *SMALL, "--explain", f"parallel.{key}=0")
+    assert bad(capsys, "tiny", "cluster=foo").startswith("cluster=foo: ")
     assert "2 processes" in bad(capsys, "tiny", "--cluster", CLUSTER, "parallel.pp=3")
     wide = narrow.with_name("wide.yaml")
     wide.write_text(narrow.read_text().replace("0.05", "2"))
@@ -240,6 +246,8 @@ def test_the_memory_of_the_best_is_that_of_a_dry_run(tmp_path, capsys):
     assert memory["dry_run"] and memory["at"].split()[0] in ("F", "B", "W")
     assert memory["peak"] == sum(memory["parts"].values()) != memory["formula"]
     assert memory["peak"] == pytest.approx(memory["formula"], rel=0.1)
+    job = job_of(compose_overrides([*SMALL, *found["rows"][0]["overrides"]]).config, num_processes=2)
+    assert memory["peak"] == run_dry(job, memory["rank"]).peak  # the ids of all micro-batches are counted once
     drawn = (tmp_path / "step.svg").read_text()
     assert "zbv" in drawn or "path" in drawn
     assert value_of(compose_overrides([*SMALL, *found["rows"][0]["overrides"]]).config, "pp") == 2

@@ -74,3 +74,14 @@ def test_a_run_is_refused_before_its_data_are_looked_for(tmp_path):
 def test_describe_and_the_refusal_have_one_source():
     config = config_of()
     assert max(rank["peak"] for rank in facts(config)["memory"]) == peak_of()
+
+
+@pytest.mark.parametrize(("visible", "gib"), [(3, 8), (2, 40), (1, 80), (0, None)])
+def test_gpus_that_are_not_visible_refuse_nothing(visible, gib, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '%s\\n' {80 * 1024} {8 * 1024} {40 * 1024}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert fit.smallest_gpu_bytes(visible) == (gib and gib * GIB)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert fit.smallest_gpu_bytes(3) is None

@@ -88,3 +88,9 @@ def test_the_parts_add_up():
     found = shared_step_time(one, 1, 2)
     assert sum(found[1:]) == pytest.approx(found.seconds)
     assert found.products == pytest.approx(M * (F + B + W) * sum(1 + index / 10 for index in range(8)) / 4)
+
+
+def test_a_step_of_hours_comes_to_its_end():
+    slow = replace(step(), stages=[stage(4000.0), stage(4400.0)], agreement=0.0)
+    quick = replace(step(), stages=[stage(4.0), stage(4.4)], agreement=0.0)
+    assert shared_step_time(slow, 1, 1).seconds == pytest.approx(1000 * shared_step_time(quick, 1, 1).seconds)
