@@ -55,7 +55,7 @@ class Agent:
             command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
         )
 
-    def run(self, orders: "queue.Queue[dict[str, Any] | None]") -> int:
+    def run(self, orders: "queue.SimpleQueue[dict[str, Any] | None]") -> int:
         """Do as told until the launcher of this host has ended; its exit code."""
         heard = reported = time.monotonic()
         while self.group.poll() is None:
@@ -65,7 +65,8 @@ class Agent:
                 if told is None or "end" in told:
                     self._end("told to end" if told else "the command that has started it is gone")
                 elif "signal" in told:
-                    Group(self.group.pid).signal(told["signal"])
+                    if not Group(self.group.pid).signal(told["signal"]) and not self._said:
+                        self._end("told to stop before there were any ranks")
                 elif "stacks" in told:
                     self._send_stacks()
             except queue.Empty:
@@ -122,7 +123,7 @@ class Agent:
 
 def main() -> int:
     """Run as the agent of this host; exits as the ranks do."""
-    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # a signal's handler may put into it
 
     def listen() -> None:
         for line in sys.stdin:

@@ -72,10 +72,12 @@ class Host:
         self._reader.start()
 
     def tell(self, order: Mapping[str, Any]) -> None:
-        """Send an order to the agent."""
+        """Send an order to the agent; threads may, and a signal's handler while one is being sent."""
         assert self._link.stdin is not None
+        line = f"{json.dumps(order)}\n".encode()  # short, and so whole at once, but for the first order
         with suppress(OSError, ValueError):
-            print(json.dumps(order), file=self._link.stdin, flush=True)
+            while line:
+                line = line[os.write(self._link.stdin.fileno(), line) :]
 
     def check(self) -> None:
         """Notice that the host is gone."""
@@ -180,17 +182,15 @@ class Cluster:
         return self._code()
 
     def _stay(self, folder: Path, look: Callable[[], bool]) -> None:
-        asked = pinged = 0.0
+        # What asks for stacks waits for them, in `look`: another thread passes that on.
+        threading.Thread(target=self._pass_on_wishes, args=(folder,), daemon=True).start()
+        pinged = 0.0
         while any(host.ended is None and host.lost is None for host in self._hosts):
             now = time.monotonic()
             if now - pinged > 1.0:
                 pinged = now
                 for host in self._hosts:
                     host.tell({"here": True})
-            # What asks for stacks waits for them, in `look`: another thread passes that on.
-            if not asked:
-                asked = now
-                threading.Thread(target=self._pass_on_wishes, args=(folder,), daemon=True).start()
             for host in self._hosts:
                 host.check()
             if look():

@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import queue
+import signal
+import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -111,6 +114,39 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
     dog = Watchdog(here, Layout(1, 2, 1), None)
     dog.look()
     assert dog.failures()[0][1:] == (1, "x", True) and dog._halted_since.keys() == {1}  # it runs on this host
+
+
+def test_orders_that_a_signal_s_handler_sends_while_one_is_sent_arrive_whole(tmp_path):
+    host = Host("a", range(1), {"first": "x" * 100_000}, tmp_path, lambda name, command: ["tee", str(tmp_path / "all")])
+    sent = 0
+
+    def tell(number=None, frame=None):
+        nonlocal sent
+        sent += 1
+        host.tell({"here": True})
+
+    before = signal.signal(signal.SIGALRM, tell)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    try:
+        for _ in range(3000):
+            tell()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    host._link.stdin.close()
+    host._reader.join(30)
+    host.cut()
+    lines = [json.loads(line) for line in (tmp_path / "all").read_text().splitlines()]
+    assert sent > 3000 and len(lines) == 1 + sent and lines[1:] == [{"here": True}] * sent
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher_of_the_host(tmp_path):
+    one = agent.Agent.__new__(agent.Agent)
+    one.folder, one._ranks, one._said, one._out = tmp_path, [0], {}, io.StringIO()
+    one.group = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    orders = queue.SimpleQueue()
+    orders.put({"signal": signal.SIGTERM})
+    assert one.run(orders) == -signal.SIGKILL
 
 
 def test_of_failures_on_several_hosts_the_first_is_the_one_that_came_first_not_the_one_heard_of_first(tmp_path):
