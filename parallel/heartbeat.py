@@ -77,7 +77,7 @@ _KINDS = list(Pass)
 _F, _B, _W = _KINDS
 _RECORD, _COUNT = struct.Struct("@QdqqqqqqqqqQ"), struct.Struct("@q")
 _pack, _now, _PASS = _RECORD.pack_into, time.monotonic, int(Phase.PASS)
-_COLLECTIVES, _DEVICE, _HEADER, _SIZE = 128, 160, 256, 4096
+_TIME, _COLLECTIVES, _DEVICE, _HEADER, _SIZE = 8, 128, 160, 256, 4096
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ heart = Heart()
 """Of this process. It is one for all of it, as a log is, so that no layer has to be handed it."""
 
 
-def read(path: Path) -> Beat | None:
-    """Read where a rank is: its host, or its device where that is behind.
+def content_of(path: Path) -> bytes | None:
+    """Read what a rank has last written, whole.
 
     Args:
         path: of `file_of`.
@@ -291,9 +291,27 @@ def read(path: Path) -> Beat | None:
             return None
         host, device = _RECORD.unpack_from(content), _RECORD.unpack_from(content, _DEVICE)
         if host[0] == host[-1] and device[0] == device[-1]:
-            break
-    else:
-        return None
+            return content
+    return None
+
+
+def moved(content: bytes, seconds: float) -> bytes:
+    """Return what a rank has written with its times so much later, by the clock of another host."""
+    later = bytearray(content)
+    for at in (_TIME, _DEVICE + _TIME):
+        struct.pack_into("@d", later, at, struct.unpack_from("@d", later, at)[0] + seconds)
+    return bytes(later)
+
+
+def read(path: Path) -> Beat | None:
+    """Read where a rank is; None as in `content_of`."""
+    content = content_of(path)
+    return None if content is None else beat_of(content)
+
+
+def beat_of(content: bytes) -> Beat:
+    """Find where a rank is in what it has written: its host, or its device where that is behind."""
+    host, device = _RECORD.unpack_from(content), _RECORD.unpack_from(content, _DEVICE)
     on_device = device[0] > 0 and device[2:4] == host[2:4] and host[4] in _ISSUED
     _, when, step, evaluating, phase, what, stage, micro_batch, index, peer, awaited, _ = device if on_device else host
     whose = json.loads(content[_HEADER:].rstrip(b"\0"))

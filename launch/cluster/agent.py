@@ -84,9 +84,10 @@ class Agent:
         """Send where the ranks are and how, as far as that is new; an empty report says that this host is there."""
         new: dict[int, Any] = {}
         for rank in self._ranks:
-            beat = heartbeat.read(heartbeat.file_of(self.folder, rank))
-            if beat is None:
+            content = heartbeat.content_of(heartbeat.file_of(self.folder, rank))
+            if content is None:
                 continue
+            beat = heartbeat.beat_of(content)
             state = state_of(beat.pid)
             code = exit_code_of(beat.pid) if state == "zombie" else None
             failure = heartbeat.failed(self.folder, rank)
@@ -94,14 +95,12 @@ class Agent:
             if said == self._said.get(rank):
                 continue
             self._said[rank] = said
-            content = heartbeat.file_of(self.folder, rank).read_bytes()
             new[rank] = {
                 "beat": base64.b64encode(content.rstrip(b"\0")).decode(),
-                "age": time.monotonic() - beat.time,
                 "state": [state, code],
-                **({"failure": {**failure, "age": time.monotonic() - failure["time"]}} if failure else {}),
+                **({"failure": failure} if failure else {}),
             }
-        self.send({"ranks": new})
+        self.send({"ranks": new, "now": time.monotonic()})
 
     def send(self, what: dict[str, Any]) -> None:
         """Send a line; where nobody reads any more, the ranks end."""

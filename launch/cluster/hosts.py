@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -102,23 +101,27 @@ class Host:
                 said = json.loads(line)
                 self._heard, self._patience = time.monotonic(), SILENCE
                 for rank, told in said.get("ranks", {}).items():
-                    self._mirror(int(rank), told)
+                    self._mirror(int(rank), told, self._heard - said["now"])
                 for rank, text in said.get("stacks", {}).items():
                     _write(heartbeat.stacks_of(self._folder, int(rank)), text.encode())
                 if "ended" in said:
                     self.ended = said["ended"]
 
-    def _mirror(self, rank: int, told: dict[str, Any]) -> None:
-        """Write what a rank has said into files of this host, with times by this host's clock."""
-        now = time.monotonic()
-        content = bytearray(base64.b64decode(told["beat"]))
-        struct.pack_into("@d", content, struct.calcsize("@Q"), now - told["age"])
+    def _mirror(self, rank: int, told: dict[str, Any], ahead: float) -> None:
+        """Write what a rank has said into files of this host, with times by this host's clock.
+
+        Args:
+            rank: global.
+            told: by its agent.
+            ahead: the seconds that this host's clock is ahead of that one's.
+        """
+        content = heartbeat.moved(base64.b64decode(told["beat"]), ahead)
         _write(heartbeat.state_of(self._folder, rank), json.dumps(told["state"]).encode())
-        _write(heartbeat.file_of(self._folder, rank), bytes(content))
+        _write(heartbeat.file_of(self._folder, rank), content)
         path = heartbeat.failure_of(self._folder, rank)
         if (failure := told.get("failure")) and not path.exists():
             # Not when it came: a rank that has only heard of another one's failure may be heard of before that one.
-            _write(path, json.dumps({**failure, "time": now - failure["age"]}).encode())
+            _write(path, json.dumps({**failure, "time": failure["time"] + ahead}).encode())
 
 
 def over_ssh(name: str, command: list[str]) -> list[str]:

@@ -19,9 +19,10 @@ from launch.cluster.command import LeaveOut
 from launch.cluster.hosts import Host, _passed
 from launch.watchdog import Watchdog, heartbeats_folder, remove_heartbeats
 from parallel import heartbeat
-from parallel.heartbeat import FOLDER, Heart, Phase, file_of, read
+from parallel.heartbeat import FOLDER, Heart, Phase, beat_of, content_of, file_of, moved, read
 from parallel.layout import Layout
 from parallel.processes import SUPERVISOR
+from parallel.schedules import Action, Pass
 from tests.launch.test_restarts import KILLED
 
 
@@ -106,14 +107,17 @@ def test_what_a_host_says_of_its_ranks_is_read_here_with_times_of_this_clock(tmp
     heart.at(Phase.AGREE)
     content = base64.b64encode(file_of(there, 1).read_bytes().rstrip(b"\0")).decode()
     mirror = SimpleNamespace(_folder=here)
-    failure = {"reason": "x", "by_itself": True, "age": 5.0}
-    Host._mirror(mirror, 1, {"beat": content, "age": 5.0, "state": ["stopped", None], "failure": failure})
-    found = read(file_of(here, 1))
+    failure = {"reason": "x", "by_itself": True, "time": 5.0}
+    Host._mirror(mirror, 1, {"beat": content, "state": ["stopped", None], "failure": failure}, 1e6)
+    found, was = read(file_of(here, 1)), read(file_of(there, 1))
     assert (found.rank, found.step, found.phase) == (1, 7, Phase.AGREE)
-    assert 4.9 < time.monotonic() - found.time < 60
+    assert found.time == pytest.approx(was.time + 1e6, abs=1e-3)
+    heart.device_in(heart.place, Phase.PASS, Action(Pass.F, 0, 2), 3)  # its device is behind
+    found, was = beat_of(moved(content_of(file_of(there, 1)), 1e6)), read(file_of(there, 1))
+    assert found.on_device and found.time == pytest.approx(was.time + 1e6, abs=1e-3)
     dog = Watchdog(here, Layout(1, 2, 1), None)
     dog.look()
-    assert dog.failures()[0][1:] == (1, "x", True) and dog._halted_since.keys() == {1}  # it runs on this host
+    assert dog.failures() == [(5.0 + 1e6, 1, "x", True)] and dog._halted_since.keys() == {1}  # it runs on this host
 
 
 def test_orders_that_a_signal_s_handler_sends_while_one_is_sent_arrive_whole(tmp_path):
@@ -167,7 +171,7 @@ def test_of_failures_on_several_hosts_the_first_is_the_one_that_came_first_not_t
     unfinished, whole = reports[0::2], reports[1::2]
     for told in (*unfinished, *reversed(whole)):
         for rank, said in told["ranks"].items():
-            Host._mirror(SimpleNamespace(_folder=here), rank, json.loads(json.dumps(said)))
+            Host._mirror(SimpleNamespace(_folder=here), rank, said, time.monotonic() - told["now"])
     assert [reason for _, _, reason, _ in Watchdog(here, Layout(1, 2, 1), None).failures()] == [
         "the cause",
         "rank 0 had failed",
