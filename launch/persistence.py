@@ -133,12 +133,13 @@ class _Watch:
         if stall is None:
             return False
         self._stall = stall
-        stacks = collect(stall.beats, self.folder, stall.verdict.culprits)
+        stalls = self._of.run_dir / STALLS
+        stacks = collect(stall.beats, self.folder, stall.verdict.culprits, stalls)
         lines = described(stall)
         for rank in stall.verdict.culprits[:4]:
             if frames := innermost(stacks[rank]):
                 lines += [f"rank {rank}, innermost first:", *[f"  {frame}" for frame in frames]]
-        path = self._of.run_dir / STALLS / f"step-{self.dog.step:08d}-{int(time.time())}.txt"
+        path = stalls / f"step-{self.dog.step:08d}-{int(time.time())}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             whole = [f"\n---- rank {rank}: {stall.beats[rank]} ----\n{text}" for rank, text in stacks.items()]

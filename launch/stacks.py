@@ -21,7 +21,8 @@ NATIVE = 8
 WANTED = "stacks-wanted"
 """The file by which `collect` asks for the stacks of ranks on other hosts; whoever mirrors their heartbeats passes it
 on, and what comes is mirrored as well."""
-_PIPE = "nccl-"
+_NONE = (0, 0)
+_PIPE, _DUMP = "nccl-", "flight-recorder-rank-"
 STALLS = "stalls"
 """The folder of a run in which stacks are kept."""
 
@@ -43,17 +44,24 @@ def record_flights(environment: MutableMapping[str, str], folder: Path, stalls: 
     environment.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     environment.setdefault("TORCH_NCCL_DEBUG_INFO_PIPE_FILE", str(folder / _PIPE))
     for name in ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"):  # its name before 2.9, and since
-        environment.setdefault(name, str(stalls / "flight-recorder-rank-"))
+        environment.setdefault(name, str(stalls / _DUMP))
 
 
-def collect(beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[int]) -> dict[int, str]:
+def collect(
+    beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[int], stalls: Path, native: int = NATIVE
+) -> dict[int, str]:
     """Collect the stacks of the ranks of this host, by rank; of the culprits first native ones, where py-spy is.
 
     Args:
         beats: by which their processes are known.
         folder: of the heartbeats.
         culprits: the ranks to look at first.
+        stalls: where NCCL's dumps go, see `record_flights`; they are waited for. It is made where the run's folder is.
+        native: ranks at most whose native stacks are taken.
     """
+    with suppress(OSError):
+        stalls.mkdir(exist_ok=True)
+    dumps = {}
     here = {rank: beat for rank, beat in beats.items() if beat and not state_of(folder, rank).exists()}
     if len(here) < len(beats):
         (folder / WANTED).touch()
@@ -63,14 +71,17 @@ def collect(beats: Mapping[int, Beat | None], folder: Path, culprits: Iterable[i
                 os.kill(beat.pid, STACKS)
             with suppress(OSError):
                 pipe = os.open(folder / f"{_PIPE}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                dump = stalls / f"{_DUMP}{rank}"
+                dumps[dump] = _stamp(dump)
                 os.write(pipe, b"1")
                 os.close(pipe)
     files = {rank: stacks_of(folder, rank) for rank in beats}
-    _settle(list(files.values()), WAIT if len(here) == len(beats) else 3 * WAIT)
+    _settle(dict.fromkeys(files.values(), _NONE), WAIT if len(here) == len(beats) else 3 * WAIT)
     found = {rank: _text(path) or "no stack: the process does not answer\n" for rank, path in files.items()}
-    first = [rank for rank in (*culprits, *beats) if rank in here]
-    for rank, native in _native({rank: here[rank].pid for rank in dict.fromkeys(first[:NATIVE])}).items():
-        found[rank] += native
+    first = dict.fromkeys(rank for rank in (*culprits, *beats) if rank in here)
+    for rank, stack in _native({rank: here[rank].pid for rank in [*first][:native]}).items():
+        found[rank] += stack
+    _settle(dumps, WAIT)  # NCCL looks at its pipe once a second
     return found
 
 
@@ -86,16 +97,30 @@ def innermost(stacks: str, frames: int = 8) -> list[str]:
     return [re.sub(r'^ +File "(.*)", line (\d+)', r"\1:\2", line) for line in lines[:frames]]
 
 
-def _settle(files: list[Path], seconds: float) -> None:
-    """Wait until all files have something, and no more comes, for so many seconds at most."""
-    before: list[int] = []
+def _settle(files: Mapping[Path, tuple[int, int]], seconds: float) -> None:
+    """Wait until all files have something else than before, and no more comes, for so many seconds at most.
+
+    Args:
+        files: with the `_stamp` of what was there before.
+        seconds: to wait.
+    """
+    last: list[tuple[int, int]] = []
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        sizes = [path.stat().st_size if path.exists() else 0 for path in files]
-        if all(sizes) and sizes == before:
+    while files and time.monotonic() < end:
+        now = [_stamp(path) for path in files]
+        if now == last and all(one[0] and one != before for one, before in zip(now, files.values(), strict=True)):
             return
-        before = sizes
+        last = now
         time.sleep(0.1)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return the size of a file and when it was written."""
+    try:
+        found = path.stat()
+    except OSError:
+        return _NONE
+    return found.st_size, found.st_mtime_ns
 
 
 def _text(path: Path) -> str:

@@ -49,7 +49,8 @@ class Agent:
         where = (order["devices"], order["node"], order["address"], order["port"])
         command = launcher_of_host(PRETRAIN, order["arguments"], *where)
         environment = {**launcher_environment(), FOLDER: str(self.folder)}
-        record_flights(environment, self.folder, Path(order["stalls"]))
+        self._stalls = Path(order["stalls"])
+        record_flights(environment, self.folder, self._stalls)
         # The channel is ours alone: what ranks print goes where errors go.
         self.group = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
@@ -111,7 +112,8 @@ class Agent:
 
     def _send_stacks(self) -> None:
         beats = {rank: heartbeat.read(heartbeat.file_of(self.folder, rank)) for rank in self._ranks}
-        self.send({"stacks": collect(beats, self.folder, [])})
+        # Without native stacks: the command waits for no more than what ranks write themselves.
+        self.send({"stacks": collect(beats, self.folder, [], self._stalls, native=0)})
 
     def _end(self, why: str) -> None:
         if self.group.poll() is None:

@@ -3,15 +3,17 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launch import watchdog
+from launch import stacks, watchdog
 from launch.stacks import innermost
 from launch.watchdog import Watchdog, described, exit_code_of, heartbeats_folder, remove_heartbeats, state_of
+from parallel import heartbeat
 from parallel.heartbeat import Heart, Phase
 from parallel.layout import Layout
 from parallel.schedules import Action, Pass
@@ -148,11 +150,44 @@ def test_folders_of_watchdogs_that_are_gone_are_removed_and_no_other():
     assert not own.exists()
 
 
+@pytest.mark.parametrize("earlier", [None, "of an earlier stall"])
+def test_what_nccl_has_recorded_is_waited_for_until_it_is_whole(earlier, tmp_path, monkeypatch):
+    """A thread plays NCCL's, which looks at its pipe now and then."""
+    folder, stalls = tmp_path / "beats", tmp_path / "run" / "stalls"
+    folder.mkdir(), stalls.parent.mkdir()
+    dump = stalls / "flight-recorder-rank-0"
+    if earlier:
+        stalls.mkdir()
+        dump.write_text(earlier)
+    monkeypatch.setattr(stacks, "WAIT", 30.0)
+    os.mkfifo(folder / "nccl-0.pipe")
+    pipe = os.open(folder / "nccl-0.pipe", os.O_RDONLY | os.O_NONBLOCK)
+
+    def nccl():
+        while not os.read(pipe, 1):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        dump.write_text("the first half, ")
+        time.sleep(0.05)
+        with open(dump, "a") as file:
+            file.write("the second")
+
+    Heart().share(str(folder), 0)
+    thread = threading.Thread(target=nccl, daemon=True)
+    thread.start()
+    beats = {0: heartbeat.read(heartbeat.file_of(folder, 0))}
+    found = stacks.collect(beats, folder, [], stalls, native=0)
+    assert dump.read_text() == "the first half, the second"
+    assert "in test_what_nccl_has_recorded" in found[0]
+    thread.join()
+    os.close(pipe)
+
+
 def test_the_innermost_frames_are_those_of_the_thread_that_computes():
-    stacks = (
+    text = (
         'Thread 0x01 (most recent call first):\n  File "/a/other.py", line 3 in wait\n\n'
         'Current thread 0x02 (most recent call first):\n  File "/a/tensor.py", line 88 in _reduce\n'
         '  File "/a/loop.py", line 5 in step\n'
     )
-    assert innermost(stacks) == ["/a/tensor.py:88 in _reduce", "/a/loop.py:5 in step"]
+    assert innermost(text) == ["/a/tensor.py:88 in _reduce", "/a/loop.py:5 in step"]
     assert innermost("no stack: the process does not answer\n") == []
