@@ -114,6 +114,7 @@ class _Watch:
         self.dog = Watchdog(self.folder, of.layout, of.settings.stall_seconds)
         self._of = of
         self._stall: Stall | None = None
+        self._stalled_at = 0.0
         self._began = time.time_ns()
 
     def environment(self, restarts: int) -> dict[str, str]:
@@ -132,7 +133,7 @@ class _Watch:
         self._of.progress(self.dog)
         if stall is None:
             return False
-        self._stall = stall
+        self._stall, self._stalled_at = stall, time.monotonic()
         stalls = self._of.run_dir / STALLS
         stacks = collect(stall.beats, self.folder, stall.verdict.culprits, stalls)
         lines = described(stall)
@@ -161,8 +162,10 @@ class _Watch:
         return any(beat.step or beat.phase >= phase for beat in self.dog.beats.values() if beat)
 
     def noticed(self) -> float:
-        """Return when the failure was noticed, by `time.monotonic`."""
-        return self.dog.gone_at if self._stall is None and self.dog.gone_at is not None else time.monotonic()
+        """Return when the failure was noticed, by `time.monotonic`: before stacks are collected and ranks are ended."""
+        if self._stall is not None:
+            return self._stalled_at
+        return self.dog.gone_at if self.dog.gone_at is not None else time.monotonic()
 
     def failure(self, code: int) -> Failure:
         """Say what the run has failed with.
@@ -185,20 +188,20 @@ class _Watch:
         said = [rank for _, rank, *_ in failures]
         silent = [rank for rank, own in codes.items() if own and rank not in said and not lost]
         if silent and (own := codes[silent[0]]) < 0:
-            return self._of_killed(silent[0], signal.Signals(-own), step)
+            return self._of_killed(silent[0], -own, step)
         if silent:
             cause = f"ended with exit code {own} and without a word"
             return self._of_rank(silent[0], cause, step, self._after(silent[0]), by_itself=True)
         if failures:
             _, rank, reason, by_itself = failures[0]
             return self._of_rank(rank, f"failed ({reason})", step, self._after(rank), by_itself)
-        how = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+        how = f"was ended by {_signal_name(code - 128)}" if code > 128 else f"ended with exit code {code}"
         after = time.monotonic() - self.dog.moved
         return Failure(f"DeepSpeed's launcher {how}", None, None, step, "", code <= 128, after)
 
-    def _of_killed(self, rank: int, number: signal.Signals, step: int) -> Failure:
+    def _of_killed(self, rank: int, number: int, step: int) -> Failure:
         hint = " (as a system does that is out of memory)" if number == signal.SIGKILL else ""
-        cause = f"was ended by {number.name}{hint}"
+        cause = f"was ended by {_signal_name(number)}{hint}"
         return self._of_rank(rank, cause, step, self._after(rank), by_itself=number in _CRASHES)
 
     def _of_rank(self, rank: int | None, cause: str, step: int, after: float, by_itself: bool = False) -> Failure:
@@ -210,6 +213,14 @@ class _Watch:
         """Return the seconds from the last heartbeat of a rank until its end was seen."""
         beat = self.dog.beats[rank]
         return self.noticed() - beat.time if beat else 0.0
+
+
+def _signal_name(number: int) -> str:
+    """Name a signal; those for real time have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _say(text: str) -> None:

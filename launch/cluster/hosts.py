@@ -23,8 +23,9 @@ from parallel.heartbeat import FOLDER
 from parallel.processes import SUPERVISOR, free_port
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-CONNECT = 60.0
-"""Seconds within which an agent has to give its first sign: ssh, Python and PyTorch start meanwhile."""
+CONNECT = 300.0
+"""Seconds within which an agent has to give its first sign: ssh, Python and PyTorch start meanwhile, perhaps all hosts'
+from one disk."""
 AFTER = 3.0
 """Seconds from the first sign that something has ended to the end of all, for whoever was the first to be known."""
 GRACE = 15.0
@@ -86,8 +87,8 @@ class Host:
             self._reader.join(1.0)  # its last words
             if self.ended is None:
                 self.lost = f"its connection has ended ({self._link.args[0]}: {self._link.returncode})"
-        elif (silent := time.monotonic() - self._heard) > self._patience:
-            self.lost = f"nothing was heard of it for {silent:.0f} s"
+        elif time.monotonic() - self._heard > self._patience:
+            self.lost = f"nothing was heard of it for {self._patience:g} s"  # the same for the same cause
 
     def cut(self) -> None:
         """End the connection, upon which the agent ends its ranks."""

@@ -144,6 +144,16 @@ def test_orders_that_a_signal_s_handler_sends_while_one_is_sent_arrive_whole(tmp
     assert sent > 3000 and len(lines) == 1 + sent and lines[1:] == [{"here": True}] * sent
 
 
+def test_silence_is_the_same_cause_however_long_it_took_to_notice(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "CONNECT", 0.25)
+    host = Host("a", range(1), {}, tmp_path, lambda name, command: ["sleep", "60"])
+    while host.lost is None:
+        time.sleep(0.1)
+        host.check()
+    host.cut()
+    assert host.lost == "nothing was heard of it for 0.25 s"
+
+
 def test_a_signal_before_there_are_ranks_ends_the_launcher_of_the_host(tmp_path):
     one = agent.Agent.__new__(agent.Agent)
     one.folder, one._ranks, one._said, one._out = tmp_path, [0], {}, io.StringIO()

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -166,6 +167,12 @@ def test_a_lost_host_is_named_before_ranks_that_are_ended_since_it_is(tmp_path):
     assert (found.rank, found.cause) == (0, "ended with exit code 1 and without a word")
 
 
+def test_signals_without_a_name_are_said_by_number(tmp_path):
+    layout = Layout(2, 1, 1)
+    assert watched(tmp_path, layout, 163, gone=[(1, -35)]).cause == "was ended by signal 35"
+    assert watched(tmp_path, layout, 128 + 127).cause == "DeepSpeed's launcher was ended by signal 127"
+
+
 class Stalls:
     """Starts of two ranks, the second of which computes in the first start, and which both agree in the second."""
 
@@ -188,7 +195,11 @@ class Stalls:
 
 @pytest.mark.usefixtures("at_once")
 def test_where_all_ranks_wait_for_each_other_none_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.persistence.collect", lambda beats, *more: dict.fromkeys(beats, ""))
+    def collect(beats, *more):
+        time.sleep(0.5)
+        return dict.fromkeys(beats, "")
+
+    monkeypatch.setattr("launch.persistence.collect", collect)
     failures = []
     settings = LaunchConfig(stall_seconds=0.1)
     persistence = Persistence(Layout(2, 1, 1), tmp_path, settings, [], lambda failure: failures.append(failure))
@@ -197,6 +208,8 @@ def test_where_all_ranks_wait_for_each_other_none_is_named(tmp_path, monkeypatch
         (1, "held up the others"),
         (None, "the run does not move"),
     ]
+    recovered = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert recovered["seconds"]["restarting"] >= 0.5, "to collect stacks comes after the failure was noticed"
 
 
 def test_a_signal_ends_it_whatever_the_code_is_and_while_it_waits(tmp_path, monkeypatch):
