@@ -1,5 +1,8 @@
 """What a device takes for the operations that costs are counted in, through the code that trains: products at the
-model's shapes, attention, kernels that are bound by memory, and the start of each."""
+model's shapes, attention, kernels that are bound by memory, and the start of each.
+
+On a CPU the time is that of the thread that computes: what other processes take of its core is no part of it.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import Config
-from launch.bench.common import copy_bytes, product_flops, random_stages, seconds_of, synchronised
+from launch.bench.common import copy_bytes, own_time, product_flops, random_stages, seconds_of
 from model.config import ModelConfig
 from model.context import Context
 from model.kernels import causal_attention
@@ -91,7 +94,7 @@ def measured_products(
         ]
         for shape, run in forms:
             together()
-            taken = seconds_of(partial(_all, run, weights), device)
+            taken = seconds_of(partial(_all, run, weights), device, clock=own_time)
             seconds.setdefault(shape, []).append(taken / _ROTATED)
     return [
         [*map(float, shape), rounded(Product(*shape).flops * len(taken) / sum(taken) / 1e12)]
@@ -136,9 +139,11 @@ def measured_attention(config: Config, device: torch.device, dtype: torch.dtype,
         out = run()
         gradient = torch.randn_like(out)
         together()
-        forward = seconds_of(run, device)
+        forward = seconds_of(run, device, clock=own_time)
         together()
-        backward = seconds_of(partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True), device)
+        backward = seconds_of(
+            partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True), device, clock=own_time
+        )
         shape = (train.micro_batch, length, model.n_heads, model.n_kv_heads, model.d_head)
         flops = Attention(*shape).flops, Attention(*shape, backward=True).flops
         rates = {"forward": flops[0] / forward, "backward": flops[1] / backward}
@@ -204,11 +209,11 @@ class Passes:
         times = []
         for number in range(rounds + 1):
             together()
-            begin = synchronised(self._device)
+            begin = own_time(self._device)
             out = run()
-            middle = synchronised(self._device)
+            middle = own_time(self._device)
             out.backward(gradient)
-            end = synchronised(self._device)
+            end = own_time(self._device)
             if number:
                 times.append((middle - begin, end - middle))
         middle_of = len(times) // 2
@@ -227,11 +232,11 @@ def host_seconds(config: Config, device: torch.device, dtype: torch.dtype) -> fl
         passes._block(x.detach().requires_grad_(), Context()).sum().backward()
 
     run()
-    synchronised(device)
-    begin = time.perf_counter()
+    begin = own_time(device)
     for _ in range(20):
         run()
-    taken = (time.perf_counter() - begin) / 20  # without waiting for the device
+    # Of a GPU's host, without waiting for the GPU.
+    taken = ((time.perf_counter() if device.type == "cuda" else own_time(device)) - begin) / 20
     layers = layers_for(passes._config, 1, dtype is torch.bfloat16)
     return taken / (len(layers.block.forward) + len(layers.block.backward))
 
@@ -261,7 +266,7 @@ def values_of_device(
     on_gpu = device.type == "cuda"
     products = measured_products(config, tensor_parallel_sizes(config.model, most_tp), device, dtype, together)
     together()
-    square = product_flops(device, dtype) / 1e12
+    square = product_flops(device, dtype, own_time) / 1e12
     best = max(square, *(row[3] for row in products))
     nominal = peak_flops(device) if on_gpu else None
     peak = rounded(nominal / 1e12 if nominal and dtype is torch.bfloat16 else best)
@@ -274,7 +279,7 @@ def values_of_device(
         values[f"attention_{name}_share"] = min(rounded(attention[name] / 1e12 / peak / reached), 1.0)
     values["attention_half_length"] = rounded(attention["half_length"])
     together()
-    values["hbm_gb_per_s"] = rounded(copy_bytes(device) / 1e9)
+    values["hbm_gb_per_s"] = rounded(copy_bytes(device, own_time) / 1e9)
     host = 1e6 * host_seconds(config, device, dtype)
     # A CPU is its own host: what it does to begin an operation adds to the operation.
     values |= {

@@ -87,29 +87,41 @@ def synchronised(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+def own_time(device: torch.device) -> float:
+    """Return the time in seconds as `synchronised` does, but on a CPU the time of this thread alone.
+
+    What other processes take of a core is no part of it. All that is timed so has to run on one thread.
+    """
+    return synchronised(device) if device.type == "cuda" else time.thread_time()
+
+
+Clock = Callable[[torch.device], float]
+"""The time in seconds, once a device has run all its kernels."""
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5, clock: Clock = synchronised) -> float:
     """Return the median seconds of a call, after one that is not counted."""
     run()
     times = []
     for _ in range(rounds):
-        begin = synchronised(device)
+        begin = clock(device)
         run()
-        times.append(synchronised(device) - begin)
+        times.append(clock(device) - begin)
     return statistics.median(times)
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
+def product_flops(device: torch.device, dtype: torch.dtype, clock: Clock = synchronised) -> float:
     """Measure the FLOP/s of one large square matrix product, the bound of a model's products on this device."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b, device, rounds=9)
+    return 2 * size**3 / seconds_of(lambda: a @ b, device, 9, clock)
 
 
-def copy_bytes(device: torch.device) -> float:
+def copy_bytes(device: torch.device, clock: Clock = synchronised) -> float:
     """Measure the bytes per second that a copy reads and writes, of a tensor larger than all caches."""
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, rounds=9)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device, 9, clock)
 
 
 class PeakBytes:

@@ -10,13 +10,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from rich.table import Table
@@ -43,7 +44,10 @@ from train.predicted import predicted_terms
 from train.strict_json import dumps
 from train.timeline import seconds_of
 
+T = TypeVar("T")
 DEFAULTS = [*ON_CPU, "train.global_batch=4"]
+UNDISTURBED = 0.04
+"""The largest share of the machine's cores that processes of others may take during a step that counts."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ CASES = (
 
 
 def measure(
-    overrides: Sequence[str], cases: Sequence[Case] = CASES, rounds: int = 3, seconds: float = 1200.0
+    overrides: Sequence[str], cases: Sequence[Case] = CASES, rounds: int = 3, seconds: float = 600.0
 ) -> dict[str, Any]:
     """Train steps of each layout by turns, and predict them.
 
@@ -129,11 +133,13 @@ def measure(
         seconds: after which no further round begins.
 
     Returns:
-        ``rows``, for each layout with ``measured``, the median seconds of its steps, their extremes, ``predicted`` and
+        ``rows``, for each layout with ``measured``, the median seconds of its steps in which others took no more than
+        `UNDISTURBED` of the cores (or of the one in which they took least), their extremes, how many ``counted`` of
+        all, the largest share that others took in those (``others``), ``predicted`` and
         their ``ratio``, and where there are stages ``terms``, the seconds of each kind of pass, measured and predicted,
         means over the ranks (predicted as if a core were a rank's own); ``worst``, the largest deviation of a ratio
         from 1; ``tau``, Kendall's rank correlation of measured and predicted steps; ``clusters``, the keys that were
-        measured, by the number of ranks.
+        measured, by the number of ranks; ``others``, the largest share of the cores that others took meanwhile.
 
     Raises:
         BadInput: the settings cannot work.
@@ -144,7 +150,7 @@ def measure(
     if problems := [problem for case in cases for problem in case.problems(config)]:
         raise BadInput(list(dict.fromkeys(problems)))
     rows: list[dict[str, Any]] = []
-    clusters = {}
+    clusters, disturbed = {}, 0.0
     sizes = sorted({case.ranks for case in cases})
     for ranks in sizes:
         own = [case for case in cases if case.ranks == ranks]
@@ -153,6 +159,7 @@ def measure(
             torch.multiprocessing.spawn(_rank, job, ranks)
             found = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
         cluster, clusters[str(ranks)] = _cluster(found)
+        disturbed = max(disturbed, found[0]["others"])
         rows += [
             _row(case, config, cluster, found[0]["steps"][at], [one["passes"][at] for one in found])
             for at, case in enumerate(own)
@@ -163,6 +170,7 @@ def measure(
         "parameters": config.model.num_params,
         "tokens": config.train.global_batch * config.train.seq_len,
         "rows": rows,
+        "others": disturbed,
         "worst": max(abs(row["ratio"] - 1) for row in rows),
         "tau": kendall_tau(measured, predicted),
         "clusters": clusters,
@@ -185,15 +193,23 @@ def _cluster(found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any
 
 
 def _row(
-    case: Case, config: Config, cluster: Cluster, times: Sequence[float], passes: Sequence[Mapping[str, float]]
+    case: Case,
+    config: Config,
+    cluster: Cluster,
+    steps: Sequence[tuple[float, float]],
+    passes: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
     prediction = predict(case.job(config), cluster)
+    counted = undisturbed(steps)
+    times = [seconds for seconds, _ in counted]
     measured = statistics.median(times)
     row = {
         **asdict(case),
         "case": str(case),
         "measured": measured,
         "extremes": [min(times), max(times)],
+        "counted": [len(times), len(steps)],
+        "others": max(share for _, share in counted),
         "predicted": prediction.seconds,
         "ratio": prediction.seconds / measured,
     }
@@ -206,22 +222,32 @@ def _row(
     return row
 
 
+def undisturbed(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those of some steps, each with the share of the cores that others took, that were not disturbed.
+
+    Where all were, it is the one in which others took least.
+    """
+    return [step for step in steps if step[1] <= UNDISTURBED] or [min(steps, key=lambda step: step[1])]
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Render the results of `measure` as text."""
     title = (
         f"steps of {found['tokens']:,} tokens, {found['parameters']:,} parameters, a thread a rank; {found['device']}"
     )
-    table = Table("layout", "ranks", "s a step", "of all", "predicted", "ratio", title=title, title_justify="left")
+    columns = ["layout", "ranks", "s a step", "steps", "others", "predicted", "ratio"]
+    table = Table(*columns, title=title, title_justify="left")
     for row in found["rows"]:
         low, high = row["extremes"]
         ranks = str(row["pp"] * row["dp"] * row["tp"])
-        table.add_row(
-            row["case"], ranks, f"{row['measured']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['predicted']:.2f}",
-            f"{row['ratio']:.3f}",
-        )  # fmt: skip
+        cells = [f"{row['measured']:.2f} ({low:.2f} to {high:.2f})", "{} of {}".format(*row["counted"])]
+        cells += [f"{row['others']:.0%}", f"{row['predicted']:.2f}", f"{row['ratio']:.3f}"]
+        table.add_row(row["case"], ranks, *cells)
     return "\n".join(
         [
             rendered(table),
+            f"others: the share of the cores that other processes took ({found['others']:.0%} while the links were "
+            f"measured); where there are steps with {UNDISTURBED:.0%} or less, the rest do not count",
             f"no step is more than {found['worst']:.1%} off; Kendall's tau of the ranking {found['tau']:.2f}",
         ]
     )
@@ -242,11 +268,11 @@ def _rank(
     dtype = torch.bfloat16 if config.train.precision.name == "bf16" else torch.float32
     busy = min(ranks, len(os.sched_getaffinity(0)))
     at_work = dist.new_group(list(range(busy)))
-    own = measured_here(config, device, dtype, partial(dist.barrier, at_work)) if rank < busy else None
-    dist.barrier()
-    links = _links(rank, ranks, config, device)
+    together = partial(dist.barrier, at_work)
+    own = measured_here(config, device, dtype, together) if rank < busy else None
+    links, others = _calm(lambda: _links(rank, ranks, config, device))
     engines = [_engine(case.job(config), config) for case in cases]
-    steps: list[list[float]] = [[] for _ in cases]
+    steps: list[list[tuple[float, float]]] = [[] for _ in cases]
     passes: list[dict[str, float]] = [{} for _ in cases]
     late = torch.zeros(1)
     for number in range(rounds + 1):
@@ -256,14 +282,14 @@ def _rank(
         if late:
             break
         for at, (case, engine) in enumerate(zip(cases, engines, strict=True)):
-            dist.barrier()
             _step(engine, case, config)  # it leaves weights on their way, as the step before does in a run
             if number:  # the first opens connections and allocates
-                taken, passes[at] = _step(engine, case, config)
-                steps[at].append(taken)
+                (taken, passes[at]), disturbed = _watched(partial(_step, engine, case, config))
+                steps[at].append((taken, disturbed))
     for engine in engines:
         engine.wait()
-    told = {"device": own, "links": asdict(links), "steps": steps, "passes": passes}
+    told: dict[str, Any] = {"device": own, "links": asdict(links), "others": others, "steps": steps}
+    told["passes"] = passes
     (Path(folder) / f"{rank}.json").write_text(dumps(told), "utf-8")
     dist.barrier()
     dist.destroy_process_group()
@@ -292,6 +318,34 @@ def _step(engine: Engine, case: Case, config: Config) -> tuple[float, dict[str, 
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     kinds = {"forward": Pass.F, "backward": Pass.B, "weights": Pass.W}
     return float(slowest), {name: seconds_of(what, result.spans) for name, what in kinds.items()}
+
+
+def _watched(run: Callable[[], T]) -> tuple[T, float]:
+    """Run something on all ranks together; return what it returns, and the share of the cores that others took."""
+    dist.barrier()
+    begin, own, all_of_them = time.perf_counter(), time.process_time(), _busy_seconds()
+    found = run()
+    dist.barrier()
+    ours, others = torch.tensor(time.process_time() - own, dtype=torch.float64), _busy_seconds() - all_of_them
+    taken = time.perf_counter() - begin
+    dist.all_reduce(ours)
+    share = torch.tensor(max(others - float(ours), 0.0) / taken / (os.cpu_count() or 1), dtype=torch.float64)
+    dist.all_reduce(share, op=dist.ReduceOp.MAX)
+    return found, float(share)
+
+
+def _calm(run: Callable[[], T], tries: int = 3) -> tuple[T, float]:
+    """Run something until others do not disturb it, or so many times; return what it did when they did so least."""
+    found: list[tuple[T, float]] = []
+    while len(found) < tries and not any(share <= UNDISTURBED for _, share in found):
+        found.append(_watched(run))
+    return min(found, key=lambda one: one[1])
+
+
+def _busy_seconds() -> float:
+    """Return the seconds for which all cores of the machine have been busy so far, whoever kept them so."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
 
 
 def _batches(case: Case, config: Config, micro_batches: int) -> Iterator[Batch]:

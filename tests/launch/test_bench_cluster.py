@@ -156,7 +156,7 @@ def test_attention_is_priced_as_it_was_measured(half, monkeypatch):
     config = preset("tiny", "model.n_heads=2", "model.d_model=128", "train.seq_len=2048", "model.max_seq_len=2048")
     best = {length: length / (length + half) for length in rates}
 
-    def seconds_of(run, device, rounds=5):
+    def seconds_of(run, device, clock):
         calls.append(run)
         length, backward = (1024, 2048)[(len(calls) - 1) // 2], (len(calls) - 1) % 2
         flops = Attention(1, length, 2, config.model.n_kv_heads, 64, bool(backward)).flops

@@ -12,8 +12,8 @@ if __name__ == "__main__":
     if os.environ["RANK"] == SLOW:
         seconds_of = common.seconds_of
 
-        def slower(run, device, rounds=5):
-            return seconds_of(lambda: [run() for _ in range(8)], device, rounds)
+        def slower(run, *how):
+            return seconds_of(lambda: [run() for _ in range(8)], *how)
 
         common.seconds_of = slower
     sys.exit(main(sys.argv[1:]))
