@@ -8,19 +8,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
 from launch.stacks import STALLS, collect, innermost
+from launch.supervise import PassedOn, completion
 from launch.watchdog import HOST_LOST, Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
 from train.events import RESTART
-from train.records import SUMMARY
-
-if TYPE_CHECKING:
-    from launch.supervise import PassedOn
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _FINAL = (0, 2, 3)
@@ -48,7 +44,7 @@ class Persistence:
     _events: Events = field(init=False)
     _recovery: Recovery | None = field(init=False, default=None)
 
-    def run(self, start: Callable[..., int], arguments: Sequence[str], signals: "PassedOn") -> int:
+    def run(self, start: Callable[..., int], arguments: Sequence[str], signals: PassedOn) -> int:
         """Start the run until it has ended for good; return its exit code.
 
         Args:
@@ -82,7 +78,7 @@ class Persistence:
             if signals.fatal is not None:
                 return 128 + signals.fatal
             self.layout = self.shrink(failure) or self.layout
-            if watch.came_to(Phase.LOAD):  # the folder is cleared by then of what this run does not go on from
+            if watch.dog.came_to(Phase.LOAD):  # the folder is cleared by then of what this run does not go on from
                 arguments = self.again
 
     def progress(self, dog: Watchdog, ended: bool = False) -> None:
@@ -90,8 +86,7 @@ class Persistence:
         recovery, now = self._recovery, time.monotonic()
         if recovery is None:
             return
-        begun = [beat for beat in dog.beats.values() if beat]
-        if recovery.loading is None and any(beat.step or beat.phase >= Phase.LOAD for beat in begun):
+        if recovery.loading is None and dog.came_to(Phase.LOAD):
             recovery.loading = now
         if recovery.training is None and dog.step:
             recovery.training = now
@@ -115,7 +110,7 @@ class _Watch:
         self._of = of
         self._stall: Stall | None = None
         self._stalled_at = 0.0
-        self._began = time.time_ns()
+        self._completed_before = completion(of.run_dir)
 
     def environment(self, restarts: int) -> dict[str, str]:
         """Return what the ranks find in their environment, besides that of this process."""
@@ -152,14 +147,8 @@ class _Watch:
         return True
 
     def has_ended(self) -> bool:
-        """Tell whether the run has come to its end in this start, whatever it lacks: summary.json is written last."""
-        with suppress(OSError):
-            return (self._of.run_dir / SUMMARY).stat().st_mtime_ns >= self._began
-        return False
-
-    def came_to(self, phase: Phase) -> bool:
-        """Tell whether any rank came to a phase, or further."""
-        return any(beat.step or beat.phase >= phase for beat in self.dog.beats.values() if beat)
+        """Tell whether the run has come to its end in this start, whatever it lacks."""
+        return completion(self._of.run_dir) not in (None, self._completed_before)
 
     def noticed(self) -> float:
         """Return when the failure was noticed, by `time.monotonic`: before stacks are collected and ranks are ended."""

@@ -76,7 +76,7 @@ def start_once(
         environment: of the ranks, besides that of this process.
         look: is called all the while, and tells whether all is to be ended at once.
     """
-    completed_before = _completion(run_dir)
+    completed_before = completion(run_dir)
     command = launcher_command(PRETRAIN, arguments, num_processes)
     of_ranks = {**launcher_environment(), **(environment or {})}
     if environment and FOLDER in environment:
@@ -89,7 +89,7 @@ def start_once(
             group.wait()
         time.sleep(0.1)
     look()  # at who was the first to end, where that is not seen yet
-    completed = _completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
+    completed = completion(run_dir)  # by ranks that the launcher saw end; those that it left are stopped now
     end_group(group.pid)
     signals.to(None)
 
@@ -101,7 +101,14 @@ def start_once(
     if code == 0 and completed in (None, completed_before):
         print("the launcher ended without an error, but the run did not end as it should", file=sys.stderr)
         return 1
-    # The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
+    return shell_code(code)
+
+
+def shell_code(code: int) -> int:
+    """Return the exit code for the shell of a launcher: 128 + N where a rank, or the launcher, was ended by signal N.
+
+    The launcher hands a rank's death by signal N on as -N, which the system turns into 256 - N.
+    """
     return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
 
 
@@ -229,7 +236,11 @@ def _devices(num_processes: int) -> list[int | str]:
     return [*visible[:num_processes]] if len(visible) >= num_processes else [*range(num_processes)]
 
 
-def _completion(run_dir: Path) -> int | None:
+def completion(run_dir: Path) -> int | None:
+    """Return when a run has last come to its end, by its disk's clock: summary.json is written last; None where never.
+
+    Compared with that of before, it tells whether the run has come to its end since.
+    """
     try:
         return (run_dir / SUMMARY).stat().st_mtime_ns
     except OSError:

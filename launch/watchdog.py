@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from parallel import heartbeat
-from parallel.heartbeat import PATIENT, Beat
+from parallel.heartbeat import PATIENT, Beat, Phase
 from parallel.layout import Layout
 from parallel.waits import Verdict, judge
 from train.agreement import PATIENCE
@@ -131,6 +131,10 @@ class Watchdog:
         stopped = {rank: word for rank, (word, _) in halted.items()}
         return Stall(still, limit, dict(self.beats), stopped, judge(self.beats, self._layout, stopped))
 
+    def came_to(self, phase: Phase) -> bool:
+        """Tell whether any rank has come to a phase, or further."""
+        return any(beat.step or beat.phase >= phase for beat in self.beats.values() if beat)
+
     def failures(self) -> list[tuple[float, int, str, bool]]:
         """Return what ranks have failed with, the earliest first: when, the rank, the reason, whether by itself."""
         found = []
@@ -156,7 +160,7 @@ class Watchdog:
         try:
             state, code = json.loads(heartbeat.state_of(self._folder, beat.rank).read_text())
         except OSError:
-            status = state_of(beat.pid)
+            status = process_state(beat.pid)
             return status, exit_code_of(beat.pid) if status == psutil.STATUS_ZOMBIE else None
         return state, code
 
@@ -203,7 +207,7 @@ def described(stall: Stall) -> list[str]:
     return lines
 
 
-def state_of(pid: int) -> str | None:
+def process_state(pid: int) -> str | None:
     """Return the state of a process by psutil's names; None where it is gone."""
     try:
         return str(psutil.Process(pid).status())

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from launch.stacks import collect, record_flights
 from launch.supervise import PRETRAIN, Group, end_group, launcher_environment, launcher_of_host
-from launch.watchdog import exit_code_of, heartbeats_folder, remove_heartbeats, state_of
+from launch.watchdog import exit_code_of, heartbeats_folder, process_state, remove_heartbeats
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER
 
@@ -89,7 +89,7 @@ class Agent:
             if content is None:
                 continue
             beat = heartbeat.beat_of(content)
-            state = state_of(beat.pid)
+            state = process_state(beat.pid)
             code = exit_code_of(beat.pid) if state == "zombie" else None
             failure = heartbeat.failed(self.folder, rank)
             said = (beat.beats, beat.collectives, beat.in_collective, state, code, failure is not None)

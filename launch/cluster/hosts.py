@@ -16,7 +16,7 @@ from typing import Any
 
 from launch.cluster.agent import SILENCE
 from launch.stacks import STALLS, WANTED
-from launch.supervise import PassedOn
+from launch.supervise import PassedOn, shell_code
 from launch.watchdog import HOST_LOST
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER
@@ -223,12 +223,11 @@ class Cluster:
             time.sleep(0.2)
 
     def _code(self) -> int:
-        codes = [host.ended for host in self._hosts if host.ended]
-        if codes and not any(host.lost for host in self._hosts):
-            code = codes[0]
-            return 128 + (-code if code < 0 else 256 - code) if code < 0 or code > 192 else code
         if self._signals.fatal is not None:
             return 128 + self._signals.fatal
+        codes = [host.ended for host in self._hosts if host.ended]
+        if codes and not any(host.lost for host in self._hosts):
+            return shell_code(codes[0])
         return int(any(host.lost or host.ended is None for host in self._hosts))
 
     @property

@@ -154,6 +154,15 @@ def test_silence_is_the_same_cause_however_long_it_took_to_notice(tmp_path, monk
     assert host.lost == "nothing was heard of it for 0.25 s"
 
 
+def test_what_was_ended_at_once_by_a_signal_has_the_code_of_that_signal(tmp_path):
+    signals = NoSignals()
+    cluster = hosts.Cluster({"a": 1}, tmp_path, signals)
+    cluster._hosts = [SimpleNamespace(ended=256 - signal.SIGSEGV, lost=None)]
+    assert cluster._code() == 128 + signal.SIGSEGV
+    signals.fatal = signal.SIGINT
+    assert cluster._code() == 130
+
+
 def test_a_signal_before_there_are_ranks_ends_the_launcher_of_the_host(tmp_path):
     one = agent.Agent.__new__(agent.Agent)
     one.folder, one._ranks, one._said, one._out = tmp_path, [0], {}, io.StringIO()

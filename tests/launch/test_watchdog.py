@@ -12,7 +12,7 @@ import pytest
 
 from launch import stacks, watchdog
 from launch.stacks import innermost
-from launch.watchdog import Watchdog, described, exit_code_of, heartbeats_folder, remove_heartbeats, state_of
+from launch.watchdog import Watchdog, described, exit_code_of, heartbeats_folder, process_state, remove_heartbeats
 from parallel import heartbeat
 from parallel.heartbeat import Heart, Phase
 from parallel.layout import Layout
@@ -113,7 +113,7 @@ def test_a_rank_that_is_stopped_is_the_one_even_while_another_saves(ranks, tmp_p
     ranks.hearts[0].at(Phase.SAVE)
     ranks.hearts[1].at(Phase.SAVE)
     states = iter([psutil.STATUS_RUNNING, psutil.STATUS_STOPPED] * 100)
-    monkeypatch.setattr(watchdog, "state_of", lambda pid: next(states))
+    monkeypatch.setattr(watchdog, "process_state", lambda pid: next(states))
     stall = ranks.after(40)
     assert stall.verdict.culprits == (1,) and "it is stopped (SIGSTOP)" in "\n".join(described(stall))
 
@@ -121,12 +121,12 @@ def test_a_rank_that_is_stopped_is_the_one_even_while_another_saves(ranks, tmp_p
 def test_the_first_to_end_and_its_exit_code_are_kept(tmp_path):
     ended = subprocess.Popen(["sh", "-c", "kill -9 $$"])
     deadline = time.monotonic() + 10
-    while state_of(ended.pid) != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while process_state(ended.pid) != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.01)
     assert exit_code_of(ended.pid) == -signal.SIGKILL
-    assert ended.wait() == -signal.SIGKILL and state_of(ended.pid) is None
+    assert ended.wait() == -signal.SIGKILL and process_state(ended.pid) is None
     three = subprocess.Popen(["sh", "-c", "exit 3"])
-    while state_of(three.pid) != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+    while process_state(three.pid) != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.01)
     assert exit_code_of(three.pid) == 3
     three.wait()
