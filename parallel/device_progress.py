@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from parallel.heartbeat import Heart, Phase
 from parallel.schedules import Action, source_of
 
@@ -22,10 +24,11 @@ Marks = Sequence[tuple[Action, Any, Any]]
 
 
 def follow(pipeline: "Pipeline", heart: Heart) -> None:
-    """Have a thread say where the device is, as long as the pipeline lives."""
-    alive = weakref.ref(pipeline)
+    """Have a thread say where this rank's GPU is, as long as the pipeline lives."""
+    alive, device = weakref.ref(pipeline), torch.cuda.current_device()
 
     def watch() -> None:
+        torch.cuda.set_device(device)  # a new thread is on the first one, which would get a context of each rank's
         pause = threading.Event()
         while not pause.wait(EVERY):
             if (still := alive()) is None:

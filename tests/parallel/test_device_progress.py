@@ -1,9 +1,11 @@
 """Where a device is, by the events of the passes that its host has launched, is what the rank's heartbeat says."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 
+from parallel import device_progress
 from parallel.device_progress import num_ended, say
 from parallel.heartbeat import Heart, Phase, file_of, read
 from parallel.layout import Layout
@@ -45,6 +47,19 @@ def hearts(tmp_path):
 
 def beats(tmp_path):
     return {rank: read(file_of(tmp_path, rank)) for rank in range(2)}
+
+
+def test_the_thread_that_asks_a_gpu_is_on_that_gpu(monkeypatch):
+    told, asked = [], threading.Event()
+    monkeypatch.setattr(device_progress, "EVERY", 0.01)
+    monkeypatch.setattr(device_progress, "say", lambda pipeline, heart: told.append("asked") or asked.set())
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: told.append((threading.current_thread().name, device)))
+    pipeline = Event(0, None)  # anything that can be gone
+    device_progress.follow(pipeline, Heart())
+    assert asked.wait(30)
+    del pipeline
+    assert told[:2] == [("device-progress", 3), "asked"]
 
 
 @pytest.mark.parametrize("done", range(9))
