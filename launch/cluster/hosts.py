@@ -60,8 +60,10 @@ class Host:
         self.lost: str | None = None
         self._heard, self._patience = time.monotonic(), CONNECT
         agent = ["env", f"PYTHONPATH={_ROOT}", "PYTHONSAFEPATH=1", sys.executable, "-m", "launch.cluster.agent"]
+        command = reach(name, agent)
+        self._program = command[0]
         self._link = subprocess.Popen(
-            reach(name, agent),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -86,7 +88,7 @@ class Host:
         if self._link.poll() is not None:
             self._reader.join(1.0)  # its last words
             if self.ended is None:
-                self.lost = f"its connection has ended ({self._link.args[0]}: {self._link.returncode})"
+                self.lost = f"its connection has ended ({self._program}: {self._link.returncode})"
         elif time.monotonic() - self._heard > self._patience:
             self.lost = f"nothing was heard of it for {self._patience:g} s"  # the same for the same cause
 
