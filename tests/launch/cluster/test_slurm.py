@@ -1,4 +1,4 @@
-"""`deepnarrow launch` in a job of Slurm's, whose commands are played: both nodes are this machine."""
+"""`deepnarrow launch` in a job of Slurm's, whose commands are played: its nodes are this machine."""
 
 import json
 import os
@@ -8,8 +8,11 @@ import sys
 import pytest
 
 from launch.cluster import printed
+from launch.cluster.hosts import Cluster
 from launch.cluster.slurm import over_srun, slots_of_allocation
+from launch.supervise import PassedOn
 from model.problems import BadInput
+from parallel.heartbeat import FOLDER
 from tests.ranks import ROOT
 from tests.train.checkpoint import runs
 
@@ -21,7 +24,10 @@ exec "$@"
 """,
     "scontrol": """#!/bin/bash
 case "$1" in
-    show) [ "$2 $3" = "hostnames n[1-2]" ] && printf 'localhost\\n127.0.0.1\\n' ;;
+    show) case "$2 $3" in
+        "hostnames n[1-2]") printf 'localhost\\n127.0.0.1\\n' ;;
+        "hostnames n[1]") echo localhost ;;
+    esac ;;
     requeue) echo $2 >> {folder}/queued ;;
 esac
 """,
@@ -68,10 +74,31 @@ def test_a_printed_hostfile_has_the_nodes_of_the_allocation(slurm):
         printed.as_hostfile(printed.ClusterJob("a", 3, 4, [], 10))
 
 
+def test_each_node_is_reached_and_told_which_it_is(slurm, tmp_path):
+    """The agent of a node is played: it writes down what it is told, and says that its ranks have ended."""
+    heartbeats = tmp_path / "heartbeats"
+    heartbeats.mkdir()
+    agent = f'read -r order; echo "$order" > {tmp_path}/order-of-$0; echo \'{{"ended": 0}}\''
+    cluster = Cluster(
+        slots_of_allocation(JOB, 2), tmp_path, PassedOn(), lambda name, _: over_srun(name, ["bash", "-c", agent, name])
+    )
+    assert cluster.start(["a=1"], {FOLDER: str(heartbeats)}, lambda: False) == 0 and cluster.lost == []
+    orders = [json.loads((tmp_path / f"order-of-{name}").read_text()) for name in ("localhost", "127.0.0.1")]
+    assert [order["node"] for order in orders] == [0, 1]
+    assert all(order["devices"] == {"localhost": [0, 1], "127.0.0.1": [0, 1]} for order in orders)
+    assert all(order["address"] == "localhost" and order["arguments"] == ["a=1"] for order in orders)
+    assert [cluster.host_of(rank) for rank in range(4)] == ["localhost"] * 2 + ["127.0.0.1"] * 2
+    first, second = sorted((tmp_path / "steps").read_text().splitlines())  # they are started at once
+    assert "--nodelist=127.0.0.1" in first and "--nodelist=localhost" in second
+
+
 @pytest.mark.launch
-def test_a_job_trains_on_its_nodes_and_is_saved_and_queued_again_before_its_time_is_over(slurm, overrides, tmp_path):
+def test_a_job_trains_on_its_node_and_is_saved_and_queued_again_before_its_time_is_over(
+    slurm, overrides, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1]")
     folder, said = tmp_path / "run", tmp_path / "said"
-    given = [*runs.DEFAULTS, *overrides, "parallel.pp=2", "train.max_steps=null", "train.total_tokens=1e12"]
+    given = [*runs.DEFAULTS, *overrides, "parallel.pp=1", "train.max_steps=null", "train.total_tokens=1e12"]
     given = [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in given).items()]
     script = printed.as_slurm(printed.job_of([*given, f"hydra.run.dir={folder}"], 1))
     # Slurm's signal comes once there is a step to save; the script's shell gets it, as --signal=B:… has it.
@@ -84,7 +111,5 @@ def test_a_job_trains_on_its_nodes_and_is_saved_and_queued_again_before_its_time
     assert (tmp_path / "queued").read_text() == "7\n"
     summary = json.loads((folder / "summary.json").read_text())
     assert not summary["complete"] and (folder / "checkpoints" / "latest").exists()
-    steps = (tmp_path / "steps").read_text().splitlines()
-    nodes = [next(word for word in step.split() if word.startswith("--nodelist=")) for step in steps]
-    assert nodes == ["--nodelist=localhost", "--nodelist=127.0.0.1"]
-    assert all(f"{sys.executable} -m launch.cluster.agent" in step for step in steps)
+    (step,) = (tmp_path / "steps").read_text().splitlines()
+    assert "--nodelist=localhost" in step and f"{sys.executable} -m launch.cluster.agent" in step
