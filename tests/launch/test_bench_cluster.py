@@ -177,7 +177,7 @@ def test_a_device_that_was_measured_is_priced_by_its_figures(monkeypatch):
     monkeypatch.setattr(calibration, "product_flops", lambda *_: 0.1e12)
     rates = {"forward": 0.02e12, "backward": 0.03e12, "half_length": 100.0}
     monkeypatch.setattr(calibration, "measured_attention", lambda *_: rates)
-    monkeypatch.setattr(calibration, "copy_bytes", lambda device: 8e9)
+    monkeypatch.setattr(calibration, "copy_bytes", lambda *_: 8e9)
     monkeypatch.setattr(calibration, "host_seconds", lambda *_: 20e-6)
     monkeypatch.setattr(calibration.Passes, "measure", lambda self, together: [Pass("one", 1.0, [Traffic(4 * 10**9)])])
     values, _ = calibration.values_of_device(config, torch.device("cpu"), torch.float32, 1, lambda: None)
@@ -217,6 +217,11 @@ def test_kendalls_tau_counts_pairs():
     assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1.0
     assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
     assert kendall_tau([1], [1]) == 1.0
+
+
+def test_steps_that_others_disturb_do_not_count_where_there_are_any_without():
+    assert layouts.undisturbed([(2.0, 0.01), (9.0, 0.4), (2.1, layouts.UNDISTURBED)]) == [(2.0, 0.01), (2.1, 0.04)]
+    assert layouts.undisturbed([(5.0, 0.5), (4.0, 0.2), (9.0, 0.3)]) == [(4.0, 0.2)]
 
 
 def test_a_case_is_the_job_that_its_ranks_train():
