@@ -26,7 +26,7 @@ def absent(slots: Mapping[str, int], reach: Callable[[str, list[str]], list[str]
     def answers(name: str) -> bool:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with suppress(OSError, subprocess.TimeoutExpired):
-            return subprocess.run(reach(name, ["true"]), timeout=ANSWER, **quiet).returncode == 0  # type: ignore[call-overload,no-any-return]
+            return subprocess.run(reach(name, ["true"]), timeout=ANSWER, **quiet).returncode == 0  # type: ignore[call-overload]
         return False
 
     with ThreadPoolExecutor(32) as pool:

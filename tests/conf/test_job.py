@@ -15,7 +15,7 @@ from model.weights import StoredWeights
 from parallel.processes import free_port
 from parallel.rendezvous import Rendezvous
 from tests.shapes import preset
-from train import loop, preflight, pretrain, uptrain
+from train import hosts, loop, preflight, pretrain, uptrain
 from train.pretrained import Source
 
 
@@ -83,7 +83,7 @@ def test_other_ranks_take_over_what_rank_0_has_prepared_and_write_nothing(
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("LOCAL_RANK", "0")
     rank_0 = Rendezvous(0, 2, timedelta(seconds=10))
-    rank_0.share(lambda: (prepared, given))
+    rank_0.share(lambda: (prepared, given, hosts.of_rank_0(tmp_path, saves=False)))
     pretrain.main(given)
     rank_0.leave()
     (found,) = trained
