@@ -41,7 +41,7 @@ class Failure:
     noticed_after: float
 
     def __str__(self) -> str:
-        who = "" if self.rank is None else f"rank {self.rank} on {self.host} "
+        who = "" if self.rank is None else f"rank {self.rank} " + (f"on {self.host} " if self.host else "")
         return f"{who}{self.cause}" + (f", at {self.doing}" if self.doing else "")
 
 

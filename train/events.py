@@ -25,7 +25,8 @@ def tell_of_restart(tracker: "Tracker", run_dir: Path, environment: Mapping[str,
     if RESTART not in environment:
         return
     failure = last_failure(run_dir) or {}
-    where = "" if failure.get("rank") is None else f"rank {failure['rank']} on {failure['host']} "
+    where = "" if failure.get("rank") is None else f"rank {failure['rank']} "
+    where += f"on {failure['host']} " if failure.get("host") else ""
     cause = f"{where}{failure.get('cause', 'its cause is not known')}, step {failure.get('step', 0):,}"
     text = f"restart {environment[RESTART]}, after a failure: {cause}"
     tracker.say(text)

@@ -98,6 +98,14 @@ def test_the_next_start_hears_of_the_last_failure(tmp_path):
     assert told.alerts == ["restarted"] and told.figures == {"restarts": 2}
 
 
+def test_a_rank_that_has_never_been_seen_is_named_without_a_host(tmp_path):
+    unseen, told = replace(KILLED, rank=2, host=None, doing="", step=0), Told()
+    assert str(unseen) == "rank 2 was ended by SIGKILL"
+    Events(tmp_path).failed(unseen, 1.0)
+    tell_of_restart(told, tmp_path, {RESTART: "1"})
+    assert told.lines == ["restart 1, after a failure: rank 2 was ended by SIGKILL, step 0"]
+
+
 class Signals:
     first = fatal = None
 
