@@ -1,90 +1,38 @@
-"""Faults planted in runs that are kept going: ``python -m tests.faults.injector [--seed N] [--only WORD] [--list]``.
+"""Faults planted in runs that are kept going: ``python -m tests.faults.injector [--only WORD] [--json FILE]``.
 
-Each is noticed, its rank is named, the run goes on by itself, and ends with the bits of a run that nothing befell. What
-it took is printed: seconds until it was noticed, and until a step beyond it was taken, in parts. In place of
-DeepSpeed's launcher, ranks are forked from a process that has imported everything (`tests.ranks`); all else is what
-`deepnarrow train` runs.
+Each is noticed, its rank, host or file is named, nothing is left behind, and the run goes on by itself and ends with
+the bits of a run that nothing befell; or, where no restart can mend it, with the exit code and the sentence that are
+promised, and nothing is lost that was saved. What it took is printed: seconds until it was noticed, until a step was
+taken again, and until one beyond it, in parts.
 """
 
 import argparse
 import json
+import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
-from conf.launch_settings import LaunchConfig
-from launch.persistence import Persistence
-from parallel.layout import Layout
-from tests.ranks import nursery
+from tests.faults import injector_hosts
+from tests.faults.injector_run import Ending, Fault, Outcome, can_mount, inject, undisturbed_in
+from tests.hosts.network import NoHosts
+from tests.small import small_run, write_corpus
 from tests.train.checkpoint import runs
 
-LAYOUTS = {
-    "pp2": (Layout(1, 2, 1), ["parallel.pp=2"]),
-    "dp2": (Layout(2, 1, 1), []),
-    "tp2": (Layout(1, 1, 2, True), ["parallel.tp=2"]),
-    "dp2 pp2": (Layout(2, 2, 1), ["parallel.pp=2"]),
-    "pp2 tp2": (Layout(1, 2, 2, True), ["parallel.pp=2", "parallel.tp=2"]),
-    "pp2 interleaved": (
-        Layout(1, 2, 1),
-        ["parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=2"],
-    ),
-    "pp2 zero_bubble": (Layout(1, 2, 1), ["parallel.pp=2", "parallel.schedule=zero_bubble"]),
-}
-STALL = 6.0
-"""Seconds that a run may stand still."""
 FIRST, LAST = 4, runs.STEPS - 1
-OVERRIDES = ["checkpoint.every_steps=3", "checkpoint.every_minutes=null"]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault and what is to come of it.
-
-    Attributes:
-        layout: of `LAYOUTS`.
-        rank: that it befalls.
-        plant: of the arguments of `tests.faults.held_up.befall`.
-    """
-
-    layout: str
-    rank: int
-    plant: dict = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        told = {**self.plant, "before": self.plant.get("before") or ""}
-        return (
-            f"{told['do']} in {told['where']} {told['before']} rank {self.rank} of {self.layout}, step {told['step']}"
-        )
-
-
-@dataclass
-class Outcome:
-    """What came of a fault."""
-
-    code: int
-    rank: int | None = None
-    cause: str = ""
-    noticed: float = 0.0
-    seconds: dict = field(default_factory=dict)
-    restarts: int = 0
-    orphans: int = 0
-    same: bool = False
-
-    def as_it_should(self, fault: Fault) -> bool:
-        """Whether all is as said."""
-        named = self.rank == fault.rank and self.restarts == 1
-        return self.code == 0 and self.same and not self.orphans and named
+PARTS = {"noticing": "detection", "restarting": "restart", "loading": "load", "recomputing": "recompute"}
+SOUND_ENOUGH = r"going on after step {second}\b"
+FULL = r"(cannot be written|could not be saved) \([^\n]*No space left on device"
+CHANGED = r"{file}: ends after \d+ of [\d,]+ tokens: the file was changed under the run"
 
 
 def faults(seed: int) -> list[Fault]:
-    """Thirty and more, at steps drawn by a seed."""
+    """The faults on one host, at steps drawn by a seed."""
     draw = random.Random(seed)
 
     def one(layout: str, rank: int, do: str, where: str, **more) -> Fault:
@@ -109,117 +57,124 @@ def faults(seed: int) -> list[Fault]:
         one("dp2", 1, "exit", "forward"),
         one("pp2", 1, "sleep", "evaluation", evaluation=True),
         one("dp2", 1, "kill", "write"),
-        one("pp2", 0, "kill", "forward", before="damage"),
-        one("dp2", 0, "kill", "forward", before="delete"),
+        *damaged(one),
+        *of_files(one),
     ]
 
 
-def start_by_fork(faults: list[dict], num: int, folder: Path, pids: list[int]):
-    """Make what `Persistence.run` starts a run with, once."""
-
-    def start(arguments, environment, look) -> int:
-        module, before = ("tests.faults.held_up", [json.dumps(faults)]) if faults else ("train.pretrain", [])
-        logs = folder.parent / f"{folder.name}-start-{len(pids) // num + 1}"
-        logs.mkdir()
-        ranks = nursery().start(module, num, [*before, *arguments], logs, **environment)
-        pids.extend(ranks.pids)
-        while None in ranks.codes and not any(ranks.codes):
-            if look():
-                ranks.signal(signal.SIGKILL)
-            time.sleep(0.1)
-        look()
-        first = next((code for code in ranks.codes if code), 0)
-        ranks.wait(1.0)
-        return 128 - first if first < 0 else first
-
-    return start
+def damaged(one) -> Iterator[Fault]:
+    """A rank is killed when the newest of several checkpoints has been damaged: the run goes on from the one before."""
+    aside = (r"{newest} is damaged \([^\n]*\): set aside as {newest}\.damaged", SOUND_ENOUGH)
+    for layout, rank, before in (("pp2", 0, "damage"), ("dp2", 1, "flip"), ("pp2", 1, "tear"), ("dp2", 0, "delete")):
+        fault = one(layout, rank, "kill", "forward", before=before)
+        yield replace(fault, ending=Ending(said=aside[1:] if before in ("delete", "tear") else aside))
+    none = (r"resume=auto: no sound checkpoint in {run}/checkpoints",)
+    yield replace(
+        one("pp2", 0, "kill", "forward", before="damage all"), ending=Ending(code=2, said=none, weights="lost")
+    )
 
 
-class NoSignals:
-    """Of a run that is told nothing."""
-
-    first = fatal = None
-
-
-def run(
-    overrides: list[str], layout: str, folder: Path, faults: list[dict], settings: LaunchConfig
-) -> tuple[int, list[int]]:
-    """Run to the end, kept going; the exit code and the process ids of all ranks there were."""
-    grid, more = LAYOUTS[layout]
-    folder.mkdir(parents=True, exist_ok=True)
-    given = [*runs.DEFAULTS, *OVERRIDES, *overrides, *more, f"hydra.run.dir={folder}"]
-    given = list({word.partition("=")[0]: word for word in given}.values())  # the last of each key
-    pids: list[int] = []
-    start = start_by_fork(faults, grid.world_size, folder, pids)
-    return Persistence(grid, folder, settings, given).run(start, given, NoSignals()), pids
-
-
-def inject(overrides: list[str], fault: Fault, folder: Path, undisturbed: Path, stall: float = STALL) -> Outcome:
-    """Plant a fault in a run, and say what came of it."""
-    where = {"once": str(folder.parent / f"{folder.name}.done"), "checkpoints": str(folder / "checkpoints")}
-    planted = {**fault.plant, **where, "rank": fault.rank}
-    code, pids = run(overrides, fault.layout, folder, [planted], LaunchConfig(3, stall))
-    outcome = Outcome(code, orphans=sum(psutil.pid_exists(pid) for pid in pids))
-    if (folder / "events.jsonl").exists():
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-        failed = [event for event in events if event["event"] == "failed"]
-        outcome.restarts, outcome.rank, outcome.cause = len(failed), failed[0]["rank"], failed[0]["cause"]
-        outcome.noticed = failed[0]["noticed_after"]
-        outcome.seconds = next((event["seconds"] for event in events if event["event"] == "recovered"), {})
-    if code == 0:
-        last = [runs.digests(runs.saved(where, runs.STEPS)) for where in (folder, undisturbed)]
-        outcome.same = last[0] == last[1] and runs.curve(folder) == runs.curve(undisturbed)
-    return outcome
+def of_files(one) -> Iterator[Fault]:
+    """What files and numbers do: some of it costs no restart, some of it none can mend."""
+    full = replace(one("pp2", 0, "fill", "record", lasts=4), needs="disk", ending=Ending(0, 0, (FULL,), False))
+    yield replace(full, plant={**full.plant, "step": min(full.plant["step"], LAST - 4)})
+    yield replace(
+        one("dp2", 0, "fill", "record", lasts=100),
+        **dict(needs="disk", ending=Ending(1, None, (FULL, rf"step {runs.STEPS} could not be saved"), False, "saved")),
+    )
+    remade = (r"{run} was deleted or moved while the run goes on",)
+    yield replace(one("dp2", 0, "remove", "record"), ending=Ending(1, 0, remade, False))
+    for layout, rank in (("pp2", 0), ("dp2", 1)):
+        mended = Ending(said=(CHANGED,), names_rank=False)
+        yield replace(one(layout, rank, "cut", "batch"), needs="cache", ending=mended)
+    refused = Ending(2, 1, (CHANGED, r"{file}: [\d,]+ bytes, and not the [\d,]+ of [\d,]+ tokens"), False, "saved")
+    yield replace(one("dp2", 0, "cut", "batch"), needs="tokens", ending=refused)
+    for layout, rank in (("pp2", 1), ("dp2", 0), ("tp2", 1)):
+        skipped = (r"step {step} was skipped: its loss or gradients are not finite[^\n]* its batch is samples \d+",)
+        yield replace(one(layout, rank, "nan", "gradient"), ending=Ending(0, 0, skipped, False, "passed over"))
+    for_good = one("pp2", 0, "nan", "gradient", lasts=100)
+    yield replace(
+        for_good,
+        plant={**for_good.plant, "step": min(for_good.plant["step"], LAST - 3)},
+        more=("train.max_skipped=3",),
+        ending=Ending(3, 0, (r"step {step} was skipped", r"diverged at step \d+ of \d+"), False, "saved"),
+    )
 
 
 def main() -> int:
     """Inject all, and print what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="of the steps (1)")
-    parser.add_argument("--only", default="", help="those with this word in their name")
+    parser.add_argument("--only", default="", help="those with this word in their name; 'hosts' for two hosts alone")
     parser.add_argument("--list", action="store_true", help="print their names alone")
+    parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args()
     chosen = [fault for fault in faults(options.seed) if options.only in str(fault)]
+    on_hosts = [fault for fault in injector_hosts.FAULTS if options.only in str(fault)]
     if options.list:
-        print("\n".join(map(str, chosen)))
+        print("\n".join(map(str, [*chosen, *on_hosts])))
         return 0
+    began, load = time.monotonic(), os.getloadavg()
     home = Path(tempfile.mkdtemp(prefix="deepnarrow-faults-"))
-    overrides, seen, good, undisturbed = small_run(home), [], 0, {}
+    (home / "corpus").mkdir()
+    overrides, found, skipped = small_run(write_corpus(home / "corpus"), home / "cache"), [], []
+    undisturbed = undisturbed_in(home, overrides)
     for index, fault in enumerate(chosen):
-        if fault.layout not in undisturbed:
-            undisturbed[fault.layout] = home / "undisturbed" / fault.layout.replace(" ", "-")
-            assert run(overrides, fault.layout, undisturbed[fault.layout], [], LaunchConfig(0))[0] == 0
-        outcome = inject(overrides, fault, home / f"{index:02d}", undisturbed[fault.layout])
-        good += (right := outcome.as_it_should(fault))
-        seen += [outcome.seconds] if outcome.seconds else []
-        parts = "  ".join(f"{name} {value:5.1f}" for name, value in outcome.seconds.items())
-        print(
-            f"{'ok ' if right else 'NOT'} {fault!s:58} rank {outcome.rank} {outcome.cause[:40]:40}  {parts}", flush=True
-        )
-        if not right:
-            print(f"    {outcome}\n    {home / f'{index:02d}'}", flush=True)
-    print(f"{good} of {len(chosen)} as they should")
+        if fault.needs == "disk" and not can_mount():
+            skipped.append((str(fault), "only root makes a disk that can be full"))
+            continue
+        found.append((str(fault), inject(overrides, fault, home / f"{index:02d}" / "run", undisturbed)))
+        _print(*found[-1], home / f"{index:02d}")
+    if on_hosts:
+        try:
+            for fault, outcome in injector_hosts.inject(overrides, home, options.seed):
+                found.append((str(fault), outcome))
+                _print(*found[-1], home / "launched")
+        except NoHosts as why:
+            skipped += [(str(fault), str(why)) for fault in on_hosts]
+    return _summarise(options, found, skipped, {"seconds": round(time.monotonic() - began, 1), "load_before": load})
+
+
+def _print(name: str, outcome: Outcome, where: Path) -> None:
+    again = "" if outcome.until_training is None else f"  training again after {outcome.until_training:5.1f} s"
+    parts = "  ".join(f"{PARTS[part]} {value:.1f}" for part, value in outcome.seconds.items() if part in PARTS)
+    lost = f", {outcome.seconds['lost']:.1f} s lost: {parts}" if outcome.seconds else ""
+    noticed = "never noticed" if outcome.noticed is None else f"noticed after {outcome.noticed:5.1f} s"
+    what = f"code {outcome.code}  " if outcome.code else ""
+    print(
+        f"{'NOT' if outcome.wrong else 'ok '} {name:62} {noticed}  {what}{outcome.culprit[:90]}{again}{lost}",
+        flush=True,
+    )
+    for wrong in outcome.wrong:
+        print(f"    {wrong} ({where})", flush=True)
+
+
+def _summarise(options: argparse.Namespace, found: list, skipped: list, how: dict) -> int:
+    """Print the figures over all faults, and write them down."""
+    for name, why in skipped:
+        print(f"skipped: {name}: {why}")
+    good = sum(not outcome.wrong for _, outcome in found)
+    print(f"{good} of {len(found)} as they should" + (f", {len(skipped)} skipped" if skipped else ""))
+    seen = [outcome.seconds for _, outcome in found if outcome.seconds]
+    mean, shares = {}, {}
     if seen:
-        mean = {name: statistics.mean(each[name] for each in seen) for name in seen[0]}
-        shares = ", ".join(f"{name} {value / mean['lost']:.0%}" for name, value in mean.items() if name != "lost")
-        print(f"mean seconds lost per fault: {mean['lost']:.1f}, of which {shares}")
-    return 0 if good == len(chosen) else 1
-
-
-def small_run(home: Path) -> list[str]:
-    """A run of seconds on forty files of the standard library."""
-    import sysconfig
-
-    corpus = home / "corpus"
-    corpus.mkdir()
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
-        (corpus / path.name).write_bytes(path.read_bytes())
-    return [
-        *["model.n_layers=4", "model.d_model=32", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=64"],
-        *["model.vocab_size=400", "model.max_seq_len=64", "train.seq_len=32", "model.init_std=0.05"],
-        *["train.global_batch=8", "train.micro_batch=2", "data=files", f"data.path={corpus}", "data.val_fraction=0.2"],
-        f"data.cache_dir={home / 'cache'}",
-    ]
+        mean = {part: statistics.mean(each[part] for each in seen) for part in (*PARTS, "lost")}
+        shares = {word: mean[part] / mean["lost"] for part, word in PARTS.items()}
+        said = ", ".join(f"{word} {share:.0%}" for word, share in shares.items())
+        print(f"mean seconds lost per fault, of {len(seen)} with a restart: {mean['lost']:.1f}, of which {said}")
+    if options.json:
+        rows = [
+            {
+                **{"fault": name, "right": not outcome.wrong, "wrong": outcome.wrong, "exit_code": outcome.code},
+                **{"culprit": outcome.culprit, "cause": outcome.cause, "noticed_after": outcome.noticed},
+                **{"training_again_after": outcome.until_training, "seconds": outcome.seconds},
+            }
+            for name, outcome in found
+        ]
+        how |= {"load_after": os.getloadavg(), "cores": os.cpu_count(), "seed": options.seed}
+        figures = {**how, "mean_seconds": mean, "shares": shares, "faults": rows, "skipped": skipped}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0 if good == len(found) else 1
 
 
 if __name__ == "__main__":

@@ -1,69 +1,86 @@
-"""Faults planted in runs that are kept going: a short selection of what `tests.faults.injector` injects."""
+"""Runs that are kept going though one thing after another befalls them: a selection of `tests.faults.injector`'s."""
 
 import json
+import shutil
+from pathlib import Path
 
+import psutil
 import pytest
 
 from conf.launch_settings import LaunchConfig
-from tests.faults import injector
-from tests.faults.injector import Fault
+from tests.faults import injector_run
 from tests.train.checkpoint import runs
 
-
-@pytest.fixture(scope="module")
-def undisturbed(overrides, tmp_path_factory):
-    """The same on each layout, with nothing in the way."""
-    made = {}
-
-    def of(layout, *more):
-        if (layout, more) not in made:
-            folder = tmp_path_factory.mktemp("undisturbed") / "run"
-            assert injector.run([*overrides, *more], layout, folder, [], LaunchConfig(0))[0] == 0
-            made[layout, more] = folder
-        return made[layout, more]
-
-    return of
+STACK_OF = {"sleep": "held_up.py", "spin": "held_up.py", "stop": "the process does not answer"}
+"""What stands in the stacks of a rank that holds the others up."""
+KILLED, STALLED = "was ended by SIGKILL (as a system does that is out of memory)", "held up the others"
 
 
-SELECTED = [
-    Fault("pp2", 1, {"do": "sleep", "where": "backward", "step": 7}),
-    Fault("dp2", 1, {"do": "stop", "where": "update", "step": 5}),
-    Fault("tp2", 1, {"do": "spin", "where": "forward", "step": 4}),
-    Fault("pp2", 0, {"do": "kill", "where": "forward", "step": 5, "before": "damage"}),
-    Fault("dp2", 0, {"do": "raise", "where": "reduce", "step": 9}),
-]
+def fault(do, where, step, rank, cause, **more):
+    return {"do": do, "where": where, "step": step, "rank": rank, **more}, cause
 
 
-@pytest.mark.launch
-@pytest.mark.parametrize("fault", SELECTED, ids=str)
-def test_a_fault_is_noticed_named_and_leaves_no_trace_in_the_weights(fault, overrides, undisturbed, tmp_path, capfd):
-    outcome = injector.inject(overrides, fault, tmp_path / "run", undisturbed(fault.layout))
-    assert outcome.as_it_should(fault), f"{outcome}\n{capfd.readouterr().err}"
-    if fault.plant["do"] in ("sleep", "stop", "spin"):
-        said = capfd.readouterr().err
-        assert f"the others wait for rank {fault.rank} (process " in said
-        (stacks,) = (tmp_path / "run" / "stalls").iterdir()
-        for rank in range(2):
-            assert f"---- rank {rank}: " in stacks.read_text()
-        planted = {"sleep": "held_up.py", "spin": "held_up.py", "stop": "the process does not answer"}
-        assert planted[fault.plant["do"]] in stacks.read_text().partition(f"---- rank {fault.rank}: ")[2]
+CHAINS = {  # layout, steps, and what happens in them
+    "forty steps with a kill every eight": (
+        "pp2",
+        40,
+        [
+            fault("kill", "forward", 8, 1, KILLED),
+            fault("kill", "forward", 12, 0, KILLED, before="damage"),
+            fault("kill", "forward", 16, 0, KILLED),
+            fault("sleep", "backward", 20, 1, STALLED),
+            fault("kill", "forward", 24, 1, KILLED),
+            fault("kill", "forward", 32, 0, KILLED),
+        ],
+    ),
+    "replicas": (
+        "dp2",
+        runs.STEPS,
+        [
+            fault("cut", "batch", 4, 1, "failed (ChangedTokens: {file}: ends after "),
+            fault("raise", "reduce", 9, 0, "failed (RuntimeError: as the test asks)"),
+            fault("stop", "update", 11, 1, "was stopped (SIGSTOP)"),
+        ],
+    ),
+    "a rank that holds the interpreter": ("tp2", runs.STEPS, [fault("spin", "forward", 4, 1, STALLED)]),
+}
 
 
 @pytest.mark.launch
-def test_forty_steps_with_a_kill_every_eight_need_no_hand(overrides, undisturbed, tmp_path):
-    longer = "train.max_steps=40"
-    kills = [
-        {"do": "kill", "where": "forward", "step": step, "rank": step // 8 % 2, "once": str(tmp_path / f"{step}.done")}
-        for step in range(8, 40, 8)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_faults_are_noticed_named_and_leave_no_trace_in_the_weights(chain, overrides, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("launch.restarts.LONGEST_WAIT", 0.0)
+    layout, steps, planted = CHAINS[chain]
+    given, folder = [*overrides, f"train.max_steps={steps}"], tmp_path / "run"
+    alone = injector_run.undisturbed_in(tmp_path, given)(layout)
+    own = shutil.copytree(dict(word.split("=", 1) for word in overrides)["data.cache_dir"], tmp_path / "cache")
+    file = next(Path(own).rglob("*.train.bin"))
+    faults = [
+        {**plant, "once": str(tmp_path / f"{number}.done"), "run_dir": str(folder), "file": str(file)}
+        for number, (plant, _) in enumerate(planted)
     ]
-    code, _ = injector.run([*overrides, longer], "pp2", tmp_path / "run", kills, LaunchConfig(10))
-    assert code == 0
-    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    settings = LaunchConfig(10, injector_run.STALL)
+    code, pids = injector_run.run([*given, f"data.cache_dir={own}"], layout, folder, faults, settings)
+    said = capfd.readouterr().err
+    assert code == 0 and not [pid for pid in pids if psutil.pid_exists(pid)], said
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     failed = [event for event in events if event["event"] == "failed"]
-    assert [(event["step"], event["rank"]) for event in failed] == [(8, 1), (16, 0), (24, 1), (32, 0)]
-    assert [event["restarts"] for event in events if event["event"] == "recovered"] == [1, 2, 3, 4]
-    alone = undisturbed("pp2", longer)
-    assert runs.digests(runs.saved(tmp_path / "run", 40)) == runs.digests(runs.saved(alone, 40))
-    assert runs.curve(tmp_path / "run") == runs.curve(alone)
-    told = [record for record in runs.metrics(tmp_path / "run") if "restarts" in record]
-    assert told and told[-1]["restarts"] <= 4  # each in the first step after it; a later one takes some of them back
+    for event, (plant, cause) in zip(failed, planted, strict=True):
+        assert event["cause"].startswith(cause.format(file=file))
+        if plant["do"] == "cut":  # batches are read ahead, by both ranks from one file
+            assert 0 <= event["step"] - plant["step"] <= 4
+        else:
+            assert (event["step"], event["rank"]) == (plant["step"], plant["rank"])
+    assert [event["restarts"] for event in events if event["event"] == "recovered"] == [*range(1, len(planted) + 1)]
+    assert runs.digests(runs.saved(folder, steps)) == runs.digests(runs.saved(alone, steps))
+    assert runs.curve(folder) == runs.curve(alone)
+    told = [record for record in runs.metrics(folder) if "restarts" in record]
+    assert told and told[-1]["restarts"] <= len(planted)  # in the first step after it; a later one takes some back
+    for plant, _ in planted:
+        if plant.get("before"):
+            assert "is damaged (" in "".join(log.read_text() for log in tmp_path.glob("run-start-*/rank0.log"))
+        if plant["do"] in STACK_OF:
+            assert f"the others wait for rank {plant['rank']} (process " in said
+            (stacks,) = [path.read_text() for path in (folder / "stalls").glob(f"step-{plant['step']:08d}-*")]
+            assert all(f"---- rank {rank}: " in stacks for rank in range(2))
+            assert STACK_OF[plant["do"]] in stacks.partition(f"---- rank {plant['rank']}: ")[2]

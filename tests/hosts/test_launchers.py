@@ -1,28 +1,36 @@
-"""Two hosts under the launchers of the README: what they train is what one host trains."""
+"""Two hosts under the launchers of the README: what they train is what one host trains.
 
+Minutes: with DEEPNARROW_ALL_HOSTS=1 alone.
+"""
+
+import os
 import shutil
 import sys
 
 import pytest
 
 from conf.launch_settings import LaunchConfig
-from tests.faults import injector
+from tests.faults import injector_run
 from tests.ranks import ROOT
 from tests.train.checkpoint import runs
 
 PRETRAIN = str(ROOT / "train" / "pretrain.py")
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.skipif("DEEPNARROW_ALL_HOSTS" not in os.environ, reason="minutes: DEEPNARROW_ALL_HOSTS=1 runs it"),
+]
 
 
 @pytest.fixture(scope="module")
 def alone(overrides, tmp_path_factory):
     """Four ranks on one host."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    assert injector.run(overrides, "dp2 pp2", folder, [], LaunchConfig(0))[0] == 0
+    assert injector_run.run(overrides, "dp2 pp2", folder, [], LaunchConfig(0))[0] == 0
     return folder
 
 
 def given(overrides, folder):
-    words = [*runs.DEFAULTS, *injector.OVERRIDES, *overrides, "parallel.pp=2", f"hydra.run.dir={folder}"]
+    words = [*runs.DEFAULTS, *injector_run.OVERRIDES, *overrides, "parallel.pp=2", f"hydra.run.dir={folder}"]
     return [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in words).items()]
 
 
@@ -32,7 +40,6 @@ def assert_trained_alike(process, said, folder, alone):
     assert runs.digests(runs.saved(folder, runs.STEPS)) == runs.digests(runs.saved(alone, runs.STEPS))
 
 
-@pytest.mark.launch
 def test_deepspeed_over_pdsh(hosts, overrides, alone, tmp_path):
     if shutil.which("pdsh") is None:
         pytest.skip("DeepSpeed's launcher starts hosts by pdsh, which is not installed")
@@ -44,7 +51,6 @@ def test_deepspeed_over_pdsh(hosts, overrides, alone, tmp_path):
     assert "node1: " in said and "node2: " in said and "dp2 x pp2 x tp1" in said
 
 
-@pytest.mark.launch
 def test_torchrun_on_each_of_two_nodes(hosts, overrides, alone, tmp_path):
     processes = []
     for node in (1, 2):
