@@ -51,6 +51,8 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
     texts = [] if diverged is not None or progress.stopped else _samples(run)
     heart.at(Phase.END)
     lost = diverged is None and last_save is not None and last_save.error is not None
+    if lost and last_save is not None:  # for whoever watches, and may start the run again
+        heart.fail(f"step {last_save.step} could not be saved ({last_save.error})")
     code = DIVERGED if diverged is not None else LOST if lost else 0
     if tracker := run.tracker:
         if texts:

@@ -16,12 +16,13 @@ DEFAULTS = [
 ]
 
 
-def start(folder, num, *overrides, module="train.pretrain", before=()):
+def start(folder, num, *overrides, module="train.pretrain", before=(), **environment):
     """A run of `num` ranks in its folder, saved every two steps, unless overrides say otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {override.partition("=")[0] for override in overrides}
     defaults = [override for override in DEFAULTS if override.partition("=")[0] not in given]
-    return nursery().start(module, num, [*before, *defaults, *overrides, f"hydra.run.dir={folder}"], folder)
+    arguments = [*before, *defaults, *overrides, f"hydra.run.dir={folder}"]
+    return nursery().start(module, num, arguments, folder, **environment)
 
 
 def finish(folder, num, *overrides, code=0):

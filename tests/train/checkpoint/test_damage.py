@@ -1,10 +1,12 @@
 """Checkpoints that are not what they say, disks that take no more."""
 
+import json
 import shutil
 import time
 
 import pytest
 
+from parallel.heartbeat import FOLDER, failure_of
 from tests.train.checkpoint import runs
 from tests.train.checkpoint.runs import STEPS
 from train.checkpoint import manifest
@@ -111,8 +113,11 @@ def test_a_full_disk_costs_no_step_and_no_checkpoint(overrides, undisturbed, tmp
 @pytest.mark.launch
 def test_a_folder_that_takes_nothing_costs_no_step(overrides, undisturbed, tmp_path):
     (tmp_path / "checkpoints").symlink_to("/proc")
-    ranks = runs.start(tmp_path, 2, *overrides, "parallel.pp=2")
+    (beats := tmp_path / "beats").mkdir()
+    ranks = runs.start(tmp_path, 2, *overrides, "parallel.pp=2", **{FOLDER: str(beats)})
     assert 1 in ranks.wait(60)
+    told = json.loads(failure_of(beats, 0).read_text())  # to whoever may start the run again
+    assert told["reason"].startswith(f"step {STEPS} could not be saved (")
     said = (tmp_path / "rank0.log").read_text()
     assert said.count("could not be saved") == STEPS // 2
     assert runs.curve(tmp_path) == runs.curve(undisturbed)
