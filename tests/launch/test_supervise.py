@@ -1,10 +1,13 @@
-"""No orphan, a true exit code, a checkpoint where one can be made: real runs ended in every way."""
+"""No orphan, a true exit code, a checkpoint where one can be made: real runs ended in every way.
+
+The commands are forked from a process that has imported everything (`tests.ranks`); launcher and ranks are what they
+start.
+"""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 
@@ -13,11 +16,37 @@ import pytest
 
 from launch import supervise
 from parallel.processes import free_port
-from tests.ranks import ROOT
+from tests.ranks import ROOT, nursery
 
 PRETRAIN = ROOT / "train" / "pretrain.py"
-TRAIN = [sys.executable, "-m", "launch.cli", "train"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+TRAIN = ["launch.cli", "train"]
+DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2"]
+
+
+class Command:
+    """A module that is run as ``python -m`` runs it, in a process group of its own, as subprocess has it."""
+
+    def __init__(self, words, logs, **environment):
+        logs.mkdir()
+        module, *arguments = words
+        self._ranks, self.said = nursery().start(module, 1, arguments, logs, **environment), logs / "rank0.log"
+        (self.pid,) = self._ranks.pids
+
+    def poll(self):
+        return self._ranks.codes[0]
+
+    def wait(self, timeout=60.0):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, self.said.read_text()[-3000:]
+            time.sleep(0.02)
+        return self.poll()
+
+    def send_signal(self, number):
+        self._ranks.signal(number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
 
 class Run:
@@ -26,15 +55,9 @@ class Run:
     def __init__(self, command, overrides, folder):
         more = ["parallel.pp=2", "train.total_tokens=1e12", f"hydra.run.dir={folder}", "sample.tokens=0"]
         self.folder, self.arguments, self.processes = folder, [*overrides, *more], []
-        self.said = folder.parent / f"{folder.name}.txt"
         before = self.records()
-        self.command = subprocess.Popen(
-            [*command, *self.arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=open(self.said, "w"),  # noqa: SIM115 - the process writes to it
-            start_new_session=True,
-        )
+        self.command = Command([*command, *self.arguments], folder.parent / f"{folder.name}-said")
+        self.said = self.command.said
         deadline = time.monotonic() + 120
         while self.records() < before + 2:
             assert self.command.poll() is None, self.said.read_text()[-3000:]
@@ -180,18 +203,17 @@ def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
 @pytest.mark.launch
 def test_a_complete_run_ends_with_zero_and_bad_input_with_two(overrides, tmp_path):
     def command(*more):
-        arguments = [*overrides, f"hydra.run.dir={tmp_path}", "train.max_steps=2", "sample.tokens=0", *more]
-        return subprocess.run(
-            [*TRAIN, *arguments], cwd=ROOT, env={**os.environ, "COLUMNS": "80"}, capture_output=True, text=True
-        )
+        arguments = [*overrides, f"hydra.run.dir={tmp_path / 'run'}", "train.max_steps=2", "sample.tokens=0", *more]
+        ended = Command([*TRAIN, *arguments], tmp_path / f"said-{'-'.join(more)}", COLUMNS="80")
+        return ended.wait(120), ended.said.read_text()
 
-    complete = command("parallel.pp=2")
-    assert complete.returncode == 0, complete.stderr[-3000:]
-    assert (tmp_path / "summary.json").exists()
-    assert "WARNING" not in complete.stderr and "DeepSpeed" not in complete.stderr + complete.stdout
-    again = command("parallel.pp=1")
-    assert again.returncode == 0 and "complete, 2 of 2 steps" in again.stderr
-    bad = command("parallel.pp=5")
-    assert bad.returncode == 2 and "parallel.pp=5" in bad.stderr
-    other = command("model.d_ff=96")
-    assert other.returncode == 2 and "model.d_ff=96: the checkpoint" in other.stderr
+    code, said = command("parallel.pp=2")
+    assert code == 0, said[-3000:]
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert "WARNING" not in said and "DeepSpeed" not in said
+    code, said = command("parallel.pp=1")
+    assert code == 0 and "complete, 2 of 2 steps" in said
+    code, said = command("parallel.pp=5")
+    assert code == 2 and "parallel.pp=5" in said
+    code, said = command("model.d_ff=96")
+    assert code == 2 and "model.d_ff=96: the checkpoint" in said
