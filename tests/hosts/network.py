@@ -47,7 +47,7 @@ class Hosts:
             )
 
     def ranks(self, folder: Path) -> list[int]:
-        """The ranks of a run on all hosts, by their ids here."""
+        """The ranks of a run on all hosts and the launchers of them, by their ids here."""
         return pids("-f", f"pretrain.py .*{folder}")
 
     def processes(self, host: str, *words: str) -> list[int]:

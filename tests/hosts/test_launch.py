@@ -17,7 +17,6 @@ def test_a_killed_rank_ends_both_hosts_and_is_named_and_so_does_a_killed_command
     run = Launched(hosts, [*overrides, "train.max_steps=null", "train.total_tokens=1e12"], tmp_path)
     run.wait_for(lambda: run.step() > 2)
     before = run.hosts.ranks(run.folder)
-    assert len(before) == 2
     os.kill(run.rank(1), signal.SIGKILL)
     run.wait_for(lambda: run.events("failed"))
     (failed,) = run.events("failed")
