@@ -16,7 +16,7 @@ from launch.supervise import PassedOn, completion
 from launch.watchdog import HOST_LOST, Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
-from train.events import RESTART
+from train.events import EVENTS, RESTART
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _FINAL = (0, 2, 3)
@@ -54,6 +54,13 @@ class Persistence:
             signals: to this process; one ends the run for good.
         """
         self._restarts, self._events = Restarts(self.settings.restarts), Events(self.run_dir)
+        try:
+            return self._keep_going(start, arguments, signals)
+        finally:
+            if lacking := self._events.close():
+                _say(f"{self.run_dir / EVENTS} lacks {lacking} lines: its disk has not taken them")
+
+    def _keep_going(self, start: Callable[..., int], arguments: Sequence[str], signals: PassedOn) -> int:
         while True:
             watch = _Watch(self)
             try:

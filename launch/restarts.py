@@ -136,6 +136,10 @@ class Events:
         self._write({"event": "recovered", **where, "restarts": restarts, "seconds": seconds})
         return seconds
 
+    def close(self) -> int:
+        """Write what waits for the disk, close the file, and return how many lines it lacks."""
+        return self._file.close() if self._file is not None else 0
+
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is None and self._run_dir.is_dir():
             self._file = PatientFile(self._run_dir / EVENTS)

@@ -14,6 +14,7 @@ from launch.watchdog import HOST_LOST, Gone, remove_heartbeats
 from parallel import heartbeat
 from parallel.heartbeat import FOLDER, Heart, Phase
 from parallel.layout import Layout
+from tests.train.test_patient_file import full
 from train.events import RESTART, last_failure, tell_of_restart
 
 KILLED = Failure("was ended by SIGKILL", 1, "a", 8, "B stage 1 micro-batch 3, step 8", False, 0.2)
@@ -258,3 +259,18 @@ def test_one_that_has_come_to_its_end_is_not_started_again(tmp_path):
 def test_the_budget_ends_it_with_the_code_of_the_last_failure(tmp_path, capsys):
     assert kept_going(tmp_path, Starts(137, 134), restarts=1) == 134
     assert "is not started again: it has been started again 1 times within 24 hours" in capsys.readouterr().err
+
+
+def test_events_that_the_disk_does_not_take_wait_for_the_end_and_are_counted_then(tmp_path):
+    events = Events(tmp_path)
+    with full(10):
+        for _ in range(3):
+            events.failed(KILLED, 1.0)
+        assert events.close() == 3
+    later = tmp_path / "later"
+    later.mkdir()
+    events = Events(later)
+    with full(10):
+        events.failed(KILLED, 1.0)
+    assert events.close() == 0 and last_failure(later)["rank"] == 1
+    assert Events(tmp_path / "never there").close() == 0
