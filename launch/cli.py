@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 from launch.help_texts import HELP
@@ -334,8 +335,12 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def _run_of(module: str) -> Callable[[argparse.Namespace], int]:
-    """Return the `run` of a module, which is imported when it is called."""
-    return lambda options: int(import_module(module).run(options))
+    """Return the `run` of a module, which is imported when it is called; it can be handed to other processes."""
+    return partial(_run, module)
+
+
+def _run(module: str, options: argparse.Namespace) -> int:
+    return int(import_module(module).run(options))
 
 
 VERBS = {

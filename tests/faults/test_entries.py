@@ -162,7 +162,7 @@ def test_one_of_the_ranks_of_a_launcher_says_what_cannot_be(monkeypatch, capsys)
 
 def test_a_mistyped_word_is_said_with_what_it_may_have_been(capsys):
     for command, said in [
-        (["trian"], "trian: no such verb; did you mean train? deepnarrow has train, prepare,"),
+        (["trian"], "trian: no such verb; did you mean train? deepnarrow has train, launch,"),
         (["model=7b"], "model=7b: an override stands behind a verb; deepnarrow train model=7b would work"),
         (["--verison"], "--verison: no such option; did you mean --version?"),
         (["xyz"], "xyz: no such verb; deepnarrow has train,"),

@@ -292,7 +292,7 @@ def test_b10_what_lies_in_the_working_directory_is_not_imported(tmp_path, monkey
         (here / file).write_text("raise SystemExit('of the working directory')\n")
     (tmp_path / "rank.py").write_text(RANK)
     monkeypatch.setattr(supervise, "PRETRAIN", tmp_path / "rank.py")
-    monkeypatch.setattr(supervise, "_completion", lambda run_dir: None)
+    monkeypatch.setattr(supervise, "completion", lambda run_dir: None)
     monkeypatch.chdir(here)
     given = ['name="a=b"', "it's", "$(hostname) `x` \\", "a  b"]
     supervise.launch([str(tmp_path / "found.json"), *given], 1, tmp_path)
