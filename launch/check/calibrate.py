@@ -1,6 +1,7 @@
 """The links of a cluster from measured messages, and its slowest device from measured products."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -18,8 +19,9 @@ def steps_of(operation: str, ranks: int) -> int:
 def links_of(found: Sequence[RankFindings]) -> dict[str, Any]:
     """Fit the keys of a `Cluster` about its links to measured messages, each as slow as its slowest rank says.
 
-    Inside a machine a message takes base + steps x step + bytes / bandwidth, between machines steps x step + bytes /
-    bandwidth; bytes are those that a ring's slowest link carries. All messages weigh alike, in relative error. There is
+    They are those by which `parallel.plan.costs.Prices.message` has the seconds of a message: a base, its steps within
+    a machine and those between machines, and the bytes that a ring's slowest link carries over the bandwidth; between
+    machines the ranks that a group has in one share its bytes. All messages weigh alike, in relative error. There is
     then one way to send a message, in place of NCCL's several; where only one kind of link was measured, a step of the
     other kind is taken to be as long.
 
@@ -43,13 +45,22 @@ def links_of(found: Sequence[RankFindings]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     base = within = across = 0.0
     if inside:
-        base, within, per_byte = _fit(inside, with_base=True)
+        rows = [(1.0, steps_of(link.operation, len(link.ranks)), link.bus_bytes) for link in inside]
+        base, within, per_byte = _fit(rows, [0.0] * len(inside), inside)
         values |= {"intra_gb_per_s": rounded(1e-9 / per_byte), "intra_share": 1.0}
     if between:
-        _, across, per_byte = _fit(between, with_base=False)
+        rows, known = [], []
+        for link in between:
+            on_host = Counter(hosts[rank] for rank in link.ranks)
+            steps = steps_of(link.operation, len(link.ranks))
+            crossed = steps_of(link.operation, len(on_host)) if inside else steps
+            rows.append((0.0, crossed, link.bus_bytes / max(on_host.values())))
+            known.append(base + (steps - crossed) * within)
+        _, across, per_byte = _fit(rows, known, between)
         values |= {"inter_gb_per_s": rounded(1e-9 / per_byte), "inter_share": 1.0}
     if values:
-        values["protocols"] = [[1.0, *(rounded(1e6 * seconds) for seconds in (base, within, across or within))]]
+        of_steps = within if inside else across, across if between else within
+        values["protocols"] = [[1.0, *(rounded(1e6 * seconds) for seconds in (base, *of_steps))]]
     return values
 
 
@@ -70,16 +81,24 @@ def _in_bulk(links: list[LinkTime]) -> list[LinkTime]:
     return [link for link in collectives if link.operation != "all_reduce" or link.num_bytes == smallest] or links
 
 
-def _fit(links: Iterable[LinkTime], with_base: bool) -> tuple[float, float, float]:
-    """Return base, seconds of a step and seconds of a byte, none below zero, by least squares of relative errors."""
-    rows = np.array([[float(with_base), steps_of(link.operation, len(link.ranks)), link.bus_bytes] for link in links])
-    seconds = np.array([link.seconds for link in links])
+def _fit(
+    rows: Sequence[tuple[float, float, float]], known: Sequence[float], links: Sequence[LinkTime]
+) -> tuple[float, float, float]:
+    """Return base, seconds of a step and seconds of a byte, none below zero, by least squares of relative errors.
+
+    Args:
+        rows: for each message, how often it has the base, its steps, and its bytes.
+        known: the seconds of each that are accounted for already.
+        links: the messages.
+    """
+    taken = np.array([link.seconds for link in links])
+    left = np.maximum(taken - np.array(known), 0.0) / taken
     scale = np.array([1.0, 1.0, 1e-9])  # columns of one size
-    scaled = rows * scale / seconds[:, None]
-    kept = [column for column in range(3) if with_base or column]
+    scaled = np.array(rows, float) * scale / taken[:, None]
+    kept = [column for column in range(3) if scaled[:, column].any()]
     while True:
         found = np.zeros(3)
-        found[kept] = np.linalg.lstsq(scaled[:, kept], np.ones(len(seconds)), rcond=None)[0]
+        found[kept] = np.linalg.lstsq(scaled[:, kept], left, rcond=None)[0]
         if (found >= 0).all():
             break
         kept.remove(int(np.argmin(found)))  # what would be negative is no part of it

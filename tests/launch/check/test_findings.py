@@ -2,15 +2,18 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import asdict, replace
 
 import pytest
 
-from launch.check.calibrate import links_of, slowest_of, steps_of
+from launch.check.calibrate import links_of, slowest_of
 from launch.check.findings import judge, table
 from launch.check.measure import LinkTime, RankFindings, Request
 from launch.check.rank import Lines, as_lines
 from parallel.layout import Layout
+from parallel.plan.cluster import Cluster
+from parallel.plan.costs import Prices, Reach
 from parallel.schedules import Placement
 
 SIZES = (2**12, 2**20, 2**26)
@@ -18,16 +21,16 @@ BASE, STEP, ACROSS = 8e-6, 3e-6, 14e-6
 WITHIN_BYTES, ACROSS_BYTES = 360e9, 45e9
 
 
-def seconds(operation, ranks, size, hosts):
+def seconds(operation, ranks, size, hosts, across):
     """As `parallel.plan.costs` has it."""
-    link = LinkTime("", operation, ranks, size, 0.0)
-    steps = steps_of(operation, len(ranks))
-    if len({hosts[rank] for rank in ranks}) == 1:
-        return BASE + steps * STEP + link.bus_bytes / WITHIN_BYTES
-    return steps * ACROSS + link.bus_bytes / ACROSS_BYTES
+    on_host = Counter(hosts[rank] for rank in ranks)
+    protocols = [[1.0, 1e6 * BASE, 1e6 * STEP, 1e6 * across]]
+    links = dict(intra_gb_per_s=WITHIN_BYTES / 1e9, inter_gb_per_s=ACROSS_BYTES / 1e9, intra_share=1.0, inter_share=1.0)
+    prices = Prices(Cluster(protocols=protocols, **links))
+    return prices.message(operation, size, Reach(len(ranks), max(on_host.values())))
 
 
-def cluster():
+def cluster(across=ACROSS):
     """Two machines of four GPUs: pp 2 over the machines, dp 2, tp 2."""
     hosts = {rank: f"node{rank // 4 + 1}" for rank in range(8)}
     found = []
@@ -37,13 +40,13 @@ def cluster():
             ("dp", (rank // 4 * 4 + rank % 2, rank // 4 * 4 + rank % 2 + 2)),
         ]
         links = [
-            LinkTime(kind, operation, ranks, size, seconds(operation, ranks, size, hosts))
+            LinkTime(kind, operation, ranks, size, seconds(operation, ranks, size, hosts, across))
             for kind, ranks in groups
             for operation in ("all_gather", "reduce_scatter", "all_reduce")
             for size in SIZES
         ]
         pair = (rank % 4, rank % 4 + 4)
-        links += [LinkTime("pp", "send", pair, size, seconds("send", pair, size, hosts)) for size in SIZES]
+        links += [LinkTime("pp", "send", pair, size, seconds("send", pair, size, hosts, across)) for size in SIZES]
         found.append(RankFindings(rank, hosts[rank], "H100", 7e14, 2.8e12, links))
     return found
 
@@ -119,7 +122,7 @@ def test_ranks_that_share_cores_are_said_to():
 
 
 def test_the_table_has_a_row_for_each_rank_and_its_figures():
-    text = table(cluster())
+    text = table(cluster(across=ACROSS - BASE))
     rows = [line for line in text.splitlines() if line.startswith("│")]
     assert len(rows) == 8 and sum("node2" in row for row in rows) == 1
     cells = [cell.strip() for cell in rows[0].split("│")[1:-1]]
@@ -129,7 +132,7 @@ def test_the_table_has_a_row_for_each_rank_and_its_figures():
 
 
 def test_a_rank_between_two_stages_has_a_line_for_each_neighbour():
-    found = cluster()
+    found = cluster(across=ACROSS - BASE)
     more = [replace(link, ranks=(4, 9), seconds=2 * link.seconds) for link in found[0].links if link.kind == "pp"]
     text = table([replace(found[0], links=[link for link in found[0].links if link.kind == "pp"] + more)])
     assert [line.split("│")[-3].strip() for line in text.splitlines() if line.startswith("│")] == ["44.6", "22.3"]
@@ -143,6 +146,34 @@ def test_links_are_fitted_to_what_was_measured():
     assert share == 1.0 and across == pytest.approx(14, rel=1e-3)
     # With groups of two ranks alone, an all-reduce has two steps and the others one.
     assert (base, within) == (pytest.approx(8, rel=1e-2), pytest.approx(3, rel=1e-2))
+
+
+def over_machines(ranks, per_host, operations):
+    """What ranks of one group over several machines have measured."""
+    hosts = {rank: f"node{rank // per_host}" for rank in range(ranks)}
+    group = tuple(range(ranks))
+    links = [
+        LinkTime("dp", operation, group, size, seconds(operation, group, size, hosts, ACROSS))
+        for operation in operations
+        for size in SIZES
+    ]
+    return [RankFindings(rank, hosts[rank], "H100", 7e14, 2.8e12, links) for rank in range(ranks)]
+
+
+def test_ranks_of_one_machine_share_what_a_group_sends_to_others():
+    within = [link for one in cluster() for link in one.links if link.kind == "tp"]
+    found = over_machines(16, 8, ("all_gather", "reduce_scatter"))
+    inside = RankFindings(16, "node0", "H100", 7e14, 2.8e12, [replace(link, ranks=(0, 1)) for link in within])
+    values = links_of([*found, inside])
+    assert values["inter_gb_per_s"] == pytest.approx(45, rel=0.02)
+    assert values["protocols"][0][3] == pytest.approx(14, rel=0.05)
+
+
+def test_where_every_machine_has_one_gpu_a_step_within_it_is_as_long_as_between_two():
+    values = links_of(over_machines(4, 1, ("send", "all_gather", "all_reduce")))
+    assert "intra_gb_per_s" not in values and values["inter_gb_per_s"] == pytest.approx(45, rel=0.05)
+    ((_, base, step, across),) = values["protocols"]
+    assert base == 0.0 and step == across > 0
 
 
 def test_quick_messages_between_two_ranks_do_not_make_collectives_quick():
