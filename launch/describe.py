@@ -15,13 +15,14 @@ from conf.train_settings import corpora
 from launch.timeline import picture
 from model.config import ModelConfig
 from model.problems import BadInput
+from parallel.plan.job import Job
 from parallel.plan.search import rank_memory
 from parallel.simulation import Timeline
-from parallel.stages import split_for, stage_rows, stage_table
+from parallel.stages import stage_rows, stage_table
 from train.data.mixed_order import MixedOrder, mixtures_of
 from train.data.prepare import already_prepared
 from train.data.sources import prepare_run, shares
-from train.job import job_of
+from train.job import computes_in_bf16, job_of
 from train.length import Consumed, length_of, longest
 from train.like import take_over
 from train.timeline import draw_rows, expected, schedule_name
@@ -61,14 +62,13 @@ def facts(config: Config) -> dict[str, Any]:
     The keys are: preset; attention (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token
     at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
     cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
-    of the pipeline in bf16: state, activations, workspace (of the pass that needs most) and peak; length, the steps of
+    of the pipeline, in bf16 unless train.precision=fp32: state, activations (what is held between passes when the most
+    bytes are allocated), workspace (of the pass at that time) and peak; length, the steps of
     the run by batch, sequence length and data stage; sources, of a mixture, their tokens and shares, and where all are
     prepared here the training tokens that they have (available) and the epochs, else null; attention_choices, the same
     model with other key/value heads.
     """
-    model, seq_len = config.model, config.train.seq_len
-    stages = split_for(model.layer_flops(seq_len), config.parallel.placement)
-    step, micro_batches = _step(config, [stage.cost_share for stage in stages])
+    model, seq_len, job = config.model, config.train.seq_len, job_of(config)
     return {
         "preset": config.preset,
         "attention": model.attention_name,
@@ -78,11 +78,11 @@ def facts(config: Config) -> dict[str, Any]:
         "M": model.scaling_m(seq_len),
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
-        "stages": stage_rows(model, stages, config.parallel.placement),
+        "stages": stage_rows(model, job.stages, job.placement),
         "length": _length(config),
         "sources": _sources(config),
-        "pipeline": _pipeline(config, step, micro_batches),
-        "memory": _memory(config),
+        "pipeline": _pipeline(job),
+        "memory": _memory(job),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 
@@ -113,34 +113,31 @@ def _sources(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def _pipeline(config: Config, timeline: Timeline, micro_batches: int) -> dict[str, Any] | None:
+def _pipeline(job: Job) -> dict[str, Any] | None:
     """Return micro-batches, bubble, and the most activations that a rank saves, in micro-batches of all its layers."""
-    parallel = config.parallel
-    if parallel.pp == 1:
+    if job.layout.pp == 1:
         return None
+    timeline = _step(job)
     return {
-        "schedule": parallel.schedule.name,
-        "virtual_stages": parallel.placement.virtual,
-        "dp": parallel.dp or 1,
-        "micro_batches": micro_batches,
+        "schedule": job.settings.schedule.name,
+        "virtual_stages": job.placement.virtual,
+        "dp": job.layout.dp,
+        "micro_batches": job.settings.accumulation,
         "bubble": timeline.bubble,
         "activations_kept": max(timeline.activations),
     }
 
 
-def _memory(config: Config) -> list[dict[str, float]]:
-    """Predict the peak memory of each rank of the pipeline in bytes, in bf16 as on a GPU."""
-    job = job_of(config)
+def _memory(job: Job) -> list[dict[str, float]]:
+    """Predict the peak memory of each rank of the pipeline in bytes, as on a GPU."""
     found = [rank_memory(job, rank) for rank in range(job.layout.pp)]
     return [{**asdict(memory), "peak": memory.peak} for memory in found]
 
 
-def _step(config: Config, shares: Sequence[float]) -> tuple[Timeline, int]:
-    """Simulate a step of the last batch of the run; return its timeline and the number of its micro-batches."""
-    parallel, train = config.parallel, config.train
-    length = length_of(config)
-    micro_batches = length.at(length.schedule_steps).global_batch // (train.micro_batch * (parallel.dp or 1))
-    return expected(parallel.schedule, parallel.placement, micro_batches, shares), micro_batches
+def _step(job: Job) -> Timeline:
+    """Simulate a step, the last batch of the run."""
+    shares = [stage.cost_share for stage in job.stages]
+    return expected(job.settings.schedule, job.placement, job.settings.accumulation, shares)
 
 
 def draw_step(config: Config, path: Path) -> None:
@@ -149,15 +146,13 @@ def draw_step(config: Config, path: Path) -> None:
     Raises:
         BadInput: there are no stages, or the file cannot be written.
     """
-    parallel = config.parallel
-    if parallel.pp == 1:
+    if config.parallel.pp == 1:
         raise BadInput([f"--picture={path}: parallel.pp=1 has no stages to draw; parallel.pp=2 has"])
     with picture("--picture", path):
-        stages = split_for(config.model.layer_flops(config.train.seq_len), parallel.placement)
-        step, micro_batches = _step(config, [stage.cost_share for stage in stages])
-        name = schedule_name(parallel.schedule, parallel.placement)
-        title = f"{name}, {micro_batches:,} micro-batches: bubble {step.bubble:.1%}"
-        draw_rows([(title, step.spans)], parallel.placement, path, 1, "forward and backward passes of the whole model")
+        job = job_of(config)
+        step, name = _step(job), schedule_name(job.settings.schedule, job.placement)
+        title = f"{name}, {job.settings.accumulation:,} micro-batches: bubble {step.bubble:.1%}"
+        draw_rows([(title, step.spans)], job.placement, path, 1, "forward and backward passes of the whole model")
 
 
 def _choices(model: ModelConfig) -> list[int]:
@@ -228,9 +223,10 @@ def as_text(config: Config) -> str:
         f"{most[key] / 2**30:,.1f}" for key in ("state", "activations", "workspace", "peak")
     )
     parallel, train = config.parallel, config.train
+    precision = "bf16" if computes_in_bf16(config, on_gpus=True) else "fp32"
     text += _of_data(config, found)
     text += (
-        f"\nmemory in bf16, tp {parallel.tp}, dp {parallel.dp or 1}, micro-batches of {train.micro_batch} x "
+        f"\nmemory in {precision}, tp {parallel.tp}, dp {parallel.dp or 1}, micro-batches of {train.micro_batch} x "
         f"{longest(config)} tokens, recompute {parallel.recompute.name}: {peak} GiB on the rank that needs most\n"
         f"({state} weights, gradients and optimizer; {activations} activations; {workspace} workspace)"
     )

@@ -45,7 +45,8 @@ def job_of(config: Config, *, num_processes: int | None = None, on_gpus: bool = 
     length = length_of(config)
     batch = length.at(length.schedule_steps).global_batch
     bf16 = computes_in_bf16(config, on_gpus=on_gpus)
-    return Job(config.model, layout, engine_settings(config, layout, bf16=bf16, global_batch=batch))
+    settings = engine_settings(config, layout, bf16=bf16, global_batch=batch)
+    return Job(config.model, layout, settings, cut_at=config.train.seq_len)
 
 
 def computes_in_bf16(config: Config, *, on_gpus: bool) -> bool:

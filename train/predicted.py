@@ -168,7 +168,8 @@ class Expected:
             assert self._cluster is not None
             batch, seq_len = size
             settings = engine_settings(self._config, self._layout, bf16=self._bf16, global_batch=batch)
-            job = Job(self._config.model, self._layout, replace(settings, seq_len=seq_len))
+            cut_at = self._config.train.seq_len
+            job = Job(self._config.model, self._layout, replace(settings, seq_len=seq_len), cut_at)
             self._predictions[size] = predict(job, self._cluster)
         return self._predictions[size]
 

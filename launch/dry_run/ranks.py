@@ -157,5 +157,5 @@ def _more_stages(job: Job) -> Iterator[tuple[str, Job]]:
             settings.schedule, pp, batch, settings.micro_batch * layout.dp
         ):
             continue
-        other = Job(job.model, replace(layout, pp=pp), replace(settings, placement=config.placement))
+        other = replace(job, layout=replace(layout, pp=pp), settings=replace(settings, placement=config.placement))
         yield f"parallel.pp={pp} on {other.layout.world_size:,} GPUs", other

@@ -64,7 +64,8 @@ class Request:
         config = self.config
         cut = config.parallel.sequence_parallel is not False
         bf16 = computes_in_bf16(config, on_gpus=self.cluster.has_gpus)
-        return Task(config.model, self.cluster, global_batch, seq_len, bf16, config.optimizer.clip, cut)
+        clip, cut_at = config.optimizer.clip, config.train.seq_len
+        return Task(config.model, self.cluster, global_batch, seq_len, bf16, clip, cut, cut_at)
 
     @property
     def space(self) -> Space:

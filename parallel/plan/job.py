@@ -18,11 +18,14 @@ class Job:
         model: the whole model's shape.
         layout: the rank grid.
         settings: micro-batch, accumulation, precision, recomputation, schedule and the rest.
+        cut_at: the tokens of a sequence at whose FLOPs the stages are cut, where a run has steps of several lengths;
+            None for those of the settings.
     """
 
     model: ModelConfig
     layout: Layout
     settings: EngineSettings
+    cut_at: int | None = None
 
     @property
     def placement(self) -> Placement:
@@ -32,7 +35,8 @@ class Job:
     @cached_property
     def stages(self) -> list[Stage]:
         """The stages, cut by FLOPs."""
-        return list(_cut(tuple(map(float, self.model.layer_flops(self.settings.seq_len))), self.placement))
+        flops = self.model.layer_flops(self.cut_at or self.settings.seq_len)
+        return list(_cut(tuple(map(float, flops)), self.placement))
 
     @property
     def tokens_per_step(self) -> int:

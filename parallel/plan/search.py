@@ -148,6 +148,7 @@ class Task:
         bf16: whether the stages compute in bf16, else in fp32.
         clip: the largest norm of the gradient, None for no clipping.
         sequence_parallel: whether norms and residuals are cut along the sequence where tp > 1.
+        cut_at: of `Job`.
     """
 
     model: ModelConfig
@@ -157,6 +158,7 @@ class Task:
     bf16: bool = True
     clip: float | None = 1.0
     sequence_parallel: bool = True
+    cut_at: int | None = None
 
     def job(self, choice: Choice) -> Job:
         """Return the job that a choice makes of it."""
@@ -173,7 +175,7 @@ class Task:
             placement=choice.placement,
         )
         cut = choice.tp > 1 and self.sequence_parallel
-        return Job(self.model, Layout(choice.dp, choice.pp, choice.tp, cut), settings)
+        return Job(self.model, Layout(choice.dp, choice.pp, choice.tp, cut), settings, self.cut_at)
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ def _least_recomputing(
         found: in which the others are counted.
     """
     kept: list[tuple[Choice, int, Memory]] = []
-    room = task.cluster.allocatable_gib * 2**30
+    room = task.cluster.allocatable_bytes
     for at, (recompute, pieces) in enumerate(recomputations):
         if any(one.head_pieces <= pieces for one, _, _ in kept):  # it recomputes less, or as much
             found.idle += 1

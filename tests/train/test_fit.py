@@ -1,15 +1,17 @@
 """What is said of a run that does not fit its GPUs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from conf.compose import compose_overrides
 from conf.validate import Machine
-from launch.describe import facts
+from launch.describe import as_text, facts
 from model.problems import BadInput
 from parallel.plan.cluster import Cluster
 from parallel.plan.search import fullest
+from parallel.stages import split_for, stage_rows
 from train import fit
 from train.job import job_of
 from train.preflight import preflight
@@ -85,3 +87,17 @@ def test_gpus_that_are_not_visible_refuse_nothing(visible, gib, tmp_path, monkey
     assert fit.smallest_gpu_bytes(visible) == (gib and gib * GIB)
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert fit.smallest_gpu_bytes(3) is None
+
+
+def test_a_plan_has_the_stages_of_the_run_whatever_the_lengths_of_its_data_stages():
+    config = config_of("data.stages=[{until: 1e12}, {until: 2e12, seq_len: 16384}]", "model.max_seq_len=16384")
+    stages = split_for(config.model.layer_flops(config.train.seq_len), config.parallel.placement)
+    job = job_of(config, num_processes=8)
+    assert job.settings.seq_len == 16384 and job.stages == stages != replace(job, cut_at=None).stages
+    assert [one["layers"] for one in facts(config)["stages"]] == [
+        row["layers"] for row in stage_rows(config.model, stages)
+    ]
+
+
+def test_describe_says_the_precision_that_its_figures_are_of():
+    assert "memory in bf16" in as_text(config_of()) and "memory in fp32" in as_text(config_of("train.precision=fp32"))
