@@ -65,6 +65,8 @@ def cluster_from_file(path: Path, said: str | None = None) -> Cluster:
             raise ValueError("is no mapping of keys to values")
         values = dict(content)
         preset = values.pop("preset", None)
+        if preset is not None and str(preset) not in presets():  # a file is no preset of a file: it might be of itself
+            raise BadInput([_no_preset(str(preset), said)])
         base = OmegaConf.structured(cluster_of(str(preset)) if preset is not None else Cluster)
         if unknown := [str(key) for key in values if key not in {one.name for one in fields(Cluster)}]:
             raise BadInput([_unknown_key(said, key) for key in unknown])
@@ -95,9 +97,13 @@ def _loaded(kind: str, spec: str) -> Cluster:
     path = expanded(kind)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return cluster_from_file(path, spec)
+    raise BadInput([_no_preset(kind, spec)])
+
+
+def _no_preset(kind: str, spec: str) -> str:
     close = get_close_matches(kind.lower(), presets(), n=1, cutoff=0.5)
     works = f"{close[0]} would work; there are" if close else "one of these or a file FILE.yaml would work:"
-    raise BadInput([f"--cluster={spec}: no such preset as {kind!r}; {works} {', '.join(presets())}"])
+    return f"--cluster={spec}: no such preset as {kind!r}; {works} {', '.join(presets())}"
 
 
 def _unknown_key(said: str, key: str) -> str:

@@ -52,6 +52,7 @@ def save(path: Path, values: Mapping[str, Any], said: str, facts: Mapping[str, A
     content = {**facts, **before, **values, "measured": sorted({*before.get("measured", []), *values}, key=known.index)}
     ordered = {key: content[key] for key in ("preset", *known) if key in content}
     text = f"# {said}, {date.today().isoformat()}\n" + yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None)
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, "utf-8")
     os.replace(draft, path)

@@ -153,6 +153,10 @@ def measured_attention(config: Config, device: torch.device, dtype: torch.dtype,
     return {**rates, "half_length": max(half, 0.0)}
 
 
+ROUNDS = 5
+"""Rounds in which each pass is measured, after one that is not counted."""
+
+
 class Passes:
     """The layers of a rank, one of each kind, with the optimizer that takes their gradients.
 
@@ -178,7 +182,7 @@ class Passes:
         functions, self._loss = forward_functions(stages, config.parallel.recompute, config.parallel.head_pieces)
         self._embedding, self._block, self._head = functions[0]
 
-    def measure(self, together: Together, rounds: int = 5) -> list[Pass]:
+    def measure(self, together: Together) -> list[Pass]:
         """Measure the forward and the backward pass of each layer; the first round is not counted."""
         train, model = self._config.train, self._config.model
         shape = (train.micro_batch, train.seq_len)
@@ -194,7 +198,7 @@ class Passes:
         layers = layers_for(self._config, 1, self._dtype is torch.bfloat16)
         found = []
         for name, (run, gradient) in runs.items():
-            forward, backward = self._seconds(run, gradient, together, rounds)
+            forward, backward = self._seconds(run, gradient, together)
             work = getattr(layers, name)
             times = self._blocks if name == "block" else 1
             found += [
@@ -204,10 +208,10 @@ class Passes:
         return found
 
     def _seconds(
-        self, run: Callable[[], torch.Tensor], gradient: torch.Tensor | None, together: Together, rounds: int
+        self, run: Callable[[], torch.Tensor], gradient: torch.Tensor | None, together: Together
     ) -> tuple[float, float]:
         times = []
-        for number in range(rounds + 1):
+        for number in range(ROUNDS + 1):
             together()
             begin = own_time(self._device)
             out = run()
@@ -284,7 +288,7 @@ def values_of_device(
     # A CPU is its own host: what it does to begin an operation adds to the operation.
     values |= {
         "launch_us": rounded(1e6 * launch_seconds(device) if on_gpu else host),
-        "host_us": host if on_gpu else 0.0,
+        "host_us": rounded(host) if on_gpu else 0.0,
     }
     passes = Passes(config, device, dtype).measure(together)
     values["hbm_share"] = _traffic_share(values, passes, dtype)

@@ -13,7 +13,7 @@ from launch.plan import explain, write
 from launch.plan.dry_runs import Checked, check
 from launch.plan.picture import draw
 from launch.plan.request import Request, overrides_of, read
-from launch.plan.rows import GIB, Row, as_json, counted, gib, rows_of
+from launch.plan.rows import Row, as_json, counted, gib, rows_of
 from launch.plan.tables import head, kept, tables
 from launch.timeline import picture
 from model.problems import BadInput
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
     found = search(request.task, request.space, request.problems, predict)
     if not found.candidates:
         raise BadInput(_none(request, found))
-    explained = None if options.explain is None else explain.explain(request, found, options.explain)
     checked = _checked(request, found, options)
+    explained = None if options.explain is None else explain.explain(request, found, options.explain)
     rows = rows_of(request, found.candidates, {one: run.peak for one, run in checked.runs.items()}, options.top)
     if options.picture:
         draw(rows[0], checked.runs[rows[0].candidate.choice], options.picture)
@@ -99,7 +99,7 @@ def _judge(request: Request, options: argparse.Namespace) -> None:
             problems.append(f"{option}={value}: must be at least {least}; {option}=3 would work")
     checks: list[Callable[[], object]] = []
     if options.explain is not None:
-        checks.append(lambda: explain.words_of(options.explain))
+        checks.append(lambda: explain.choice_of(request, options.explain))
     if options.write:
         checks.append(lambda: write.checked(request, options.write))
     if options.picture:
@@ -143,7 +143,7 @@ def _none(request: Request, found: Found) -> list[str]:
         said = (
             f"--cluster: no layout of {request.config.preset} fits {on}: the one that needs least, "
             f"{' '.join(overrides_of(choice))}, needs {gib(memory.peak)} GiB on rank {rank} of its pipeline, and "
-            f"a plan may fill {gib(cluster.allocatable_gib * GIB)}"
+            f"a plan may fill {gib(cluster.allocatable_bytes)}"
         )
         return [f"{said}; {_more_machines(request)} would work"]
     if found.examples:

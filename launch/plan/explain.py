@@ -8,14 +8,12 @@ from typing import Any
 from conf.compose import compose_overrides
 from conf.overrides import key_of
 from launch.plan.request import KEYS, Request, below_one, overrides_of, value_of
-from launch.plan.rows import GIB, gib, parts_of
+from launch.plan.rows import gib, parts_of
 from model.problems import BadInput
 from parallel.layout import Recompute, layout_for
 from parallel.memory import Memory
 from parallel.plan.predict import Prediction, predict
 from parallel.plan.search import HEAD_PIECES, Choice, Found, fullest
-
-_FIELDS = {key: name for name, key in KEYS.items()}
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def explain(request: Request, found: Found, text: str) -> Explanation:
     Raises:
         BadInput: they cannot be read, or set other keys.
     """
-    choice, refused = _choice(request, text)
+    choice, refused = choice_of(request, text)
     refused = refused or request.problems(choice) if choice else refused
     if refused or choice is None:
         return Explanation(text, choice, refused)
@@ -83,8 +81,12 @@ def explain(request: Request, found: Found, text: str) -> Explanation:
     )
 
 
-def _choice(request: Request, text: str) -> tuple[Choice | None, list[str]]:
-    """Read the layout; the problems are those for which the GPUs cannot be laid out so."""
+def choice_of(request: Request, text: str) -> tuple[Choice | None, list[str]]:
+    """Read the layout; the problems are those for which the GPUs cannot be laid out so.
+
+    Raises:
+        BadInput: it cannot be read, or sets other keys than a plan chooses.
+    """
     composition = compose_overrides([*request.arguments, *words_of(text)])
     if composition.problems:
         raise BadInput([f"--explain: {problem}" for problem in composition.problems])
@@ -110,7 +112,7 @@ def words_of(text: str) -> list[str]:
         words = shlex.split(text)
     except ValueError as error:
         raise BadInput([f"--explain={text}: {str(error).lower()}; --explain 'parallel.pp=8' would work"]) from None
-    others = [word for word in words if key_of(word) not in _FIELDS]
+    others = [word for word in words if key_of(word) not in KEYS.values()]
     if others or not words:
         said = f"{' '.join(others)} is none of these" if others else "is empty"
         raise BadInput([f"--explain={text}: {said}; it takes {', '.join(KEYS.values())}"])
@@ -118,7 +120,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _fits(request: Request, memory: Memory) -> bool:
-    return memory.peak <= request.cluster.allocatable_gib * 2**30
+    return memory.peak <= request.cluster.allocatable_bytes
 
 
 def _differing(choice: Choice, best: Choice) -> list[str]:
@@ -199,7 +201,7 @@ def _does_not_fit(request: Request, of: Explanation) -> Sequence[str]:
     lines = [
         f"  does not fit: rank {rank} of its pipeline needs {gib(memory.peak)} GiB (state {gib(memory.state)}, "
         f"activations {gib(memory.activations)}, workspace {gib(memory.workspace)}), and a plan may fill "
-        f"{gib(request.cluster.allocatable_gib * GIB)}"
+        f"{gib(request.cluster.allocatable_bytes)}"
     ]
     if of.would_fit:
         other, prediction = of.would_fit

@@ -87,6 +87,11 @@ class Cluster:
         """The memory that a plan may fill, in GiB."""
         return self.memory_gib - self.reserved_gib
 
+    @property
+    def allocatable_bytes(self) -> float:
+        """The memory that a plan may fill, in bytes."""
+        return self.allocatable_gib * 2**30
+
     def problems(self, key: str = "cluster") -> list[str]:
         """Return what no cluster can have, a sentence each with key, value and what would work.
 
@@ -120,6 +125,11 @@ class Cluster:
             found.append(
                 f"{key}.devices_per_node={self.devices_per_node}: is above 0 and at most the ranks of a machine "
                 f"(gpus_per_node={self.gpus_per_node}); null would work where each has a device of its own"
+            )
+        if self.memory_gib > 0 and not self.memory_gib > self.reserved_gib:
+            found.append(
+                f"{key}.memory_gib={self.memory_gib}: is above {key}.reserved_gib={self.reserved_gib}, which no plan "
+                f"fills; {_default('memory_gib')} would work"
             )
         for row in self.products:
             if len(row) != 4 or not all(value > 0 for value in row):

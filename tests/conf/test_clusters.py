@@ -61,6 +61,8 @@ def test_a_file_builds_on_a_preset_and_can_be_sized(tmp_path):
         ("nodes: many\n", "a file that begins with `preset: h100`"),
         ("- 1\n", "is no mapping"),
         ("preset: z9\n", "no such preset as 'z9'"),
+        ("preset: mine.yaml\n", "no such preset as 'mine.yaml'"),
+        ("memory_gib: 3\n", "memory_gib=3.0: is above --cluster="),
         ("protocols: []\n", "messages need one"),
         ("products: [[1, 2, 3]]\n", "is [m, k, n, TFLOP/s]"),
         ("devices_per_node: 9\n", "at most the ranks of a machine"),

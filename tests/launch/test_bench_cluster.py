@@ -269,3 +269,17 @@ def test_what_cannot_work_is_said_before_anything_is_measured(words, said, tmp_p
     monkeypatch.setattr(torch.multiprocessing, "spawn", lambda *_: pytest.fail("measured"))
     assert main(["bench", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_file_in_a_folder_that_is_not_there_yet_is_written(tmp_path):
+    path = tmp_path / "clusters" / "mine.yaml"
+    assert cluster_file.save_problems(path) == []
+    cluster_file.save(path, {"hbm_share": 0.9}, "by hand")
+    assert yaml.safe_load(path.read_text())["hbm_share"] == 0.9
+
+
+@pytest.mark.launch
+def test_the_passes_of_a_block_count_as_often_as_there_are_blocks():
+    config = preset(*SHAPE, "model.n_layers=5")
+    passes = calibration.Passes(config, torch.device("cpu"), torch.float32).measure(lambda: None)
+    assert [one.times for one in passes] == [1, 1, 5, 5, 1, 1]

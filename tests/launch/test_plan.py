@@ -231,7 +231,10 @@ def test_a_layout_that_a_dry_run_shows_not_to_fit_drops_out(monkeypatch, capsys)
     checked = dry_runs.check(request, found.candidates, 2)
     assert checked.candidates == found.candidates[1:] and len(checked.dropped) == 1
     assert "1,024.0 GiB" in checked.dropped[0] and first.choice in checked.runs and len(checked.runs) == 3
-    said = plan(capsys, *SMALL, dry=2)
+    last = shlex.join(overrides_of(found.candidates[-1].choice))
+    said = plan(capsys, *SMALL, "--explain", last, dry=2)
+    left = len(checked.candidates)
+    assert f"place {left} of {left}" in said  # of those that fit by their dry runs
     assert f"dropped: {checked.dropped[0].split(':')[0]}" in said and "1.0 on rank" in said
     assert "memory of the first 2 by dry runs" in said
     monkeypatch.setattr(dry_runs, "pool", lambda: _Here(lambda job: 2.0**40))
