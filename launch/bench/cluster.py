@@ -24,6 +24,7 @@ from launch.bench.common import composed, device_name, rendered
 from parallel.environment import timeout
 from parallel.plan.cluster import Cluster
 from parallel.processes import free_port
+from train.job import computes_in_bf16
 from train.metrics import known_gpu
 from train.strict_json import dumps
 
@@ -54,8 +55,7 @@ def measure(overrides: Sequence[str]) -> dict[str, Any]:
     """
     on_gpu = torch.cuda.is_available()
     config = composed(ON_GPU if on_gpu else ON_CPU, overrides).config
-    bf16 = config.train.precision.name == "bf16" or (on_gpu and config.train.precision.name == "auto")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if computes_in_bf16(config, on_gpus=on_gpu) else torch.float32
     device = torch.device("cuda" if on_gpu else "cpu")
     processes = 1 if on_gpu else len(os.sched_getaffinity(0))
     found = measured_here(config, device, dtype, lambda: None) if on_gpu else _of_processes(config, dtype, processes)

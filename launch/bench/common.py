@@ -5,11 +5,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity
@@ -108,6 +110,31 @@ def seconds_of(run: Callable[[], object], device: torch.device, rounds: int = 5,
         run()
         times.append(clock(device) - begin)
     return statistics.median(times)
+
+
+def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
+    """Compute Kendall's tau-a: the share of pairs that both order alike, less the share that they order otherwise."""
+    pairs = combinations(zip(one, other, strict=True), 2)
+    signs = [(a - b) * (x - y) for (a, x), (b, y) in pairs]
+    return sum((sign > 0) - (sign < 0) for sign in signs) / len(signs) if signs else 1.0
+
+
+def agreed_rounds(rounds: int, least: int, limit: float) -> Iterator[int]:
+    """Yield the numbers of rounds, on all ranks alike, until rank 0 has spent its time.
+
+    Args:
+        rounds: how many there are at most, after one that is not counted, whose number is 0.
+        least: the last round that is run however long those before have taken.
+        limit: seconds after which no further round begins.
+    """
+    begin, late = time.perf_counter(), torch.zeros(1)
+    for number in range(rounds + 1):
+        if dist.get_rank() == 0 and number > least:
+            late.fill_(time.perf_counter() - begin > limit)
+        dist.broadcast(late, 0)
+        if late:
+            return
+        yield number
 
 
 def product_flops(device: torch.device, dtype: torch.dtype, clock: Clock = synchronised) -> float:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from launch.bench.cluster import ON_CPU, facts, measured_here, merged
-from launch.bench.common import composed, device_name, rendered
+from launch.bench.common import agreed_rounds, composed, device_name, kendall_tau, rendered
 from launch.check.calibrate import links_of
 from launch.check.measure import RankFindings, link_times
 from model.batch import Batch
@@ -39,6 +38,7 @@ from parallel.plan.job import Job
 from parallel.plan.predict import predict
 from parallel.processes import free_port
 from parallel.schedules import Pass, Schedule, batch_problems, placement_of
+from train.job import computes_in_bf16
 from train.optimizer import adamw
 from train.predicted import predicted_terms
 from train.strict_json import dumps
@@ -84,7 +84,7 @@ class Case:
                 micro_batch=self.micro_batch,
                 accumulation=int(config.train.global_batch) // (self.micro_batch * self.dp),
                 clip=config.optimizer.clip,
-                bf16=config.train.precision.name == "bf16",
+                bf16=computes_in_bf16(config, on_gpus=False),
                 seed=1,
                 seq_len=config.train.seq_len,
                 recompute=Recompute[self.recompute],
@@ -177,12 +177,6 @@ def measure(
     }
 
 
-def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
-    """Compute Kendall's tau-a: the share of pairs that both order alike, less the share that they order otherwise."""
-    signs = [(a[i] - a[j]) * (b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
-    return sum((sign > 0) - (sign < 0) for sign in signs) / len(signs) if signs else 1.0
-
-
 def _cluster(found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any]]:
     """Return the cluster that the ranks have measured, and the keys that they have."""
     devices = merged([one["device"] for one in found if one["device"] is not None])["values"]
@@ -265,7 +259,7 @@ def _rank(
     device = start_process_group()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    dtype = torch.bfloat16 if config.train.precision.name == "bf16" else torch.float32
+    dtype = torch.bfloat16 if computes_in_bf16(config, on_gpus=False) else torch.float32
     busy = min(ranks, len(os.sched_getaffinity(0)))
     at_work = dist.new_group(list(range(busy)))
     together = partial(dist.barrier, at_work)
@@ -274,13 +268,7 @@ def _rank(
     engines = [_engine(case.job(config), config) for case in cases]
     steps: list[list[tuple[float, float]]] = [[] for _ in cases]
     passes: list[dict[str, float]] = [{} for _ in cases]
-    late = torch.zeros(1)
-    for number in range(rounds + 1):
-        if rank == 0 and number > 1:
-            late.fill_(time.perf_counter() - begin > seconds)
-        dist.broadcast(late, 0)
-        if late:
-            break
+    for number in agreed_rounds(rounds, 1, seconds - (time.perf_counter() - begin)):
         for at, (case, engine) in enumerate(zip(cases, engines, strict=True)):
             _step(engine, case, config)  # it leaves weights on their way, as the step before does in a run
             if number:  # the first opens connections and allocates

@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from launch.bench import schedules
-from launch.bench.common import composed, device_name, rendered
+from launch.bench.common import agreed_rounds, composed, device_name, rendered
 from launch.bench.schedules import micro_batches_of, pipeline_of, share_of_cores, stages_of
 from model.config import ModelConfig
 from parallel.processes import free_port
@@ -134,13 +133,7 @@ def _process(
     seconds: dict[str, list[float]] = {case: [] for case in CASES}
     bubbles, ideals = [], []
     mean_loss, count = 0.0, micro_batches * seq_len
-    begin, late = time.perf_counter(), torch.zeros(1)
-    for number in range(rounds + 1):
-        if rank == 0 and number > 2:
-            late.fill_(time.perf_counter() - begin > limit)
-        dist.broadcast(late, 0)
-        if late:
-            break
+    for number in agreed_rounds(rounds, 2, limit):
         for case, threads in CASES.items():
             cut = case == "two stages"
             dist.barrier()  # processes whose turn it is not wait here, which takes no core

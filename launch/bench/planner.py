@@ -6,12 +6,11 @@ are those of `conf/clusters/`. A ratio is predicted over published seconds: belo
 
 import statistics
 from collections.abc import Sequence
-from itertools import combinations
 from typing import Any
 
 from rich.table import Table
 
-from launch.bench.common import rendered
+from launch.bench.common import kendall_tau, rendered
 from launch.bench.published import Row, parts, predicted, rows
 from model.problems import BadInput
 from parallel.plan.steps import StepTime
@@ -83,7 +82,7 @@ def _choice(group: str, found: Sequence[tuple[Row, StepTime]]) -> dict[str, Any]
         "group": group,
         "layouts": len(found),
         "spearman": spearman(measured, expected),
-        "kendall": kendall(measured, expected),
+        "kendall": kendall_tau(measured, expected),
         "best": found[best][0].layout,
         "chosen": found[chosen][0].layout,
         "regret": measured[chosen] / measured[best] - 1,
@@ -97,15 +96,6 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 def _ranks(values: Sequence[float]) -> list[float]:
     return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
-
-
-def kendall(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Kendall's tau-a of two lists: pairs in the same order less pairs in the other, over all pairs."""
-    signs = [
-        ((a > b) - (a < b)) * ((x > y) - (x < y))
-        for (a, x), (b, y) in combinations(zip(one, other, strict=True), 2)
-    ]  # fmt: skip
-    return sum(signs) / len(signs)
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -117,25 +118,27 @@ def _value(text: str, kind: Any) -> Any:
     return text if kind is str else kind(text or 0)
 
 
-def predicted(row: Row, cluster: Cluster | None = None) -> tuple[Row, StepTime]:
+def predicted(row: Row) -> tuple[Row, StepTime]:
     """Predict a step, with the fastest of what its source does not say.
-
-    Args:
-        row: the step.
-        cluster: other than that of the row's preset.
 
     Returns:
         The row with what was taken, and the prediction.
     """
-    found = [(one, _step(one, cluster or _cluster(one))) for one in _complete(row)]
+    cluster = _cluster(row)
+    found = [(one, _step(one, cluster)) for one in _complete(row)]
     taken, step = min(found, key=lambda pair: step_seconds(pair[1])) if len(found) > 1 else found[0]
     return taken, step_time(step)
 
 
 def _cluster(row: Row) -> Cluster:
-    cluster = cluster_of(row.cluster)
+    cluster = _preset(row.cluster)
     size = cluster.gpus_per_node
     return replace(cluster, nodes=-(-row.gpus // size), inter_gb_per_s=row.inter_gb_per_s)
+
+
+@lru_cache
+def _preset(name: str) -> Cluster:
+    return cluster_of(name)
 
 
 def _complete(row: Row) -> Iterator[Row]:

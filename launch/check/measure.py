@@ -7,15 +7,14 @@ all of them is slow.
 
 import os
 import socket
-import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from launch.bench.common import copy_bytes, device_name, product_flops, synchronised
+from launch.bench.common import copy_bytes, device_name, product_flops, seconds_of
 from parallel.groups import Ranks, make_ranks
 from parallel.layout import Layout
 from parallel.schedules import Placement
@@ -75,7 +74,7 @@ class LinkTime:
     @property
     def bus_bytes(self) -> float:
         """The bytes that the slowest link of a ring carries: what nccl-tests calls the bus bandwidth, times seconds."""
-        steps = {"send": 1.0, "all_reduce": 2.0}.get(self.operation, 1.0)
+        steps = 2.0 if self.operation == "all_reduce" else 1.0
         share = 1.0 if self.operation == "send" else (len(self.ranks) - 1) / len(self.ranks)
         return steps * share * self.num_bytes
 
@@ -158,7 +157,10 @@ def _round(
             if ranks.pp_rank in pair:
                 members = tuple(ranks.pipeline[end] for end in pair)
                 run = _there_and_back(ranks, pair, size, device)
-                yield ("pp", "send", members, size), _median(run, device, size == sizes[-1]) / 2
+                yield (
+                    ("pp", "send", members, size),
+                    seconds_of(run, device, _repeats(size, sizes)) / 2,
+                )
     layout, rank = ranks.layout, ranks.rank
     first = rank - layout.tp_rank(rank)
     replica_0 = rank - layout.replica(rank) * layout.tp
@@ -173,7 +175,10 @@ def _round(
             for size in sizes:
                 dist.barrier(group)
                 run = _collective(operation, len(members_of[kind]), size, of_kind, device)
-                yield (kind, operation, members_of[kind], size), _median(run, device, size == sizes[-1])
+                yield (
+                    (kind, operation, members_of[kind], size),
+                    seconds_of(run, device, _repeats(size, sizes)),
+                )
 
 
 def _collective(operation: str, size: int, num_bytes: int, group: Any, device: torch.device) -> Callable[[], Any]:
@@ -185,6 +190,10 @@ def _collective(operation: str, size: int, num_bytes: int, group: Any, device: t
     if operation == "reduce_scatter":
         return lambda: dist.reduce_scatter_tensor(part, whole, group=group)
     return lambda: dist.all_reduce(whole, group=group)
+
+
+def _repeats(size: int, sizes: Sequence[int]) -> int:
+    return REPEATS if size == sizes[-1] else SMALL_REPEATS
 
 
 def _there_and_back(ranks: Ranks, pair: tuple[int, int], num_bytes: int, device: torch.device) -> Callable[[], None]:
@@ -203,13 +212,3 @@ def _there_and_back(ranks: Ranks, pair: tuple[int, int], num_bytes: int, device:
             dist.send(tensor, ranks.pipeline[low], group=back)
 
     return run
-
-
-def _median(run: Callable[[], Any], device: torch.device, large: bool) -> float:
-    run()  # the first opens connections
-    times = []
-    for _ in range(REPEATS if large else SMALL_REPEATS):
-        begin = synchronised(device)
-        run()
-        times.append(synchronised(device) - begin)
-    return statistics.median(times)

@@ -56,7 +56,7 @@ def test_rank_correlations_are_those_of_the_definitions():
     assert planner.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert planner.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
     assert planner.spearman([1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == pytest.approx(1 - 6 * 4 / (5 * 24))
-    assert planner.kendall([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx((5 - 1) / 6)
+    assert planner.kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx((5 - 1) / 6)
 
 
 def test_it_takes_no_overrides():

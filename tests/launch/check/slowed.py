@@ -4,6 +4,7 @@ import os
 import sys
 
 from launch.bench import common
+from launch.check import measure  # noqa: F401 - its messages, which others take part in, are not repeated
 from launch.cli import main
 
 SLOW = "2"
