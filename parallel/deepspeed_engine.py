@@ -30,6 +30,10 @@ with quiet():
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
     from deepspeed.utils.timer import NoopTimer
 
+# On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good. Asked which of
+# its operators could be compiled here, it would call the compiler, whose commands end in the log.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
 _RENAMED = ".*is deprecated. Please use"
 """PyTorch warns so once per collective and process; the new names are not in every version that is supported."""
 
@@ -49,9 +53,6 @@ def start_process_group(rendezvous: Rendezvous | None = None) -> torch.device:
     warnings.filterwarnings("ignore", message=_RENAMED, category=FutureWarning)
     raise_file_limit(int(os.environ.get("WORLD_SIZE", "1")))
     with quiet():
-        # On the CPU DeepSpeed would compile a shared-memory collective for 100 s, which leaks /dev/shm for good. Asked
-        # which of its operators could be compiled here, it would call the compiler, whose commands end in the log.
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         on_gpu = get_accelerator().device_name() == "cuda"
         if on_gpu:
             prepare_gpu_environment(os.environ)
@@ -93,7 +94,6 @@ def on_meta(backend: str) -> Iterator[None]:
     """
     real = get_accelerator()
     set_accelerator(_MetaAccelerator())
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     try:
         with quiet():
             deepspeed.init_distributed(backend, auto_mpi_discovery=False)

@@ -9,7 +9,7 @@ from launch.plan.request import Request
 from launch.plan.rows import Peak, counted, gib
 from model.problems import BadInput
 from parallel.plan.job import Job
-from parallel.plan.search import Candidate, Choice, fastest_of_each, later_batches, rank_memory
+from parallel.plan.search import Candidate, Choice, fastest_of_each, rank_memory
 from parallel.schedules import Action
 
 _NEARLY = 0.9
@@ -59,7 +59,7 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
     Raises:
         BadInput: none of the layouts that fit by the formula fits.
     """
-    room, ranks, left = request.cluster.allocatable_gib * 2**30, 0, list(candidates)
+    room, ranks, left = request.cluster.allocatable_bytes, 0, list(candidates)
     runs: dict[Choice, DryRun] = {}
     dropped: list[str] = []
     with pool() as processes:
@@ -68,7 +68,8 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
             said = f"dry runs of {counted(len(tasks), 'rank')} of {counted(len(batch), 'layout')} ..."
             print(said, file=sys.stderr, flush=True)
             ranks += len(tasks)
-            for (one, _), run in zip(tasks, processes.map(dry_run, *_jobs_and_ranks(tasks)), strict=True):
+            runs_of = processes.map(dry_run, [one.job for one, _ in tasks], [rank for _, rank in tasks])
+            for (one, _), run in zip(tasks, runs_of, strict=True):
                 before = runs.get(one.choice)
                 runs[one.choice] = run if before is None or run.peak.num_bytes > before.peak.num_bytes else before
             for one in batch:
@@ -84,10 +85,6 @@ def check(request: Request, candidates: Sequence[Candidate], number: int) -> Che
     return Checked(left, runs, dropped, ranks)
 
 
-def _jobs_and_ranks(tasks: Sequence[tuple[Candidate, int]]) -> tuple[list[Job], list[int]]:
-    return [one.job for one, _ in tasks], [rank for _, rank in tasks]
-
-
 def fullest_ranks(candidate: Candidate) -> list[int]:
     """Return the ranks of the pipeline that may need most: the fullest by the formula, and ends that come near it."""
     job, rank = candidate.job, candidate.rank
@@ -101,7 +98,7 @@ def dry_run(job: Job, rank: int) -> DryRun:
     from parallel.dry_run.storages import Kind
 
     found = run(job, rank * job.layout.dp * job.layout.tp)
-    later = later_batches(job, found.micro_batches)  # which no dry run of fewer micro-batches holds
+    later = found.left_out  # which no dry run of fewer micro-batches holds
 
     def named(by_kind: Mapping[Kind, int]) -> dict[str, float]:
         return {kind.value: size + (later if kind is Kind.activations else 0) for kind, size in by_kind.items() if size}

@@ -7,7 +7,7 @@ each of its ranks does: the result of which pass, the operation, its bytes, dtyp
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel.dry_run.distinct import RankClass
@@ -51,7 +51,11 @@ def match(job: Job, runs: Mapping[RankClass, RankRun]) -> Matching:
     assert len({run.micro_batches for run in runs.values()}) == 1, "runs of the same step"
     of_rank = _classes_by_rank(job.layout, runs)
     said = {one: _by_group(run) for one, run in runs.items()}
-    problems = [problem for one, run in runs.items() for problem in _foreign(job, one, run)]
+    groups_of: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for _, ranks in _groups(job):
+        for rank in ranks:
+            groups_of[rank].add(ranks)
+    problems = [problem for one, run in runs.items() for problem in _foreign(job, one, run, groups_of[one.rank])]
     seen: dict[object, tuple[int, list[str]]] = {}
     groups = messages = unchecked = 0
     for kind, ranks in _groups(job):
@@ -61,7 +65,7 @@ def match(job: Job, runs: Mapping[RankClass, RankRun]) -> Matching:
             continue
         members = [one for one in own if one is not None]
         # Groups of the same classes have the same messages.
-        alike = kind, tuple(id(one) for one in members), kind is GroupKind.pp
+        alike = kind, tuple(id(one) for one in members)
         if alike not in seen:
             name = tuple(map(job.layout.stage, ranks)) if kind is GroupKind.pp else kind
             sequences = [said[one].get(name, []) for one in members]
@@ -145,23 +149,11 @@ def _shown(sequence: Sequence[_Said], at: int) -> str:
     return " ".join([str(named), f"{num_bytes:,} bytes", str(dtype), *(str(one) for one in how if one)])
 
 
-def _foreign(job: Job, one: RankClass, run: RankRun) -> Iterator[str]:
-    """Yield a sentence for each group that a rank speaks to and that the layout does not give it."""
-    layout, replicas = job.layout, job.layout.dp * job.layout.tp
-    pp_rank, (_, place) = one.pp_rank, divmod(one.rank, replicas)
-    own = {
-        tuple(range(layout.world_size)),
-        tuple(range(pp_rank * replicas + place % layout.tp, (pp_rank + 1) * replicas, layout.tp)),
-    }
-    for size in (layout.tp, kv_copies(job.model, layout.tp)):
-        first = one.rank // size * size
-        own.add(tuple(range(first, first + size)))
-    for link in job.placement.links:
-        if pp_rank in link:
-            own.add((link[0] * replicas + place, link[1] * replicas + place))
+def _foreign(job: Job, one: RankClass, run: RankRun, own: Collection[tuple[int, ...]]) -> Iterator[str]:
+    """Yield a sentence for each group that a rank speaks to and that is none of its own."""
     for group in {tuple(exchange.group) for exchange in run.exchanges}:
         if group not in own:
-            yield f"rank {one.rank}: speaks to ranks {_listed(group)}, which are no group of {layout} that it is in"
+            yield f"rank {one.rank}: speaks to ranks {_listed(group)}, which are no group of {job.layout} that it is in"
 
 
 def _listed(ranks: Sequence[int]) -> str:

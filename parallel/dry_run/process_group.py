@@ -92,7 +92,7 @@ class DryGroup(_ProcessGroup):
         """Record a broadcast."""
         return self._say("broadcast", tensors[0])
 
-    def barrier(self, options: Any = None) -> _Call:
+    def barrier(self, opts: Any = None) -> _Call:
         """Record a barrier."""
         return self._say("barrier", None)
 

@@ -120,8 +120,12 @@ class RankRun:
         """Those bytes by kind: what was seen, and what the micro-batches that were not run would leave, which may not
         all be there at the time of the peak yet: at most so much is counted too much."""
         found = self.fullest.held.by_kind
-        left_out = max(self.job.settings.accumulation - self.micro_batches, 0)
-        return {**found, Kind.activations: found[Kind.activations] + left_out * self.kept}
+        return {**found, Kind.activations: found[Kind.activations] + self.left_out}
+
+    @property
+    def left_out(self) -> int:
+        """The bytes that the micro-batches that were not run would leave until the end of the step."""
+        return max(self.job.settings.accumulation - self.micro_batches, 0) * self.kept
 
     @property
     def peak_at(self) -> str:

@@ -123,9 +123,10 @@ class Record:
         """Note that tensors come from another rank or go to one."""
         self.storages.label(tensors, Kind.passing)
 
-    def made(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Follow the storages of tensors; return whether one is new."""
-        return any([self.storages.see(one) for one in tensors])
+    def made(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Follow the storages of tensors."""
+        for one in tensors:
+            self.storages.see(one)
 
 
 class Recorder(TorchDispatchMode):

@@ -139,7 +139,7 @@ class Prices:
         bandwidth = self._intra if nodes == 1 else min(self._intra, self._inter * reach.in_node)
         rounds = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1, "barrier": 2}.get(operation)
         if rounds is None:  # between two ranks
-            steps, crossed, num_bytes = 1, nodes - 1, num_bytes
+            steps, crossed = 1, nodes - 1
         else:
             steps, crossed = rounds * (n - 1), rounds * (nodes - 1)
             num_bytes = rounds * num_bytes * (n - 1) / n

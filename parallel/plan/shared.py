@@ -9,10 +9,8 @@ time that they were measured to take among ranks that share devices, and leave t
 from collections.abc import Sequence
 
 from parallel.plan.costs import PassTime
-from parallel.plan.steps import RankTime, StageTime, Step, StepTime
-from parallel.schedules import Action, Pass, orders, source_of, split_off
-
-_FORWARD, _BACKWARD, _INPUT_GRADIENT, _WEIGHTS = range(4)
+from parallel.plan.steps import RankTime, Step, StepTime, kind_of
+from parallel.schedules import Action, orders, source_of, split_off
 
 
 def shared_step_time(step: Step, copies: int, devices: float) -> StepTime:
@@ -25,15 +23,15 @@ def shared_step_time(step: Step, copies: int, devices: float) -> StepTime:
     """
     ranks = step.placement.num_ranks
     free, quiet = [0.0] * len(step.links), [RankTime()] * ranks
-    alone = _Shared(step, step.stages, free, quiet, copies, devices).seconds()
-    linked = _Shared(step, step.stages, step.links, quiet, copies, devices).seconds()
-    whole = _Shared(step, step.stages, step.links, step.ranks, copies, devices).seconds() + step.agreement
+    alone = _Shared(step, free, quiet, copies, devices).seconds()
+    linked = _Shared(step, step.links, quiet, copies, devices).seconds()
+    whole = _Shared(step, step.links, step.ranks, copies, devices).seconds() + step.agreement
     # Of a core's time the parts are as long as if it were the rank's alone; what others take of it is waiting.
     busy = PassTime()
     for order in orders(step.schedule, step.placement, step.micro_batches):
         split = split_off(order)
         for action in order:
-            time = step.stages[action.stage][_kind(action, split)]
+            time = step.stages[action.stage][kind_of(action, split)]
             busy.add(time)
             busy.host += time.host
     optimizer = sum(rank.optimizer for rank in step.ranks) / ranks
@@ -41,14 +39,6 @@ def shared_step_time(step: Step, copies: int, devices: float) -> StepTime:
     products, attention, traffic, host, tp = parts
     pp, dp = linked - alone, whole - linked - optimizer
     return StepTime(whole, products, attention, traffic, host, tp, pp, dp, optimizer, alone - sum(parts))
-
-
-def _kind(action: Action, split: set[tuple[int, int]]) -> int:
-    if action.what is Pass.F:
-        return _FORWARD
-    if action.what is Pass.W:
-        return _WEIGHTS
-    return _INPUT_GRADIENT if (action.stage, action.micro_batch) in split else _BACKWARD
 
 
 class _Shared:
@@ -60,7 +50,6 @@ class _Shared:
     def __init__(
         self,
         step: Step,
-        stages: Sequence[StageTime],
         links: Sequence[float],
         ranks: Sequence[RankTime],
         copies: int,
@@ -74,7 +63,7 @@ class _Shared:
                 (around.optimizer, sum(one.gather for one in around.exchanges), None)
             ]
             for action in order:
-                time = stages[action.stage][_kind(action, split)]
+                time = step.stages[action.stage][kind_of(action, split)]
                 rows.append((time.seconds - time.exposed, time.exposed, action))
             rows.append((0.0, sum(one.reduce for one in around.exchanges), None))
             rows.append((around.after, 0.0, None))

@@ -11,7 +11,7 @@ waiting for its own; gradients are reduced while the last backward passes run; t
 norm, and the optimizer moves the master weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -302,6 +302,20 @@ class _Passes:
         return max(now, end)
 
 
+def kind_of(action: Action, split: Collection[tuple[int, int]]) -> int:
+    """Return the index of a pass's time in a `StageTime`.
+
+    Args:
+        action: the pass.
+        split: (stage, micro-batch) of the backward passes whose weight gradients are passes of their own.
+    """
+    if action.what is Pass.F:
+        return _FORWARD
+    if action.what is Pass.W:
+        return _WEIGHTS
+    return _INPUT if (action.stage, action.micro_batch) in split else _WHOLE
+
+
 def _numbered(
     order: Sequence[Action], placement: Placement, micro_batches: int
 ) -> list[tuple[int, int, int, int, int]]:
@@ -319,15 +333,9 @@ def _numbered(
 
     found = []
     for action in order:
-        if action.what is Pass.F:
-            kind = _FORWARD
-        elif action.what is Pass.W:
-            kind = _WEIGHTS
-        else:
-            kind = _INPUT if (action.stage, action.micro_batch) in split else _WHOLE
         source = source_of(action, placement)
         waits = (-1, action.stage) if source is None else (number(source), source.stage)
-        found.append((number(action), waits[0], kind, action.stage, waits[1]))
+        found.append((number(action), waits[0], kind_of(action, split), action.stage, waits[1]))
     return found
 
 

@@ -356,8 +356,5 @@ class RankLayers:
                 self.product(piece, self.tokens, self.d),
             ]
         forward += self._over_shards()
-        backward += [Traffic(self.tokens * self.d * (self.b + _FP32), "cast"), *self._sum_of_input()]
+        backward += [Traffic(self.tokens * self.d * (self.b + _FP32), "cast"), *self.reduce()]
         return forward, [*backward, self.accumulated(self.v * self.d)]
-
-    def _sum_of_input(self) -> list[Operation]:
-        return self.reduce()

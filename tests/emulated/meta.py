@@ -4,8 +4,6 @@ A main of `tests.ranks`. Values that a host asks for are made up.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,7 +12,10 @@ from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.emulated.alone import one_of_many
+from parallel.deepspeed_engine import on_meta
+from parallel.dry_run.process_group import one_of_many
+from parallel.dry_run.record import Record
+from parallel.groups import DRY
 from tests.emulated.engines import RATE, Job, batches
 from tests.ranks import report
 
@@ -49,7 +50,7 @@ class Strays(TorchDispatchMode):
 def strays_of(job: Job, rank: int) -> dict[str, Any]:
     """What strays in a step and in an evaluation, after one of each."""
     data, found = batches(), {}
-    with one_of_many(rank, job.layout.world_size), Strays():
+    with one_of_many(rank, job.layout.world_size, Record("meta")), on_meta(DRY), Strays():
         engine = job.build(META)
         for _ in range(2):  # the first makes what is kept: rotary tables, Adam's moments
             with Strays() as strays:
@@ -61,34 +62,10 @@ def strays_of(job: Job, rank: int) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def meta_is_the_device() -> Iterator[None]:
-    """Within, DeepSpeed and PyTorch's fused AdamW take the meta device for one that this process computes on."""
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    class MetaAccelerator(CPU_Accelerator):
-        def device_name(self, device_index: Any = None) -> str:
-            return "meta"
-
-        current_device_name = current_device = device_name
-
-        def device(self, device_index: Any = None) -> Any:
-            return nullcontext()
-
-    real = get_accelerator()
-    set_accelerator(MetaAccelerator())
-    try:
-        with mock.patch.object(adam, "_device_dtype_check_for_fused", lambda *how, **more: None):
-            yield
-    finally:
-        set_accelerator(real)
-
-
 def main() -> list[dict[str, Any]]:
     """What strays in this process's share of `SHARES`."""
     mine, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with meta_is_the_device():
+    with mock.patch.object(adam, "_device_dtype_check_for_fused", lambda *how, **more: None):
         return [strays_of(job, rank) for job, rank in SHARES[mine::processes]]
 
 
