@@ -6,6 +6,7 @@ a hang. The events that mark each pass do.
 
 import threading
 import weakref
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,4 @@ def say(pipeline: "Pipeline", heart: Heart) -> None:
 
 def num_ended(marks: Marks) -> int:
     """Count the passes that the device has ended; it ends them in order."""
-    low, high = 0, len(marks)
-    while low < high:
-        middle = (low + high) // 2
-        if marks[middle][2].query():
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return bisect_left(marks, True, key=lambda mark: not mark[2].query())

@@ -121,7 +121,7 @@ class Beat:
     @property
     def action(self) -> str:
         """The pass, as ``B stage 3 micro-batch 17``."""
-        return f"{self.what.name} stage {self.stage} micro-batch {self.micro_batch}"
+        return Action(self.what, self.stage, self.micro_batch).said
 
     def __str__(self) -> str:
         """What it does, in words."""

@@ -357,4 +357,4 @@ def _span(action: Action, prefix: str = "") -> AbstractContextManager:
     """Name a span of a profiler's trace ``F stage 0 micro-batch 3``, with a prefix; do nothing without a profiler."""
     if not profiler._is_profiler_enabled:  # record_function would take 5 us to find that out
         return nullcontext()
-    return profiler.record_function(f"{prefix}{action.what.name} stage {action.stage} micro-batch {action.micro_batch}")
+    return profiler.record_function(f"{prefix}{action.said}")

@@ -42,6 +42,11 @@ class Action:
     stage: int
     micro_batch: int
 
+    @property
+    def said(self) -> str:
+        """The pass in words, as ``B stage 3 micro-batch 17``."""
+        return f"{self.what.name} stage {self.stage} micro-batch {self.micro_batch}"
+
 
 Orders = list[list[Action]]
 """The actions of each rank, in order."""

@@ -73,16 +73,12 @@ def _awaited(rank: int, beats: Mapping[int, Beat | None], layout: Layout) -> tup
         # A result is there once its pass is over; what was sent is received once the pass that needs it has begun.
         further = _WITHIN[Phase.SEND] if beat.phase is Phase.RECEIVE else _WITHIN[Phase.PASS]
         return behind([beat.peer], (step, evaluating, _PASSES, beat.awaited + further))
-    if beat.phase is Phase.PASS:
-        shares = [peer for peer in beats if _same_but(layout, rank, peer, "tp")]
-        late = [peer for peer in shares if beat.in_collective and _collectives(beats.get(peer)) < beat.collectives]
+    if beat.phase in (Phase.PASS, Phase.REDUCE):
+        sharing = _sharing(layout, rank) if beat.in_collective else ()
+        late = [peer for peer in sharing if peer in beats and _collectives(beats[peer]) < beat.collectives]
         # The weights of a step are gathered from the replicas as its first passes need them.
-        return tuple(late) or behind([p for p in beats if _same_but(layout, rank, p, "dp")], (step, 0, 0, 0.0))
-    if beat.phase is Phase.REDUCE:
-        late = [p for p in beats if _same_but(layout, rank, p, "tp") and _collectives(beats.get(p)) < beat.collectives]
-        if beat.in_collective and late:
-            return tuple(late)
-        return behind([peer for peer in beats if _same_but(layout, rank, peer, "dp")], own)
+        point = own if beat.phase is Phase.REDUCE else (step, 0, 0, 0.0)
+        return tuple(late) or behind([peer for peer in _replicas(layout, rank) if peer in beats], point)
     if beat.phase in OF_ALL:
         return behind(beats, own)
     return ()
@@ -102,8 +98,14 @@ def _collectives(beat: Beat | None) -> int:
     return -1 if beat is None else beat.collectives
 
 
-def _same_but(layout: Layout, rank: int, peer: int, axis: str) -> bool:
-    """Tell whether two ranks differ in one coordinate of the grid alone."""
-    at = [(layout.stage(r), layout.replica(r), layout.tp_rank(r)) for r in (rank, peer)]
-    free = ("pp", "dp", "tp").index(axis)
-    return rank != peer and all(a == b for i, (a, b) in enumerate(zip(*at, strict=True)) if i != free)
+def _sharing(layout: Layout, rank: int) -> range:
+    """Return the ranks that share the matrices of a rank, itself among them."""
+    first = rank - layout.tp_rank(rank)
+    return range(first, first + layout.tp)
+
+
+def _replicas(layout: Layout, rank: int) -> range:
+    """Return the ranks that hold the same part of the model as a rank, itself among them."""
+    of_stage = layout.dp * layout.tp
+    first = layout.stage(rank) * of_stage + layout.tp_rank(rank)
+    return range(first, first + of_stage, layout.tp)

@@ -64,7 +64,8 @@ class Health:
             return NOT_FINITE
         if self._max_skipped is not None and self.in_a_row >= self._max_skipped:
             spikes = self.in_a_row - self._nonfinite_in_a_row
-            why = f"{spikes} as spikes (train.spike_sigmas), the others as not finite" if spikes else "as not finite"
+            why = f"{spikes} as spikes (train.spike_sigmas)" if spikes else "as not finite"
+            why += ", the others as not finite" if spikes and self._nonfinite_in_a_row else ""
             return f"{self.in_a_row} steps in a row were skipped, {why}; so many are train.max_skipped"
         if last and not loss_is_finite and not (val_loss is not None and math.isfinite(val_loss)):
             return f"the loss of the last step is {result.loss}"
@@ -74,7 +75,7 @@ class Health:
         """Tell whether the weights of a diverged run are worth nothing, finite or not. All ranks call it together.
 
         They are where no loss since the last update was finite, that over the held-out sequences included; else it is
-        the gradients alone that were not.
+        updates alone that were skipped.
         """
         if self._losses_in_a_row < self.in_a_row:
             return False

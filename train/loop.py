@@ -125,7 +125,7 @@ def _pass_over(run: Run, progress: Progress) -> None:
     progress.save_put_off |= bool(run.config.checkpoint.enabled and every and step % every == 0)
     if run.tracker:
         size = run.length.at(step)
-        first, last = run.order.places([size.samples_before, size.samples_before + size.global_batch - 1]).tolist()
+        first, last = run.ends_of_batch(step)
         run.tracker.passed_over({"step": step, "tokens": size.tokens_before + size.tokens, "passed_over": True})
         run.say(f"step {step} is passed over (train.skip_steps), and with it samples {first:,} to {last:,}")
 

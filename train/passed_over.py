@@ -18,9 +18,10 @@ STEPS, SAMPLES = "skip_steps", "skip_samples_at"
 def last_step_problems(config: Config, length: Length) -> list[str]:
     """Say that a run may not pass over its last step, in a sentence."""
     ranges = ranges_of(config.train.skip_steps)
-    if not any(length.steps in one for one in ranges):
+    last = next((one for one in ranges if length.steps in one), None)
+    if last is None:
         return []
-    end = next(one.start for one in ranges if length.steps in one) - 1
+    end = last.start - 1
     return [
         f"train.skip_steps={said(ranges)}: step {length.steps:,} is the last of the run, which is validated and saved; "
         + (f"train.max_steps={end} would end before it" if end else "a longer run would work")
@@ -40,7 +41,7 @@ def announced(config: Config, order: "MixedOrder", length: Length) -> list[str]:
     for places, of in order.passed_over(samples):
         sources = ", ".join(f"{len(each):,} of {name}, {_ends(each)} of its order" for name, each in of.items())
         lines.append(f"train.skip_samples_at: samples {_ends(places)} are passed over: {sources}")
-    late = minus(ranges_of(config.train.skip_samples_at), [range(int(order.places(max(0, samples - 1))) + 1)])
+    late = minus(ranges_of(config.train.skip_samples_at), [range(order.consumed(length, length.steps).place)])
     lines += [f"train.skip_samples_at={said(late)}: never reached before the run ends"] if late else []
     return lines
 
@@ -64,7 +65,7 @@ def problems(
     lines = []
     conflicts = _conflicts(config, found, now)
     suited = (path for path, one, by_then in earlier if not _trained(config, one, by_then))
-    back = next(suited, None) if _trained(config, found, now) else None
+    back = next(suited, None) if any(trained for trained, _ in conflicts.values()) else None
     for key, (trained, dropped) in conflicts.items():
         asked = ranges_of(getattr(config.train, key))
         what = "steps" if key == STEPS else "samples"

@@ -144,6 +144,12 @@ class Run:
         size = self.length.at(step)
         return [size.global_batch, size.seq_len, self.order.shares(size.samples_before)]
 
+    def ends_of_batch(self, step: int) -> tuple[int, int]:
+        """Return the places of the first and the last sample of a step's batch in the order of the run."""
+        size = self.length.at(step)
+        first, last = self.order.places([size.samples_before, size.samples_before + size.global_batch - 1]).tolist()
+        return first, last
+
     def skipped(self, step: int, result: StepResult, limits: Limits) -> SkippedStep | None:
         """Describe a step whose update was skipped, with the samples of its batch; None for any other."""
         if not result.skipped:

@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from conf.ranges import joined
 from parallel.engine import Limits, StepResult
 from train.log_lines import CALMER, EVERY_SECONDS
 from train.patient_file import PatientFile
@@ -154,13 +155,7 @@ class SkippedStep:
 
 def stretches(numbers: Sequence[int]) -> list[list[int]]:
     """Join whole numbers to stretches of consecutive ones, first and last of each."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return found
+    return [[one.start, one[-1]] for one in joined(range(number, number + 1) for number in numbers)]
 
 
 def _reason(result: StepResult, limits: Limits) -> tuple[str, str]:

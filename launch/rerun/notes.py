@@ -87,7 +87,7 @@ class Notes:
         action = self._action
         assert action is not None
         received = RECEIVED if name.startswith(RECEIVED) else ""
-        where = f"{action.what.name} stage {action.stage} micro-batch {action.micro_batch}"
+        where = action.said
         self._noted[f"{received}{name.removeprefix(RECEIVED)} in {where}"] = checksum(values)
 
     def _reduce(self, index: int, bucket: Bucket, reduce: Callable[[Replicas], None], replicas: Replicas) -> None:

@@ -1,6 +1,7 @@
 """One rank of a rerun, started by `deepnarrow rerun`: this file, with a folder where it finds its order as argument."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -88,8 +89,6 @@ def recompute(run: "Run", order: Order) -> dict[str, Any]:
         As JSON: ``replay``, step, loss and norm of each step before; ``attempts``; ``samples``, the first and last
         place of the batch.
     """
-    import numpy as np
-
     from launch.rerun.notes import Notes
     from parallel.engine import Limits
 
@@ -106,13 +105,11 @@ def recompute(run: "Run", order: Order) -> dict[str, Any]:
     for _ in range(order.repeats):
         notes.begin()
         # No update is made, so that the next attempt has the same weights.
-        result = run.engine.step(iter(batch), rate, number, Limits(loss=-np.inf))
+        result = run.engine.step(iter(batch), rate, number, Limits(loss=-math.inf))
         device = f"{order.device} of {socket.gethostname()}"
         attempts.append(asdict(Attempt(run.rank, device, result.loss, result.grad_norm, notes.ended())))
     run.engine.wait()
-    size = run.length.at(order.step)
-    samples = run.order.places([size.samples_before, size.samples_before + size.global_batch - 1])
-    return {"replay": replay, "attempts": attempts, "samples": samples.tolist()}
+    return {"replay": replay, "attempts": attempts, "samples": list(run.ends_of_batch(order.step))}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import torch
 from conf.compose import quoted
 from conf.ranges import ranges_of
 from conf.schema import Config
-from conf.train_settings import Precision
 from launch.rerun import rank as rank_module
 from launch.rerun.rank import Order, result_of
 from launch.rerun.verdict import Attempt, Verdict, first_difference, judge, same
@@ -33,6 +32,7 @@ from parallel.processes import free_port
 from train.checkpoint import history, manifest, resume
 from train.checkpoint.folder import below, step_of
 from train.checkpoint.manifest import Damaged
+from train.job import computes_in_bf16
 from train.length import length_of
 from train.like import take_over
 from train.preflight import preflight
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, start: Start | None = None) -> int:
             request = request_of(options, Path(folder) / "run")
             found = computed(request, Path(folder), start or started)
     of_run = {one["step"]: (one["loss"], one["grad_norm"]) for one in _recorded(request.run_dir) if "loss" in one}
-    bf16 = request.config.train.precision is Precision.bf16 or torch.cuda.is_available()
+    bf16 = computes_in_bf16(request.config, on_gpus=torch.cuda.is_available())
     tolerance = (1e-3, 1e-2) if bf16 else (1e-5, 1e-3)
     verdict = judge(found.attempts, of_run.get(request.step), tolerance)
     if options.json:
@@ -147,8 +147,7 @@ def request_of(options: argparse.Namespace, scratch: Path) -> Request:
     if problems:
         raise BadInput(problems)
     start = _checkpoint_before(run_dir, step)
-    said = io.StringIO()
-    with redirect_stderr(said):
+    with redirect_stderr(io.StringIO()):
         overrides = [
             f"hydra.run.dir={quoted(scratch)}",
             f"resume={quoted(start) if start else 'never'}",

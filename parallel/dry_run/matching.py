@@ -15,6 +15,7 @@ from parallel.dry_run.rank import RankRun
 from parallel.layout import Layout
 from parallel.plan.job import Job
 from parallel.plan.operations import GroupKind
+from parallel.schedules import Action
 from parallel.sharding import kv_copies
 
 _Said = tuple[object, ...]
@@ -145,7 +146,7 @@ def _shown(sequence: Sequence[_Said], at: int) -> str:
     if at >= len(sequence):
         return f"none, after {len(sequence)}"
     what, num_bytes, dtype, *how = sequence[at]
-    named = what if isinstance(what, str) else f"{what.what.name} stage {what.stage} micro-batch {what.micro_batch}"  # type: ignore[attr-defined]
+    named = what.said if isinstance(what, Action) else what
     return " ".join([str(named), f"{num_bytes:,} bytes", str(dtype), *(str(one) for one in how if one)])
 
 

@@ -305,7 +305,7 @@ def _kinds(ranks: Ranks) -> dict[Any, GroupKind]:
 def _name(section: Section, index: int) -> str:
     if section.action is None:
         return "after the passes" if index else "before the passes"
-    return f"{section.action.what.name} stage {section.action.stage} micro-batch {section.action.micro_batch}"
+    return section.action.said
 
 
 def _operations(

@@ -133,3 +133,18 @@ def test_a_validation_is_another_place_than_the_step_before_it():
     ahead = beat(0, Phase.RECEIVE, index=0, peer=1, awaited=3, evaluating=1)
     behind = beat(1, Phase.RECORD)
     assert named([ahead, behind], Layout(1, 2, 1)) == ((1,), True)
+
+
+def test_one_of_four_thousand_ranks_is_found():
+    layout = Layout(32, 16, 8, sequence_parallel=True)
+    culprit = 2345
+    first = culprit - layout.tp_rank(culprit)
+    beats = {rank: beat(rank, Phase.PASS, collectives=7, in_collective=True) for rank in range(layout.world_size)}
+    beats[culprit] = beat(culprit, Phase.PASS, collectives=6)
+    verdict = judge(beats, layout, {})
+    assert verdict.culprits == (culprit,) and verdict.certain
+    assert {rank for rank, ranks in verdict.waits.items() if ranks} == {*range(first, first + 8)} - {culprit}
+    late = {rank: beat(rank, Phase.REDUCE) for rank in range(layout.world_size)}
+    late[culprit] = beat(culprit, Phase.PASS, index=3)
+    waiting = {rank for rank, ranks in judge(late, layout, {}).waits.items() if ranks == (culprit,)}
+    assert waiting == {r for r in beats if (layout.stage(r), layout.tp_rank(r)) == (9, 1)} - {culprit}

@@ -54,7 +54,7 @@ class Played(SimpleNamespace):
         )
 
     rate, evaluates_after, kind = run.Run.rate, run.Run.evaluates_after, run.Run.kind
-    slow_ranks = run.Run.slow_ranks
+    slow_ranks, ends_of_batch = run.Run.slow_ranks, run.Run.ends_of_batch
     micro_batches, source_tokens, history = run.Run.micro_batches, run.Run.source_tokens, run.Run.history
 
     def step(self, batches, rate, micro_batches, limits):
