@@ -6,13 +6,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from conf.schema import Config, to_jsonable
+from conf.schema import Config
 from train.checkpoint.folder import CHECKPOINTS, newest_first
 from train.checkpoint.saver import Outcome
 from train.log_lines import StepLines, loss_and_rate
@@ -20,8 +19,7 @@ from train.patient_file import PatientFile
 from train.records import METRICS, SUMMARY, cut, records
 from train.spikes import SKIPPED, SkippedStep, SkippedSteps
 from train.strict_json import dumps_flagged, with_nan
-from train.version import code_version
-from train.wandb_run import start_wandb, wandb_id, wandb_mode
+from train.wandb_log import WandbLog
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +61,15 @@ class Tracker:
         self.was_deleted = False
         """Whether files of the run were, while it goes on."""
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
-        self._wandb_id = wandb_id(run_dir)
-        self._wandb_settings = {
-            "project": config.wandb.project,
-            "entity": config.wandb.entity,
-            "tags": config.wandb.tags,
-            "name": config.name,
-            "dir": run_dir,
-            "config": {**to_jsonable(asdict(config)), **facts, "code": code_version()},
-        }
-        self._start_wandb(wandb_mode(config.wandb))
+        self.wandb = WandbLog(config, run_dir, facts, self.say, METRICS)
+        """What the run logs to Weights & Biases."""
         if resumed is not None:
             deque(cut(run_dir / SKIPPED, resumed), maxlen=0)
         self._skipped = SkippedSteps(run_dir, clock)
         for written in cut(run_dir / METRICS, resumed) if resumed is not None else ():
             record = with_nan(written)
             self._remember(record)
-            self._log(record)  # what W&B missed of it, killed with the run
+            self.wandb.log(record)  # what W&B missed of it, killed with the run
         self._metrics = PatientFile(run_dir / METRICS, clock)
         self._logs, self._remade, self._deleted = logs, 0, deleted
         self._to_resume = {path: path.read_bytes() for path in _needed_to_resume(run_dir)}
@@ -140,17 +130,7 @@ class Tracker:
     def _keep(self, record: dict[str, Any]) -> None:
         self._metrics.write(dumps_flagged(record))
         self._remember(record)
-        self._log(record)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if record["step"] <= self._logged:  # taken and logged before, then lost with the process
-            return
-        flat = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
-        of_sources = {key: value for key, value in record.items() if isinstance(value, dict)}
-        flat |= {f"{key}/{name}": one for key, values in of_sources.items() for name, one in values.items()}
-        by_stage = {key: value for key, value in record.items() if isinstance(value, list)}
-        flat |= {f"{key}/stage{i}": one for key, values in by_stage.items() for i, one in enumerate(values)}
-        self._tell_wandb(lambda run: run.log(flat, step=record["step"], commit=True))
+        self.wandb.log(record)
 
     def _look_after_files(self) -> None:
         """Say what of the run's files cannot be written, and make a folder again that was deleted."""
@@ -167,12 +147,9 @@ class Tracker:
             )
         elif self._newest is not None and not self._newest.exists():
             self._tell_of_deletion(self._newest, "there may be no checkpoint to go on from before the next")
-        if self._wandb is not None and self._wandb_is_kept and not self._wandb_folder.exists():
-            self._tell_of_deletion(self._wandb_folder, f"W&B gets the records of {METRICS} again")
-            self._tell_wandb(lambda run: run.finish())
-            self._start_wandb("offline")
-            for record in records(self.run_dir / METRICS):
-                self._log(with_nan(record))
+        if gone := self.wandb.deleted():
+            self._tell_of_deletion(gone, f"W&B gets the records of {METRICS} again")
+            self.wandb.start_again(map(with_nan, records(self.run_dir / METRICS)))
         for file in self._files:
             if news := file.news():
                 self.say(news, logging.WARNING)
@@ -190,30 +167,6 @@ class Tracker:
                 if not path.exists():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
-
-    def _start_wandb(self, mode: Any) -> None:
-        run, self.mode, self._logged = start_wandb(mode, self._wandb_id, **self._wandb_settings)
-        self._wandb: Any = run
-        self._wandb_folder = Path(run.dir).parent if run else self.run_dir / "wandb"
-        self._wandb_url = run.url if self.mode == "online" else None
-        self._wandb_is_kept = self.mode == "offline" and self._wandb_folder.exists()
-
-    def _tell_wandb(self, tell: Callable[[Any], object]) -> None:
-        """Call W&B, whose process a signal to all may have ended: that must not end the run."""
-        if self._wandb is None:
-            return
-        try:
-            tell(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            with suppress(Exception):  # or it would try, and fail, to take leave of it when Python ends
-                import wandb
-
-                wandb.teardown()
-            self.say(
-                f"W&B has ended ({error}); {METRICS} has what it misses, and gives it to W&B on resuming",
-                logging.WARNING,
-            )
 
     def _remember(self, record: dict[str, Any]) -> None:
         if "loss" in record:
@@ -259,35 +212,15 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
 
-        def tell(run: Any) -> None:
-            import wandb
-
-            rows = [[prompt, text] for prompt, text in zip(prompts, texts, strict=True)]
-            run.log({"samples": wandb.Table(columns=["prompt", "text"], data=rows)})
-
-        self._tell_wandb(tell)
+        self.wandb.table("samples", ["prompt", "text"], list(zip(prompts, texts, strict=True)))
 
     def picture(self, name: str, path: Path) -> None:
         """Log a picture, with the next step."""
-
-        def tell(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Image(str(path))}, commit=False)
-
-        self._tell_wandb(tell)
+        self.wandb.picture(name, path)
 
     def alert(self, title: str, text: str, level: str = "ERROR") -> None:
         """Send an alert through W&B."""
-        self._tell_wandb(lambda run: run.alert(title, text, level=level))
-
-    def _where_in_wandb(self) -> dict[str, Any]:
-        """Say where W&B has the run; a run that is not logged there has no folder and no id."""
-        if self.mode == "disabled":
-            return {"mode": self.mode}
-        parts = len(list(self._wandb_folder.parent.glob(f"*run-*-{self._wandb_id}")))
-        where = {"mode": self.mode, "dir": str(self._wandb_folder), "id": self._wandb_id, "parts": parts}
-        return {**where, "url": self._wandb_url} if self._wandb_url else where
+        self.wandb.alert(title, text, level)
 
     def finish(self, summary: dict[str, Any], ended: bool = True) -> bool:
         """Close everything; summary.json is written last and says that the run ended as it should.
@@ -301,8 +234,8 @@ class Tracker:
         """
         if self._bar is not None:
             self._bar.close()
-        self._tell_wandb(lambda run: (run.summary.update(summary), run.finish()))
-        summary["wandb"] = self._where_in_wandb()
+        self.wandb.finish(summary)
+        summary["wandb"] = self.wandb.where()
         self._newest = None  # of a run that has diverged it may be set aside
         self._look_after_files()
         summary["missing_records"] = self._metrics.close() + (self._skipped.file.close() if self._skipped.file else 0)

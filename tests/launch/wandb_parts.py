@@ -22,4 +22,4 @@ def logged_steps(folder):
     parts = sorted(folder.glob("offline-run-*"))
     assert len({part.name.rpartition("-")[2] for part in parts}) == 1
     files = [file for part in parts for file in part.glob("*.wandb")]
-    return [logged["step"] for file in files for logged in history_and_config(file)[0] if "loss" in logged]
+    return [logged["step"] for file in files for logged in history_and_config(file)[0] if "train/loss" in logged]

@@ -59,7 +59,7 @@ def test_a_run_without_a_server_or_key_is_logged_offline(monkeypatch, tmp_path, 
     monkeypatch.setattr(wandb, "init", init)
     config = preset("tiny", "wandb.mode=online")
     tracker = Tracker(config, tmp_path, steps=1, facts={})
-    assert tracker.mode == "offline" and asked == [("online", "online"), ("offline", "offline")]
+    assert tracker.wandb.mode == "offline" and asked == [("online", "online"), ("offline", "offline")]
     assert "no such host" in caplog.text and "and more" not in caplog.text
 
 
@@ -70,6 +70,9 @@ class Online:
 
     def __init__(self, starting_step):
         self.starting_step, self.steps, self.fails = starting_step, [], False
+
+    def define_metric(self, name, **how):
+        pass
 
     def log(self, values, step, commit):
         if self.fails:
@@ -115,8 +118,8 @@ def test_figures_of_stages_and_of_sources_have_a_curve_each(monkeypatch, tmp_pat
     monkeypatch.setattr(wandb, "init", lambda **given: Curves(0))
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=1, facts={})
     tracker.step(record(1) | {"memory_gib": [1.0, 2.0], "source_tokens": {"web": 5, "code": 3}})
-    assert (curves["memory_gib/stage1"], curves["source_tokens/web"], curves["source_tokens/code"]) == (2.0, 5, 3)
-    assert "source_tokens" not in curves
+    assert (curves["memory/stage1"], curves["data/web/tokens"], curves["data/code/tokens"]) == (2.0, 5, 3)
+    assert curves["train/loss"] == 1.0 and not {"source_tokens", "memory_gib", "loss"} & set(curves)
     (line,) = (tmp_path / METRICS).read_text().splitlines()
     assert json.loads(line)["source_tokens"] == {"web": 5, "code": 3}
 
@@ -129,7 +132,7 @@ def test_a_run_that_began_offline_stays_offline(monkeypatch, tmp_path, caplog):
     modes = []
     monkeypatch.setattr(wandb, "init", lambda **given: modes.append(given["mode"]) or Online(0))
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert Tracker(preset("tiny"), tmp_path, steps=1, facts={}).mode == "offline" and modes == ["offline"]
+    assert Tracker(preset("tiny"), tmp_path, steps=1, facts={}).wandb.mode == "offline" and modes == ["offline"]
 
 
 def test_the_end_of_wandbs_process_is_not_the_runs(monkeypatch, tmp_path, caplog):
@@ -244,7 +247,7 @@ def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(wandb, "init", lambda **given: run)
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
     tracker.step(record(1) | {"loss": math.nan}, lost(1))
-    assert math.isnan(logged[0]["loss"]) and logged[0]["skipped_steps"] == 1
+    assert math.isnan(logged[0]["train/loss"]) and logged[0]["train/skipped_steps"] == 1
 
 
 def test_the_first_skipped_step_is_alerted_and_no_other(monkeypatch, tmp_path):
