@@ -267,11 +267,13 @@ def one_line(error: Exception, override: Override | None = None) -> str:
         return f"must be {kinds.get(match[1], match[1])}"
     if override and "is not a ListConfig, list or tuple" in text:
         return f"must be a list; {key}=[{(override.input_line or '').partition('=')[2]}] would work"
-    if override and "is not a subclass of SourceConfig" in text and key.startswith("data.sources."):
-        name, _, leaf = key.removeprefix("data.sources.").partition(".")
+    named = re.match(r"(data\.sources|eval\.sets)\.([^.]+)\.?(.*)", key)
+    if override and named and re.search(r"is not a subclass of (SourceConfig|NamedCorpus)", text):
+        section, name, leaf = named.groups()
         value = (override.input_line or "").partition("=")[2]
         made = f"{{{leaf}: {value}}}" if leaf else value
-        return f"there is no source {name} yet; data.sources={{{name}: {made}}} would make it"
+        what = section.rpartition(".")[2].removesuffix("s")
+        return f"there is no {what} {name} yet; {section}={{{name}: {made}}} would make it"
     if override and "is not a subclass of" in text and "." not in key:
         return f"{key} is a section; {key}.KEY=value would set one of its keys"
     if override and "is not Optional" in text:

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.eval_settings import EvalConfig
 from conf.launch_settings import LaunchConfig
 from conf.train_settings import (
     CheckpointConfig,
@@ -52,6 +53,7 @@ class Config:
     uptrain: UptrainConfig = field(default_factory=UptrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -122,6 +124,7 @@ def run_name(root: DictConfig) -> str:
 def register() -> None:
     """Make the schema and the `run_name` resolver known to Hydra; may be called again."""
     schema = OmegaConf.structured(Config)
-    OmegaConf.set_struct(schema.data.sources, False)  # its keys are names that the user gives
+    for section in (schema.data.sources, schema.eval.sets):
+        OmegaConf.set_struct(section, False)  # its keys are names that the user gives
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)

@@ -56,11 +56,17 @@ class CorpusConfig:
 
 
 @dataclass
-class SourceConfig(CorpusConfig):
-    """A corpus of a mixture: one of `data.sources`."""
+class NamedCorpus(CorpusConfig):
+    """A corpus among others that have names: one of `eval.sets`."""
 
     source: Source | None = None
     """stdlib, files, hub or tokens; null is files where `path` is given, and hub where `name` is."""
+
+
+@dataclass
+class SourceConfig(NamedCorpus):
+    """A corpus of a mixture: one of `data.sources`."""
+
     weight: float = 1.0
     """The source's share of the tokens, in proportion to the weights of the others; 0 leaves it out."""
     max_epochs: float | None = None
@@ -136,17 +142,14 @@ def corpora(data: DataConfig) -> dict[str, DataConfig]:
     """
     if not data.sources:
         return {data.source.value: replace(data, stages=[])}
-    keys = [each.name for each in fields(CorpusConfig)]
-    return {
-        name: replace(
-            data,
-            source=of.source or (Source.hub if of.name is not None and of.path is None else Source.files),
-            sources={},
-            stages=[],
-            **{key: getattr(of, key) for key in keys},
-        )
-        for name, of in data.sources.items()
-    }
+    return {name: of_corpus(data, of) for name, of in data.sources.items()}
+
+
+def of_corpus(data: DataConfig, of: NamedCorpus) -> DataConfig:
+    """Return the settings of a corpus that has a name, with those that it shares with the others."""
+    source = of.source or (Source.hub if of.name is not None and of.path is None else Source.files)
+    own = {each.name: getattr(of, each.name) for each in fields(CorpusConfig)}
+    return replace(data, source=source, sources={}, stages=[], **own)
 
 
 class Decay(Enum):
@@ -308,7 +311,7 @@ class UptrainConfig:
 
 @dataclass
 class SampleConfig:
-    """Text drawn from the model when training ends."""
+    """Text drawn from the model: when training ends, and after steps that are asked for."""
 
     prompts: list[str] = field(default_factory=lambda: ["The", "In", "A"])
     """One sample each, from the start of a document; data=stdlib brings its own."""
@@ -316,6 +319,10 @@ class SampleConfig:
     """Tokens to add to each prompt; 0 samples nothing."""
     temperature: float = 0.8
     """0 takes the likeliest token."""
+    every_steps: int | None = None
+    """Steps from one sample of each prompt to the next, kept in samples.jsonl; null samples at the end alone."""
+    at: list[int] = field(default_factory=list)
+    """Steps after which to sample as well."""
 
 
 class WandbMode(Enum):

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from conf import launch_settings, mixtures
+from conf import eval_settings, launch_settings, mixtures
 from conf.paths import name_problems
 from conf.ranges import ranges_of
 from conf.schema import Config
+from conf.train_settings import corpora
 from model.problems import not_utf8
 from parallel import layout
 from parallel.layout import Layout
@@ -49,7 +50,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
     problems += name_problems("name", config.name) + _text(config)
     problems += mixtures.source_problems(config) + mixtures.batch_problems(config, run_layout)
     problems += _lengths(config) + range_problems(config) + _guards(config) + _recipe(config) + _checkpoint(config)
-    problems += launch_settings.problems(config.launch)
+    problems += launch_settings.problems(config.launch) + eval_settings.problems(config.eval, corpora(config.data))
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
@@ -109,6 +110,12 @@ def _lengths(config: Config) -> list[str]:
     for key in ("val_at", "timeline_at", "profile"):
         if any(step < 1 for step in getattr(train, key)):
             problems.append(f"train.{key}={getattr(train, key)}: steps count from 1")
+    if config.sample.every_steps is not None and config.sample.every_steps < 1:
+        problems.append(
+            f"sample.every_steps={config.sample.every_steps}: must be at least 1, or null to sample at the end alone"
+        )
+    if any(step < 1 for step in config.sample.at):
+        problems.append(f"sample.at={config.sample.at}: steps count from 1")
     if config.sample.tokens < 0:
         problems.append(f"sample.tokens={config.sample.tokens}: must be at least 1, or 0 to sample nothing")
     if not 0 <= config.sample.temperature < math.inf:
