@@ -38,6 +38,7 @@ from train.learning_rate import warnings as length_warnings
 from train.length import length_of
 from train.pretrained import Source
 from train.records import SUMMARY
+from train.started import LOCK
 from train.uptrain import compose_with_source
 
 
@@ -227,7 +228,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         BadInput: another process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / ".lock", blocking=False)
+    lock = FileLock(run_dir / LOCK, timeout=0.5)  # `deepnarrow runs` holds it for an instant to see whether it is held
     try:
         lock.acquire()
     except Timeout:

@@ -91,6 +91,7 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
     from train import hosts
     from train.like import take_over
     from train.preflight import PreparedRun, locked, preflight, preflight_here
+    from train.started import noted
 
     held = ExitStack()
 
@@ -102,6 +103,7 @@ def _run(arguments: list[str], met: "Rendezvous", signals: StopSignals) -> None:
         if not prepared.complete:
             held.enter_context(locked(prepared.run_dir))
             clear_run_dir(prepared)
+            held.enter_context(noted(prepared.run_dir))
         others = met.size > 1 and not prepared.complete
         saves = prepared.config.checkpoint.enabled
         return prepared, arguments, hosts.of_rank_0(prepared.run_dir, saves) if others else None

@@ -11,6 +11,7 @@ from typing import Any
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
 from train.profiling import PROFILES
 from train.spikes import SKIPPED
+from train.started import STARTED
 from train.timeline import TIMELINES
 
 METRICS = "metrics.jsonl"
@@ -90,7 +91,7 @@ def set_aside(run_dir: Path, after: int | None = None) -> Path | None:
         for name in (METRICS, SKIPPED):
             with suppress(FileNotFoundError):
                 shutil.copyfile(run_dir / name, target / name)
-    for name in (*moved, SUMMARY, ".hydra", "pretrain.log", "wandb"):
+    for name in (*moved, SUMMARY, STARTED, ".hydra", "pretrain.log", "wandb"):
         if (run_dir / name).exists():
             (run_dir / name).rename(target / name)
     return target

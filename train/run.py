@@ -28,7 +28,7 @@ from parallel.processes import use_cpus_fairly
 from parallel.rendezvous import Rendezvous
 from parallel.stages import Stage, split_for
 from parallel.state import OptimizerState
-from train import timeline
+from train import started, timeline
 from train.agreement import checkpoint_group, control_group, from_rank_0, max_over_ranks, on_rank_0
 from train.checkpoint import history, resume
 from train.checkpoint.folder import CHECKPOINTS
@@ -242,6 +242,8 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
         tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
+        whole = {"steps": length.steps, "tokens": length.tokens_after(length.steps), "resumed": resumed}
+        started.complete(run_dir, **whole, **facts, world_size=layout.world_size, code=code_version())
         tell_of_restart(tracker, run_dir, os.environ)
         announce(prepared, stages, facts, past, begun, length, order, held_out)
         log.info("%s", expected.announced(length))
