@@ -10,6 +10,7 @@ gradient is one kernel. `tests/model/test_lowered.py` holds that for an H100.
 N tokens (B x L), V vocabulary or a shard of it, D width.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -26,6 +27,9 @@ IGNORED = -100
 
 _CHUNK = {"cpu": 2**18, "cuda": 2**26}
 """Logits that are fp32 at a time where no kernel converts them: they fit a CPU's cache, and fill a GPU."""
+
+_LOGITS = 2**26
+"""Logits that are made at a time where they have no gradient: 128 MiB in bf16."""
 
 
 def _alone(values_N: torch.Tensor) -> torch.Tensor:
@@ -111,6 +115,36 @@ def head_loss(
     """
     total = _HeadLoss.apply(x_BLD.flatten(0, 1), weight_VD, labels_BL.flatten(), pieces, shard, kernels)
     return SummedLoss(total, _count(labels_BL))
+
+
+@torch.no_grad()
+def label_scores(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, shard: VocabularyShard = WHOLE_VOCABULARY
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-probability of each label by the softmax of the logits ``x W^T``, and whether it is the likeliest token.
+
+    Of several tokens that are equally likely the one with the smallest id counts as the likeliest, as by ``argmax``.
+    The logits of at most `_LOGITS` values of a shard are in memory at a time.
+
+    Args:
+        x_ND: the output of the head's norm; N is at least 1.
+        weight_VD: the head's weight, of this shard of the vocabulary.
+        labels_N: int64 (N,), ids in the whole vocabulary, none of them `IGNORED`.
+        shard: the shard that the weight belongs to.
+
+    Returns:
+        fp32 (N,) in nats, and bool (N,).
+    """
+    found = [
+        (*_sums(logits_NV, labels_N[rows] - shard.first_token, fused=False), logits_NV.argmax(1))
+        for rows in _cuts(len(x_ND), max(_LOGITS // len(weight_VD), 1))
+        for logits_NV in [F.linear(x_ND[rows], weight_VD)]
+    ]
+    own_largest_N, total_N, target_N, own_likeliest_N = (torch.cat(values) for values in zip(*found, strict=True))
+    largest_N, total_N, target_N = _of_all_shards((own_largest_N, total_N, target_N), shard)
+    # The smallest id over the shards as a largest one, in fp32, which has every integer up to 2^24.
+    likeliest_N = (own_likeliest_N + shard.first_token).float().masked_fill(own_largest_N < largest_N, math.inf)
+    return target_N - largest_N - total_N.log(), -shard.maximum(-likeliest_N) == labels_N
 
 
 def _count(labels_BL: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from model.init import initial_value
 from model.transformer import Block, Head, layer_builders
 from parallel.deferral import DeferredGradients
 from parallel.layout import Recompute
-from parallel.loss import Loss, head_and_loss
+from parallel.loss import Loss, Scores, head_and_loss, head_scores
 from parallel.recompute import recomputing
 from parallel.sharding import ParameterInfo, parameter_info
 from parallel.tensor import TensorParallel, swap
@@ -141,6 +141,16 @@ def forward_functions(
             else:
                 functions[stage].append(_without_context(layer.module))
     return functions, loss
+
+
+def score_function(stages: RankStages) -> Scores | None:
+    """Return the scores of labels by the output of the last stage; None where the head is not among the stages."""
+    last = stages.in_order()[-1]
+    return (
+        head_scores(last.module, last.infos["proj.weight"].shard.start, stages.tp)
+        if isinstance(last.module, Head)
+        else None
+    )
 
 
 def _without_context(run: Callable[[torch.Tensor], torch.Tensor]) -> Forward:

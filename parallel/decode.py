@@ -15,7 +15,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.generate import Decoder, through
 from model.weights import Weights
-from parallel.build import build_stages
+from parallel.build import RankStages, build_stages
 from parallel.groups import Ranks, make_ranks
 from parallel.layout import Layout
 from parallel.schedules import Placement
@@ -70,9 +70,7 @@ class StageDecoder(Decoder):
         return logits_BV
 
 
-def load_stage(
-    weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[int, list[nn.Module]], Ranks]:
+def load_stages(weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype) -> tuple[RankStages, Ranks]:
     """Load this rank's part of trained weights, one tensor at a time. All ranks call it together.
 
     Args:
@@ -81,16 +79,23 @@ def load_stage(
             group is needed.
         device: the device of the layers.
         dtype: the dtype of the layers.
-
-    Returns:
-        The layers of this rank by the index of their stage, and the ranks for a `StageDecoder` of them.
     """
     config = weights.config
     ranks = make_ranks(layout, Placement(layout.pp), kv_copies(config, layout.tp))
     stage = split(config.layer_flops(config.max_seq_len), layout.pp)[ranks.pp_rank]
     own = {ranks.pp_rank: range(stage.start, stage.stop)}
     built = build_stages(config, own, ranks.tensor_parallel, device, lambda name, shape: weights.read(name))
-    return {index: [layer.module.to(dtype) for layer in layers] for index, layers in built.layers.items()}, ranks
+    for layer in built.in_order():
+        layer.module.to(dtype)
+    return built, ranks
+
+
+def load_stage(
+    weights: Weights, layout: Layout, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[int, list[nn.Module]], Ranks]:
+    """Load as `load_stages` does; return this rank's layers by the index of their stage, for a `StageDecoder`."""
+    built, ranks = load_stages(weights, layout, device, dtype)
+    return {index: [layer.module for layer in layers] for index, layers in built.layers.items()}, ranks
 
 
 def _gather_vocabulary(logits_BV: torch.Tensor, model: ModelConfig, tp: TensorParallel) -> torch.Tensor:

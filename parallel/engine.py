@@ -1,12 +1,12 @@
 """The engine of a rank: its layers, its optimizer, its part of the pipeline, and a training step over them.
 
-`Engine` is what other packages use: `step`, `evaluate`, a decoder, and the parts it consists of. DeepSpeed is used in
-one file below it, `parallel/deepspeed_engine.py`.
+`Engine` is what other packages use: `step`, `evaluate`, `score`, a decoder, and the parts it consists of. DeepSpeed is
+used in one file below it, `parallel/deepspeed_engine.py`.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,10 @@ from parallel.heartbeat import Phase, heart
 from parallel.layout import Layout, Recompute
 from parallel.pipeline import ActivationSpec, Pipeline
 from parallel.schedules import ONE_F_ONE_B, Placement, Schedule
+from parallel.scoring import Request, Score, Scorer
 from parallel.sharding import kv_copies
 from parallel.simulation import Span
 from parallel.stages import Stage
-from parallel.tensor import whole_sequences
 from parallel.zero import BUCKET, MakeOptimizer, Replicas, Zero
 
 
@@ -97,6 +97,24 @@ class StepResult:
     began: float
 
 
+@dataclass(frozen=True)
+class EvalResult:
+    """The loss of an evaluation, the same on every rank.
+
+    Attributes:
+        total: the loss summed over all labels that count, in nats.
+        count: the number of these labels.
+    """
+
+    total: float
+    count: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per label; NaN where no label counts."""
+        return self.total / self.count if self.count else math.nan
+
+
 class Engine:
     """The engine of one rank. All ranks call its methods together.
 
@@ -119,11 +137,11 @@ class Engine:
     ):
         from parallel.deepspeed_engine import StageEngine
 
-        self._model, self._stages = model, stages
         self._micro_batch, self._accumulation = settings.micro_batch, settings.accumulation
         self.layers: Mapping[str, nn.Module] = {layer.name: layer.module for layer in stages.in_order()}
         self.zero, self.pipeline, self.ranks = zero, pipeline, ranks
         self.device = pipeline.spec.device
+        self._scorer = Scorer(model, stages, pipeline, ranks)
         self._rate, self._limits = 0.0, Limits()
         self._frame = StageEngine(
             list(self.layers.values()), ranks, settings.micro_batch, settings.accumulation, self._train, self._evaluate
@@ -150,8 +168,8 @@ class Engine:
             self.zero.expect(micro_batches)
         return self._frame.train_batch(batches)
 
-    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
-        """Compute the mean loss in nats over all labels that count, of all replicas; NaN if none counts.
+    def evaluate(self, batches: Iterator[Batch], micro_batches: int) -> EvalResult:
+        """Compute the loss over all labels that count, of all replicas.
 
         Args:
             batches: the micro-batches of this rank's replica.
@@ -159,17 +177,13 @@ class Engine:
         """
         return self._frame.eval_batch(batches, num_micro_batches=micro_batches)
 
-    @contextmanager
-    def decoder(self, prompts: Sequence[Sequence[int]], room: int) -> Iterator[StageDecoder]:
-        """Decode with the current weights inside this context, which all ranks enter and leave together.
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """Score token sequences by the current weights, as `parallel.scoring.Scorer.score` does."""
+        return self._scorer.score(requests)
 
-        Args:
-            prompts: the token ids of each prompt, the same on every rank.
-            room: the most tokens of a sequence, prompt included; at most the model's context.
-        """
-        stages = {stage: [layer.module for layer in layers] for stage, layers in self._stages.layers.items()}
-        with whole_sequences(self.layers.values()):
-            yield StageDecoder(stages, self._model, prompts, room, self.ranks)
+    def decoder(self, prompts: Sequence[Sequence[int]], room: int) -> AbstractContextManager[StageDecoder]:
+        """Decode with the current weights, as `parallel.scoring.Scorer.decoder` does."""
+        return self._scorer.decoder(prompts, room)
 
     def wait(self) -> None:
         """Wait until the weight gather has finished."""
@@ -191,12 +205,12 @@ class Engine:
             mean_loss, grad_norm, not updated, squared_lengths, self.pipeline.spans(), self.pipeline.began
         )
 
-    def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> float:
+    def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> EvalResult:
         heart.begin_evaluation()
         loss = self.pipeline.evaluate(batches, micro_batches)
         heart.at(Phase.EVALUATE)
-        total, count, *_ = self._over_all_ranks(loss, None)
-        return float(total / count)
+        total, count, *_ = self._over_all_ranks(loss, None).tolist()
+        return EvalResult(total, int(count))
 
     @torch.no_grad()
     def _over_all_ranks(self, loss: SummedLoss, squares: torch.Tensor | None) -> torch.Tensor:

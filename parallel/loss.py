@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model.loss import WHOLE_VOCABULARY, SummedLoss, VocabularyShard, cross_entropy, head_loss
+from model.loss import WHOLE_VOCABULARY, SummedLoss, VocabularyShard, cross_entropy, head_loss, label_scores
 from model.transformer import Head
 from parallel.heartbeat import heart
 from parallel.tensor import TensorParallel, whole_sequence
@@ -15,6 +15,10 @@ from parallel.tensor import TensorParallel, whole_sequence
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], SummedLoss]
 """A function from the last stage's output and the labels, int64 (B, L), to the summed loss."""
+Scores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""A function from the last stage's output and int64 (2, N) to what `model.loss.label_scores` returns. The first row has
+positions, counted over the B sequences of L tokens one after another, and the second the tokens that may follow them.
+"""
 
 
 def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
@@ -35,10 +39,10 @@ def _vocabulary_shard(first_token: int, tp: TensorParallel) -> VocabularyShard:
 
 
 def head_and_loss(head: Head, pieces: int, first_token: int, tp: TensorParallel) -> tuple[Forward, Loss]:
-    """Return the forward function of the head and the loss of its output, the same on every tensor-parallel rank.
+    """Return the forward function of the last stage's norm, and the loss, the same on every tensor-parallel rank.
 
-    For one piece that output is the logits (B, L, V/tp). For more it is that of the norm (B, L/tp or L, D), and the
-    gradient of the head's weight is computed with that of its input, even where other layers defer theirs.
+    The norm's output (B, L/tp or L, D) is that of the stage; the loss projects it to the vocabulary. For more than one
+    piece, the gradient of the head's weight is computed with that of its input, even where other layers defer theirs.
 
     Args:
         head: this rank's part of the head.
@@ -47,10 +51,23 @@ def head_and_loss(head: Head, pieces: int, first_token: int, tp: TensorParallel)
         tp: the ranks that share the head.
     """
     kernels, shard = head.norm.kernels, _vocabulary_shard(first_token, tp)
-    if pieces == 1:
-        return head, lambda logits_BLV, labels_BL: cross_entropy(logits_BLV, labels_BL, shard, kernels)
 
-    def loss(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> SummedLoss:
+    def whole(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> SummedLoss:
+        return cross_entropy(head.proj(x_BlD), labels_BL, shard, kernels)
+
+    def in_pieces(x_BlD: torch.Tensor, labels_BL: torch.Tensor) -> SummedLoss:
         return head_loss(whole_sequence(x_BlD, tp), head.proj.weight, labels_BL, pieces, shard, kernels)
 
-    return partial(head, project=False), loss
+    return partial(head, project=False), whole if pieces == 1 else in_pieces
+
+
+def head_scores(head: Head, first_token: int, tp: TensorParallel) -> Scores:
+    """Return the scores of labels by the output of the function that `head_and_loss` returns for the same head."""
+    shard = _vocabulary_shard(first_token, tp)
+
+    def scores(x_BlD: torch.Tensor, asked_2N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        positions_N, labels_N = asked_2N
+        x_ND = whole_sequence(x_BlD, tp).flatten(0, 1)[positions_N]
+        return label_scores(x_ND, head.proj.weight, labels_N, shard)
+
+    return scores

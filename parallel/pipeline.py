@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from parallel.schedules import (
 )
 from parallel.simulation import Program, Span, programs
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class ActivationSpec:
@@ -42,7 +44,7 @@ class ActivationSpec:
     Attributes:
         shape: (micro-batch, tokens of this rank's part of a sequence, d_model), for sequences of `seq_len` tokens.
         dtype, device: of the activations.
-        seq_len: tokens of a whole sequence; None where every message has this shape.
+        seq_len: tokens of a whole sequence of the shape; None where every message has it.
     """
 
     shape: tuple[int, ...]
@@ -50,11 +52,11 @@ class ActivationSpec:
     device: torch.device
     seq_len: int | None = None
 
-    def empty(self, seq_len: int | None = None) -> torch.Tensor:
-        """Allocate a tensor to receive activations or their gradient in, of sequences of so many tokens."""
+    def empty(self, tokens: torch.Size) -> torch.Tensor:
+        """Allocate a tensor to receive activations or their gradient in, of a micro-batch with tokens of this shape."""
         shape = self.shape
-        if seq_len is not None and self.seq_len is not None:
-            shape = (shape[0], shape[1] * seq_len // self.seq_len, *shape[2:])
+        if self.seq_len is not None:
+            shape = (tokens[0], shape[1] * tokens[1] // self.seq_len, *shape[2:])
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
 
@@ -123,6 +125,21 @@ class Pipeline:
         """Run the forward passes of an evaluation; arguments and result are those of `train`."""
         return _Evaluation(self, self._program(False, micro_batches), batches).run().summed_loss()
 
+    @torch.no_grad()
+    def forward(self, batches: Iterator[Batch], micro_batches: int, last: Callable[..., Result] | None) -> list[Result]:
+        """Run the forward passes of `evaluate` with another function in the place of the loss.
+
+        Args:
+            batches, micro_batches: as in `train`.
+            last: a function of the last stage's output and the labels of a micro-batch, whatever these are; None on a
+                rank without that stage.
+
+        Returns:
+            What the function has returned for each micro-batch, in order; an empty list on a rank without that stage.
+        """
+        done = _Evaluation(self, self._program(False, micro_batches), batches, last).run()
+        return done.results
+
     def spans(self) -> list[Span]:
         """Return the passes of the last step, in seconds since this rank began it. The host waits for the device."""
         if not self._marks:
@@ -159,14 +176,21 @@ class _Evaluation:
     # No rank is ahead of the next one by more passes than twice the number of ranks.
     _most_sent = 2
 
-    def __init__(self, pipeline: Pipeline, program: Program, batches: Iterator[Batch]):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        program: Program,
+        batches: Iterator[Batch],
+        last: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+    ):
         self._pipeline, self._placement, self._program = pipeline, pipeline.placement, program
-        self._source = batches
+        self._source, self._last = batches, last or pipeline.loss
         self.batches: dict[int, Batch] = {}
-        self._results: dict[Action, torch.Tensor] = {}  # between stages of this same rank
+        self._handed_on: dict[Action, torch.Tensor] = {}  # between stages of this same rank
         most_sent = self._most_sent * pipeline.placement.num_ranks if self._most_sent else None
         self._messages = _Messages(pipeline, program, most_sent)
-        self._losses: list[SummedLoss] = []
+        self.results: list[Any] = []
+        """Of the last stage: the losses, or what another function in their place has returned."""
         self.marks: list[tuple[Action, Any, Any]] = []
         pipeline.under_way = self.marks, program, heart.place
 
@@ -176,8 +200,8 @@ class _Evaluation:
         compute = {Pass.F: self.forward, Pass.B: self.backward, Pass.W: self.weights}
         for index, (action, awaited) in enumerate(zip(self._program.actions, self._program.receives, strict=True)):
             heart.next_pass(action, index)
-            for source in awaited:  # a micro-batch has sequences of its own length
-                self._messages.receive(source, self._batch(source.micro_batch).tokens.shape[-1])
+            for source in awaited:  # a micro-batch has sequences of its own number and length
+                self._messages.receive(source, self._batch(source.micro_batch).tokens.shape)
             with self._pipeline.around(action):
                 inputs = self._inputs(action)
                 heart.in_pass()
@@ -192,18 +216,18 @@ class _Evaluation:
     def summed_loss(self) -> SummedLoss:
         """Return the summed loss of all micro-batches whose last stage this rank has run."""
         device = self._pipeline.spec.device
-        if not self._losses:
+        if not self.results:
             return SummedLoss(
                 torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
             )
-        totals, counts = ([getattr(loss, key) for loss in self._losses] for key in ("total", "count"))
+        totals, counts = ([getattr(loss, key) for loss in self.results] for key in ("total", "count"))
         return SummedLoss(torch.stack(totals).sum(), torch.stack(counts).sum())
 
     def forward(self, action: Action, x: torch.Tensor) -> torch.Tensor | None:
         """Run the forward pass of a micro-batch through a stage; return the activations for the next stage."""
         y = self._run_layers(action, x)
-        if isinstance(y, SummedLoss):
-            self._losses.append(y)
+        if self._is_last(action):
+            self.results.append(y)
             return None
         return y
 
@@ -215,15 +239,19 @@ class _Evaluation:
         """Raise: an evaluation has no weight gradients."""
         raise AssertionError(action)
 
-    def _run_layers(self, action: Action, x: torch.Tensor) -> torch.Tensor | SummedLoss:
+    def _is_last(self, action: Action) -> bool:
+        return action.stage == self._placement.num_stages - 1
+
+    def _run_layers(self, action: Action, x: torch.Tensor) -> Any:
+        """Return the output of a stage, or for the last one what its loss makes of it."""
         pipeline, batch = self._pipeline, self._batch(action.micro_batch)
         context = Context(documents=batch.documents)
         for layer in pipeline.stages[action.stage]:
             x = layer(x, context)
-        if action.stage < self._placement.num_stages - 1:
+        if not self._is_last(action):
             return x
-        assert pipeline.loss is not None
-        return pipeline.loss(x, batch.labels)
+        assert self._last is not None
+        return self._last(x, batch.labels)
 
     def _batch(self, micro_batch: int) -> Batch:
         """Return a micro-batch, which every rank reads: the stages in the middle need its documents as well."""
@@ -239,14 +267,14 @@ class _Evaluation:
             return self._batch(action.micro_batch).tokens
         if action.what is not source.what:  # a backward pass from the loss, or a deferred one: its inputs are saved
             return None
-        if source in self._results:
-            return self._results.pop(source)
+        if source in self._handed_on:
+            return self._handed_on.pop(source)
         return self._messages.take(source)
 
     def _pass_on(self, action: Action, result: torch.Tensor) -> None:
         receiver = receiver_of(action, self._placement)
         if receiver == self._pipeline.rank:
-            self._results[action] = result
+            self._handed_on[action] = result
         elif receiver is not None:
             self._messages.send(action, receiver, result.contiguous())
 
@@ -267,8 +295,8 @@ class _Training(_Evaluation):
         if x.is_floating_point():
             x = x.detach().requires_grad_()
         y = self._run_layers(action, x)
-        if isinstance(y, SummedLoss):
-            self._losses.append(SummedLoss(y.total.detach(), y.count))
+        if self._is_last(action):
+            self.results.append(SummedLoss(y.total.detach(), y.count))
             y = y.total
             result = None
         else:
@@ -307,10 +335,10 @@ class _Messages:
         self._receiving: dict[Action, tuple[torch.Tensor, Any]] = {}
         self._sent: dict[int, deque[tuple[int, Action, Any, torch.Tensor]]] = {}
 
-    def receive(self, source: Action, seq_len: int) -> None:
-        """Post the receive of the result of another rank's action, on sequences of so many tokens."""
+    def receive(self, source: Action, tokens: torch.Size) -> None:
+        """Post the receive of the result of another rank's action, on a micro-batch with tokens of this shape."""
         pipeline, sender = self._pipeline, self._pipeline.placement.rank_of(source.stage)
-        tensor = pipeline.spec.empty(seq_len)
+        tensor = pipeline.spec.empty(tokens)
         link = pipeline.links[sender, pipeline.rank]
         self._receiving[source] = tensor, dist.irecv(tensor, src=pipeline.ranks[sender], group=link)
 

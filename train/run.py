@@ -183,7 +183,7 @@ class Run:
             return None
         limit = self.config.train.val_sequences
         batches, count = eval_micro_batches(self.held_out, limit, **_reading(self.prepared, self.rank))
-        return self.engine.evaluate(iter(batches), count)
+        return self.engine.evaluate(iter(batches), count).mean
 
     def weights_are_finite(self) -> bool:
         """Tell whether the master weights of all ranks are finite. All ranks call it together."""

@@ -258,7 +258,7 @@ def train(case):
         squared_lengths.append(result.squared_lengths)
         engine.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
-    evaluated = engine.evaluate(iter(micro_batches(case, 99)), accumulation)
+    evaluated = engine.evaluate(iter(micro_batches(case, 99)), accumulation).mean
     tokens = rows(98, case.vocab_size)[:3, :13].contiguous()
     weights = masters(engine, parameters)
     prompts = [row[:n].tolist() for row, n in zip(tokens, PROMPTS, strict=True)]
