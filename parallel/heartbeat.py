@@ -50,12 +50,13 @@ class Phase(IntEnum):
     SAVE = 13
     SAMPLE = 14
     END = 15
+    TASKS = 16
 
 
 OF_ALL = (Phase.START, Phase.LOAD, Phase.AGREE, Phase.REPORT, Phase.EVALUATE, Phase.SAVE, Phase.SAMPLE, Phase.END)
 """Phases that end when all ranks have come to them."""
-PATIENT = (Phase.START, Phase.LOAD, Phase.KEEP, Phase.SAVE, Phase.SAMPLE, Phase.END)
-"""Phases that may take long: they read or write a whole checkpoint, a corpus or a trace, or take leave of W&B."""
+PATIENT = (Phase.START, Phase.LOAD, Phase.KEEP, Phase.TASKS, Phase.SAVE, Phase.SAMPLE, Phase.END)
+"""Phases that may take long: they read or write a whole checkpoint, a corpus, a task or a trace, or take leave of W&B."""
 _ISSUED = (Phase.PASS, Phase.REDUCE, Phase.AGREE, Phase.UPDATE, Phase.EVALUATE)
 """Phases in which a host may have told its device to do what that has not come to."""
 SAID = {
@@ -72,6 +73,7 @@ SAID = {
     Phase.SAVE: "saving",
     Phase.SAMPLE: "sampling text",
     Phase.END: "ending",
+    Phase.TASKS: "reading and judging the tasks of an evaluation",
 }
 _KINDS = list(Pass)
 _F, _B, _W = _KINDS

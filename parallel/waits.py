@@ -16,7 +16,7 @@ from parallel.layout import Layout
 _ORDER = {
     **{Phase.START: 0, Phase.LOAD: 1},
     **dict.fromkeys((Phase.DATA, Phase.RECEIVE, Phase.PASS, Phase.SEND), 2),
-    **{Phase.REDUCE: 3, Phase.AGREE: 4, Phase.EVALUATE: 4, Phase.UPDATE: 5, Phase.KEEP: 5},
+    **{Phase.REDUCE: 3, Phase.TASKS: 3, Phase.AGREE: 4, Phase.EVALUATE: 4, Phase.UPDATE: 5, Phase.KEEP: 5},
     **{Phase.REPORT: 6, Phase.RECORD: 7, Phase.SAVE: 8, Phase.SAMPLE: 9, Phase.END: 10},
 }
 _PASSES = _ORDER[Phase.PASS]

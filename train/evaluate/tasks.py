@@ -4,8 +4,7 @@ A task runs on one process, rank 0, whatever the layout: the others compute what
 (`train.evaluate.lead`). What it raises costs no step; it is said, and tried again at the next evaluation.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +14,7 @@ from model.problems import BadInput
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from model.generate import Decoder
+    from model.generate import Sampling
     from parallel.scoring import Request, Score
     from train.data.sources import PreparedSources
 
@@ -24,15 +23,15 @@ Figures = dict[str, float]
 
 
 class Scorer(Protocol):
-    """The model that is measured, on whatever layout."""
+    """What asks the model that is measured, on whatever layout: `train.evaluate.lead.Leader`."""
 
     def score(self, requests: Sequence["Request"]) -> list["Score"]:
         """Compute the log-likelihoods that requests ask for, in their order."""
 
-    def decoder(
-        self, prompts: Sequence[Sequence[int]], room: int
-    ) -> AbstractContextManager["Decoder"]:  # as `parallel.engine.Engine.decoder` gives it
-        """Decode behind prompts, with room for so many tokens in all."""
+    def complete(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, ends: Collection[int], sampling: "Sampling"
+    ) -> list[list[int]]:
+        """Complete prompts with at most so many tokens each, which the context has room for; see `model.generate`."""
 
 
 @dataclass(frozen=True)
