@@ -5,7 +5,7 @@ On a CPU the time is that of the thread that computes: what other processes take
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -153,6 +153,19 @@ def measured_attention(config: Config, device: torch.device, dtype: torch.dtype,
     return {**rates, "half_length": max(half, 0.0)}
 
 
+def passes_of(config: Config, dtype: torch.dtype, seconds: Sequence[float]) -> list[Pass]:
+    """Return the passes of embedding, block and head, forward and backward of each, that have taken so many seconds."""
+    layers = layers_for(config, 1, dtype is torch.bfloat16)
+    kinds = [
+        (f"{name}, {kind}", getattr(getattr(layers, name), kind), config.model.n_layers if name == "block" else 1)
+        for name in ("embedding", "block", "head")
+        for kind in ("forward", "backward")
+    ]
+    return [
+        Pass(name, taken, operations, times) for (name, operations, times), taken in zip(kinds, seconds, strict=True)
+    ]
+
+
 ROUNDS = 5
 """Rounds in which each pass is measured, after one that is not counted."""
 
@@ -166,7 +179,7 @@ class Passes:
     """
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
-        self._blocks = config.model.n_layers
+        self._whole = config
         config = replace(config, model=replace(config.model, n_layers=1))
         self._config, self._device, self._dtype = config, device, dtype
         stages = random_stages(config.model, [Stage(0, 0, 3, 1.0)], device)
@@ -195,17 +208,8 @@ class Passes:
             "block": (lambda: self._block(x.detach().requires_grad_(), Context()), torch.randn_like(x)),
             "head": (lambda: loss(self._head(x.detach().requires_grad_(), Context()), tokens).total, None),
         }
-        layers = layers_for(self._config, 1, self._dtype is torch.bfloat16)
-        found = []
-        for name, (run, gradient) in runs.items():
-            forward, backward = self._seconds(run, gradient, together)
-            work = getattr(layers, name)
-            times = self._blocks if name == "block" else 1
-            found += [
-                Pass(f"{name}, forward", forward, work.forward, times),
-                Pass(f"{name}, backward", backward, work.backward, times),
-            ]
-        return found
+        seconds = [self._seconds(run, gradient, together) for run, gradient in runs.values()]
+        return passes_of(self._whole, self._dtype, [one for both in seconds for one in both])
 
     def _seconds(
         self, run: Callable[[], torch.Tensor], gradient: torch.Tensor | None, together: Together
@@ -257,15 +261,26 @@ def launch_seconds(device: torch.device) -> float:
 
 
 def values_of_device(
-    config: Config, device: torch.device, dtype: torch.dtype, most_tp: int, together: Together
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    most_tp: int,
+    together: Together,
+    number: int = 0,
+    of: int = 1,
 ) -> tuple[dict[str, Any], list[Pass]]:
     """Measure a device; return the keys of a `Cluster` that say what it is capable of, and the passes measured.
+
+    `traffic_share` makes the last key of them, ``hbm_share``, once figures of several rounds and devices are merged: it
+    is what the others leave of the passes, so that what a single measurement is off would be off many times over.
 
     Args:
         config: the model whose shapes are measured.
         device, dtype: of the model's layers.
         most_tp: the most tensor-parallel ranks whose shapes are measured.
         together: see `Together`.
+        number: of this process, of those that measure.
+        of: how many those are.
     """
     on_gpu = device.type == "cuda"
     products = measured_products(config, tensor_parallel_sizes(config.model, most_tp), device, dtype, together)
@@ -290,12 +305,24 @@ def values_of_device(
         "launch_us": rounded(1e6 * launch_seconds(device) if on_gpu else host),
         "host_us": rounded(host) if on_gpu else 0.0,
     }
-    passes = Passes(config, device, dtype).measure(together)
-    values["hbm_share"] = _traffic_share(values, passes, dtype)
-    return values, passes
+    if not on_gpu:
+        values["crowded_share"] = _crowded_share(device, dtype, together, number, of)
+    return values, Passes(config, device, dtype).measure(together)
 
 
-def _traffic_share(values: dict[str, Any], passes: Sequence[Pass], dtype: torch.dtype) -> float:
+def _crowded_share(device: torch.device, dtype: torch.dtype, together: Together, number: int, of: int) -> float:
+    """Measure which share of the speed that a core has alone it has while the others compute as well."""
+    together()
+    crowded, alone = product_flops(device, dtype, own_time), 0.0
+    for turn in range(of):
+        together()
+        if turn == number:
+            alone = product_flops(device, dtype, own_time)
+    together()
+    return min(rounded(crowded / alone), 1.0)
+
+
+def traffic_share(values: Mapping[str, Any], passes: Sequence[Pass], dtype: torch.dtype) -> float:
     """Return the share of a copy's bandwidth with which other kernels explain the rest of the whole model's passes."""
     unlimited = Cluster(**{**values, "hbm_gb_per_s": 1e12, "hbm_share": 1.0})
     rest = sum(one.times * (one.seconds - predicted(one, unlimited, dtype)) for one in passes)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from conf.schema import Config
-from launch.bench.calibration import Together, predicted, rounded, values_of_device
+from launch.bench.calibration import Together, passes_of, predicted, rounded, traffic_share, values_of_device
 from launch.bench.common import composed, device_name, rendered
 from parallel.environment import timeout
 from parallel.plan.cluster import Cluster
@@ -58,7 +58,8 @@ def measure(overrides: Sequence[str]) -> dict[str, Any]:
     dtype = torch.bfloat16 if computes_in_bf16(config, on_gpus=on_gpu) else torch.float32
     device = torch.device("cuda" if on_gpu else "cpu")
     processes = 1 if on_gpu else len(os.sched_getaffinity(0))
-    found = measured_here(config, device, dtype, lambda: None) if on_gpu else _of_processes(config, dtype, processes)
+    of_all = [measured_here(config, device, dtype)] if on_gpu else _of_processes(config, dtype, processes)
+    found = merged(of_all, config, dtype)
     about = {"device": device_name(device), "precision": str(dtype).removeprefix("torch."), "processes": processes}
     return {**about, **found, "facts": facts(device, found["values"])}
 
@@ -79,42 +80,59 @@ def facts(device: torch.device, measured: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, "tile_units": 0}
 
 
-def _of_processes(config: Config, dtype: torch.dtype, number: int) -> dict[str, Any]:
-    """Measure in so many processes at the same time; return the medians over them."""
+def _of_processes(config: Config, dtype: torch.dtype, number: int) -> list[dict[str, Any]]:
+    """Measure in so many processes at the same time; return what each has found."""
     with tempfile.TemporaryDirectory() as folder:
         job = (free_port(), number, config, dtype, folder)
         torch.multiprocessing.spawn(_process, job, number)
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(number)]
-    return merged(found)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(number)]
 
 
-def merged(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merge what several processes have measured alike: the median of each figure."""
+def merged(found: Sequence[Mapping[str, Any]], config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """Merge what was measured alike, by several processes or several times: the median of each figure.
+
+    Args:
+        found: from `measured_here`.
+        config, dtype: that were measured.
+
+    Returns:
+        The ``values`` and ``passes`` of `measure`.
+    """
     keys = [key for key in found[0]["values"] if key != "products"]
     values: dict[str, Any] = {key: rounded(median(one["values"][key] for one in found)) for key in keys}
     rows = zip(*(one["values"]["products"] for one in found), strict=True)
     values["products"] = [[*same[0][:3], rounded(median(row[3] for row in same))] for same in rows]
-    passes = zip(*(one["passes"] for one in found), strict=True)
-    return {
-        "values": values,
-        "passes": [[same[0][0], median(one[1] for one in same), median(one[2] for one in same)] for same in passes],
-    }
+    seconds = [median(same) for same in zip(*(one["passes"] for one in found), strict=True)]
+    passes = passes_of(config, dtype, seconds)
+    values["hbm_share"] = traffic_share(values, passes, dtype)
+    cluster = Cluster(**values)
+    return {"values": values, "passes": [[one.name, one.seconds, predicted(one, cluster, dtype)] for one in passes]}
 
 
 def _process(rank: int, port: int, number: int, config: Config, dtype: torch.dtype, folder: str) -> None:
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=number, timeout=timeout())
-    found = measured_here(config, torch.device("cpu"), dtype, dist.barrier)
+    found = measured_here(config, torch.device("cpu"), dtype, dist.barrier, rank, number)
     (Path(folder) / f"{rank}.json").write_text(dumps(found), "utf-8")
     dist.destroy_process_group()
 
 
-def measured_here(config: Config, device: torch.device, dtype: torch.dtype, together: Together) -> dict[str, Any]:
-    """Measure the device of this process; return the ``values`` and ``passes`` of `measure`."""
-    values, passes = values_of_device(config, device, dtype, MOST_TP[device.type], together)
-    cluster = Cluster(**values)
-    return {"values": values, "passes": [[one.name, one.seconds, predicted(one, cluster, dtype)] for one in passes]}
+def measured_here(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    together: Together = lambda: None,
+    number: int = 0,
+    of: int = 1,
+) -> dict[str, Any]:
+    """Measure the device of this process, the `number`-th `of` so many; `merged` makes the findings of it.
+
+    Returns:
+        ``values``, the keys that were measured, and ``passes``, the seconds of each.
+    """
+    values, passes = values_of_device(config, device, dtype, MOST_TP[device.type], together, number, of)
+    return {"values": values, "passes": [one.seconds for one in passes]}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -122,6 +140,7 @@ def as_text(found: dict[str, Any]) -> str:
     values = {**asdict(Cluster()), **found["facts"], **found["values"]}
     peak = values["peak_tflops" if found["precision"] == "bfloat16" else "peak_fp32_tflops"]
     title = f"products in {found['precision']}, processes at once: {found['processes']}"
+    on_cpu = values["devices_per_node"] is not None
     products = Table("m", "k", "n", "TFLOP/s", "of the peak", title=title, title_justify="left")
     for m, k, n, rate in found["values"]["products"]:
         products.add_row(*(f"{size:.0f}" for size in (m, k, n)), f"{rate:.4g}", f"{rate / peak:.1%}")
@@ -137,5 +156,6 @@ def as_text(found: dict[str, Any]) -> str:
             "tokens",
             f"memory {values['hbm_gb_per_s']:.4g} GB/s for a copy, {values['hbm_share']:.0%} of it for norms, sums and "
             f"the like; {values['launch_us']:.1f} us an operation",
+            *([f"a core computes at {values['crowded_share']:.0%} of its speed while all do"] if on_cpu else []),
         ]
     )

@@ -1,8 +1,9 @@
 """Steps of several layouts on this machine's cores against what a plan predicts from this machine's own figures.
 
-Ranks are processes with a thread each, over Gloo, on the CPU on every machine. In one start they measure products,
-attention, memory and links as `deepnarrow bench cluster` and `deepnarrow check` do, and then train steps of every
-layout by turns, with the engine of a run.
+Ranks are processes with a thread each, over Gloo, on the CPU on every machine. In each round they measure products,
+attention and memory as `deepnarrow bench cluster` does, and train a step of every layout, by turns, with the engine of
+a run: a machine that is slower for a while is so for both. Links are measured as by `deepnarrow check`, but behind
+computation: ranks that share matrices meet at each message, and wait there for the one that was held up.
 """
 
 import json
@@ -11,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,13 +20,14 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.table import Table
 
 from conf.schema import Config
 from launch.bench.cluster import ON_CPU, facts, measured_here, merged
 from launch.bench.common import agreed_rounds, composed, device_name, kendall_tau, rendered
 from launch.check.calibrate import links_of
-from launch.check.measure import RankFindings, link_times
+from launch.check.measure import LinkTime, RankFindings, link_times
 from model.batch import Batch
 from model.problems import BadInput
 from parallel import schedules
@@ -122,14 +124,15 @@ CASES = (
 
 
 def measure(
-    overrides: Sequence[str], cases: Sequence[Case] = CASES, rounds: int = 3, seconds: float = 600.0
+    overrides: Sequence[str], cases: Sequence[Case] = CASES, rounds: int = 5, seconds: float = 900.0
 ) -> dict[str, Any]:
     """Train steps of each layout by turns, and predict them.
 
     Args:
         overrides: of the model, `train.seq_len` and `train.global_batch`, after `DEFAULTS`.
         cases: the layouts.
-        rounds: the number of rounds, in each of which every layout takes two steps, of which the second counts.
+        rounds: the number of rounds, in each of which every layout takes two steps, of which the second counts; one
+            more begins, in which it takes one that does not.
         seconds: after which no further round begins.
 
     Returns:
@@ -149,20 +152,22 @@ def measure(
         raise BadInput([f"train.global_batch={config.train.global_batch}: one batch is measured; 8 would work"])
     if problems := [problem for case in cases for problem in case.problems(config)]:
         raise BadInput(list(dict.fromkeys(problems)))
-    rows: list[dict[str, Any]] = []
-    clusters, disturbed = {}, 0.0
+    started: dict[int, list[dict[str, Any]]] = {}
     sizes = sorted({case.ranks for case in cases})
     for ranks in sizes:
         own = [case for case in cases if case.ranks == ranks]
         with tempfile.TemporaryDirectory() as folder:
             job = (ranks, free_port(), config, own, rounds, seconds / len(sizes), folder)
             torch.multiprocessing.spawn(_rank, job, ranks)
-            found = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
-        cluster, clusters[str(ranks)] = _cluster(found)
-        disturbed = max(disturbed, found[0]["others"])
+            started[ranks] = [json.loads((Path(folder) / f"{rank}.json").read_text("utf-8")) for rank in range(ranks)]
+    devices = [one for found in started.values() for rank in found for one in rank["devices"]]
+    device = merged(devices, config, _dtype(config))["values"]
+    rows, clusters = [], {}
+    for ranks, found in started.items():
+        cluster, clusters[str(ranks)] = _cluster(device, found)
         rows += [
             _row(case, config, cluster, found[0]["steps"][at], [one["passes"][at] for one in found])
-            for at, case in enumerate(own)
+            for at, case in enumerate(case for case in cases if case.ranks == ranks)
         ]
     measured, predicted = ([row[key] for row in rows] for key in ("measured", "predicted"))
     return {
@@ -170,20 +175,34 @@ def measure(
         "parameters": config.model.num_params,
         "tokens": config.train.global_batch * config.train.seq_len,
         "rows": rows,
-        "others": disturbed,
+        "others": max(found[0]["others"] for found in started.values()),
         "worst": max(abs(row["ratio"] - 1) for row in rows),
         "tau": kendall_tau(measured, predicted),
         "clusters": clusters,
     }
 
 
-def _cluster(found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any]]:
-    """Return the cluster that the ranks have measured, and the keys that they have."""
-    devices = merged([one["device"] for one in found if one["device"] is not None])["values"]
-    values = devices | links_of([RankFindings.from_json(one["links"]) for one in found])
+def _cluster(device: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> tuple[Cluster, dict[str, Any]]:
+    """Return the cluster of one start, and the keys of it that were measured.
+
+    Args:
+        device: the keys of the device.
+        found: by each rank of the start.
+    """
+    of_ranks = [RankFindings.from_json(one["links"]) for one in found]
+    links = averaged(of_ranks)
+    values = {**device, **links_of([replace(one, links=links if one is of_ranks[0] else []) for one in of_ranks])}
     cores = len(os.sched_getaffinity(0))
     place = {"gpus_per_node": len(found), "devices_per_node": float(min(cores, len(found)))}
     return Cluster(**{**facts(torch.device("cpu"), values), **values, **place}), values
+
+
+def averaged(found: Sequence[RankFindings]) -> list[LinkTime]:
+    """Return each message with its mean seconds over the ranks that sent it: one waits where another comes late."""
+    seconds: dict[tuple[str, str, tuple[int, ...], int], list[float]] = {}
+    for link in (link for one in found for link in one.links):
+        seconds.setdefault((link.kind, link.operation, link.ranks, link.num_bytes), []).append(link.seconds)
+    return [LinkTime(*what, statistics.mean(of)) for what, of in seconds.items()]
 
 
 def _row(
@@ -259,16 +278,16 @@ def _rank(
     device = start_process_group()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    dtype = torch.bfloat16 if computes_in_bf16(config, on_gpus=False) else torch.float32
     busy = min(ranks, len(os.sched_getaffinity(0)))
-    at_work = dist.new_group(list(range(busy)))
-    together = partial(dist.barrier, at_work)
-    own = measured_here(config, device, dtype, together) if rank < busy else None
+    together = partial(dist.barrier, dist.new_group(list(range(busy))))
+    devices: list[dict[str, Any]] = []
     links, others = _calm(lambda: _links(rank, ranks, config, device))
     engines = [_engine(case.job(config), config) for case in cases]
     steps: list[list[tuple[float, float]]] = [[] for _ in cases]
     passes: list[dict[str, float]] = [{} for _ in cases]
     for number in agreed_rounds(rounds, 1, seconds - (time.perf_counter() - begin)):
+        if number and rank < busy:
+            devices.append(measured_here(config, device, _dtype(config), together, rank, busy))
         for at, (case, engine) in enumerate(zip(cases, engines, strict=True)):
             _step(engine, case, config)  # it leaves weights on their way, as the step before does in a run
             if number:  # the first opens connections and allocates
@@ -276,7 +295,7 @@ def _rank(
                 steps[at].append((taken, disturbed))
     for engine in engines:
         engine.wait()
-    told: dict[str, Any] = {"device": own, "links": asdict(links), "others": others, "steps": steps}
+    told: dict[str, Any] = {"devices": devices, "links": asdict(links), "others": others, "steps": steps}
     told["passes"] = passes
     (Path(folder) / f"{rank}.json").write_text(dumps(told), "utf-8")
     dist.barrier()
@@ -285,11 +304,17 @@ def _rank(
 
 def _links(rank: int, ranks: int, config: Config, device: torch.device) -> RankFindings:
     """Measure the links of a pipeline of all ranks, and of all of them sharing matrices, which replicas' are like."""
-    links = []
+    model, links = config.model, []
+    x = torch.randn(config.train.seq_len, model.d_model, device=device)
+    weight = torch.randn(model.d_ff, model.d_model, device=device)
     for layout in (Layout(1, ranks, 1), Layout(1, 1, ranks)):
         grid = make_ranks(layout, schedules.Placement(layout.pp), 1)
-        links += link_times(grid, device, dist.group.WORLD)
+        links += link_times(grid, device, dist.group.WORLD, before=lambda: F.linear(x, weight))
     return RankFindings(rank, "here", "cpu", 0.0, 0.0, links)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if computes_in_bf16(config, on_gpus=False) else torch.float32
 
 
 def _engine(job: Job, config: Config) -> Engine:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.bench.common import copy_bytes, device_name, product_flops, seconds_of
+from launch.bench.common import copy_bytes, device_name, product_flops, seconds_of, synchronised
 from parallel.groups import Ranks, make_ranks
 from parallel.layout import Layout
 from parallel.schedules import Placement
@@ -131,23 +131,27 @@ def measure(request: Request, device: torch.device, group: Any) -> RankFindings:
     return RankFindings(*place, max(products), max(copies), links, cores)
 
 
-def link_times(ranks: Ranks, device: torch.device, group: Any) -> list[LinkTime]:
+def link_times(
+    ranks: Ranks, device: torch.device, group: Any, before: Callable[[], object] | None = None
+) -> list[LinkTime]:
     """Measure this rank's links in several rounds. All ranks call it together.
 
     Args:
         ranks: this process in the rank grid, and its groups.
         device: of this rank.
         group: as for `measure`.
+        before: what a rank computes before each collective, as in a step: the time of a collective is then that from
+            the end of it, the waiting for ranks that are at it longer included, and the mean over all.
     """
     seconds: dict[tuple[str, str, tuple[int, ...], int], float] = {}
     for _ in range(ROUNDS):
-        for key, found in _round(ranks, device, group):
+        for key, found in _round(ranks, device, group, before):
             seconds[key] = min(found, seconds.get(key, found))
     return [LinkTime(*what, found) for what, found in seconds.items()]
 
 
 def _round(
-    ranks: Ranks, device: torch.device, group: Any
+    ranks: Ranks, device: torch.device, group: Any, before: Callable[[], object] | None
 ) -> Iterator[tuple[tuple[str, str, tuple[int, ...], int], float]]:
     """Yield the key and the seconds of each message of a round, in an order that is the same on all ranks."""
     sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
@@ -175,10 +179,19 @@ def _round(
             for size in sizes:
                 dist.barrier(group)
                 run = _collective(operation, len(members_of[kind]), size, of_kind, device)
-                yield (
-                    (kind, operation, members_of[kind], size),
-                    seconds_of(run, device, _repeats(size, sizes)),
-                )
+                times = _repeats(size, sizes)
+                taken = _mean_after(before, run, device, times) if before else seconds_of(run, device, times)
+                yield (kind, operation, members_of[kind], size), taken
+
+
+def _mean_after(before: Callable[[], object], run: Callable[[], object], device: torch.device, times: int) -> float:
+    taken = 0.0
+    for number in range(times + 1):
+        before()
+        begin = synchronised(device)
+        run()
+        taken += synchronised(device) - begin if number else 0.0  # the first opens connections
+    return taken / times
 
 
 def _collective(operation: str, size: int, num_bytes: int, group: Any, device: torch.device) -> Callable[[], Any]:

@@ -18,6 +18,9 @@ class Cluster:
     """GPUs of a machine, with a rank on each."""
     devices_per_node: float | None = None
     """How many ranks of a machine compute at full speed at the same time, where they share cores; null: all of them."""
+    crowded_share: float = 1.0
+    """The share of the speed that a device has alone which it has while all of its machine compute, where ranks share
+    cores: these share caches, memory and clock. Its other figures are those of a crowded one."""
     memory_gib: float = 80.0
     """Memory of a GPU that PyTorch can allocate, in GiB."""
     reserved_gib: float = 4.0
@@ -101,7 +104,7 @@ class Cluster:
         above_0 = ["nodes", "gpus_per_node", "memory_gib", "peak_tflops", "peak_fp32_tflops", "hbm_gb_per_s"]
         above_0 += ["intra_gb_per_s", "inter_gb_per_s"]
         shares = ["product_share", "attention_forward_share", "attention_backward_share", "hbm_share"]
-        shares += ["intra_share", "inter_share", "slowest_share"]
+        shares += ["crowded_share", "intra_share", "inter_share", "slowest_share"]
         times = ["launch_us", "host_us", "attention_half_length", "reserved_gib"]
         limits = [(name, f"must be above 0; {_default(name)} would work") for name in above_0]
         found = [f"{key}.{name}={getattr(self, name)}: {said}" for name, said in limits if not getattr(self, name) > 0]

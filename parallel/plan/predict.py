@@ -143,7 +143,9 @@ def _step_time(job: Job, cluster: Cluster, step: Step) -> StepTime:
     if cluster.devices_per_node is None:
         return step_time(step)
     nodes = -(-job.layout.world_size // cluster.gpus_per_node)
-    return shared_step_time(step, job.layout.dp * job.layout.tp, nodes * cluster.devices_per_node)
+    return shared_step_time(
+        step, job.layout.dp * job.layout.tp, nodes * cluster.devices_per_node, cluster.crowded_share
+    )
 
 
 def _layer_times(shape: Shape, prices: Prices, where: Mapping[GroupKind, Reach]) -> Sequence[LayerTime]:

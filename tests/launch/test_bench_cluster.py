@@ -11,6 +11,7 @@ from launch import cluster_file
 from launch.bench import calibration, cluster, layouts
 from launch.bench.calibration import Pass, layers_for, predicted, tensor_parallel_sizes
 from launch.bench.layouts import Case, kendall_tau
+from launch.check.measure import LinkTime, RankFindings
 from launch.cli import main
 from parallel.plan.cluster import Cluster
 from parallel.plan.costs import Prices
@@ -133,10 +134,10 @@ def test_the_bandwidth_is_what_explains_the_rest_of_the_passes():
     values |= {"hbm_gb_per_s": 20.0, "launch_us": 10.0}
     operations = [Product(64, 64, 64, bytes_per_value=4), Traffic(10**6), Traffic(3 * 10**6)]
     seconds = 2 * 64**3 / 0.08e12 + 3 * 10e-6 + 4e6 / 5e9
-    share = calibration._traffic_share(values, [Pass("one", seconds, operations)], torch.float32)
+    share = calibration.traffic_share(values, [Pass("one", seconds, operations)], torch.float32)
     assert share == pytest.approx(5 / 20, rel=1e-3)
     twice = [Pass("block", seconds, operations, 7), Pass("head", seconds + 2e-3, [Traffic(10**6)])]
-    weighed = calibration._traffic_share(values, twice, torch.float32)
+    weighed = calibration.traffic_share(values, twice, torch.float32)
     rest = 7 * 4e6 / 5e9 + seconds + 2e-3 - 10e-6
     assert weighed * 20e9 == pytest.approx((7 * 4e6 + 1e6) / rest, rel=1e-3)
     one = Pass("one", seconds, operations)
@@ -147,7 +148,7 @@ def test_the_bandwidth_is_what_explains_the_rest_of_the_passes():
 def test_passes_shorter_than_their_products_leave_a_copys_bandwidth():
     values = {"peak_fp32_tflops": 0.1, "product_share": 1.0, "host_us": 0.0, "hbm_gb_per_s": 20.0, "launch_us": 0.0}
     one = Pass("one", 1e-9, [Product(64, 64, 64, bytes_per_value=4), Traffic(10**6)])
-    assert calibration._traffic_share(values, [one], torch.float32) == 1.0
+    assert calibration.traffic_share(values, [one], torch.float32) == 1.0
 
 
 @pytest.mark.parametrize("half", [0.0, 700.0])
@@ -180,8 +181,9 @@ def test_a_device_that_was_measured_is_priced_by_its_figures(monkeypatch):
     monkeypatch.setattr(calibration, "copy_bytes", lambda *_: 8e9)
     monkeypatch.setattr(calibration, "host_seconds", lambda *_: 20e-6)
     monkeypatch.setattr(calibration.Passes, "measure", lambda self, together: [Pass("one", 1.0, [Traffic(4 * 10**9)])])
-    values, _ = calibration.values_of_device(config, torch.device("cpu"), torch.float32, 1, lambda: None)
-    own = Cluster(**values, tile_units=0)
+    values, passes = calibration.values_of_device(config, torch.device("cpu"), torch.float32, 1, lambda: None)
+    assert values["crowded_share"] == 1.0
+    own = Cluster(**values, hbm_share=calibration.traffic_share(values, passes, torch.float32), tile_units=0)
     prices, model = Prices(own, 4), config.model
     for backward, rate in ((False, 0.02e12), (True, 0.03e12)):
         one = Attention(1, 256, model.n_heads, model.n_kv_heads, model.d_head, backward)
@@ -201,15 +203,39 @@ def test_shapes_are_those_of_each_cut_that_works():
     assert products == {(64, 32), (64, 16), (32, 64), (64, 48), (48, 64)}
 
 
-def test_what_processes_measured_is_merged_by_medians():
+def test_what_processes_measured_is_merged_by_medians_and_explained_once():
+    config = preset(*SHAPE)
+    base = {"peak_fp32_tflops": 0.1, "product_share": 1.0, "hbm_gb_per_s": 8.0, "tile_units": 0}
     of = [
-        {"values": {"launch_us": us, "products": [[1.0, 2.0, 3.0, rate]]}, "passes": [["block, forward", us, 4.0]]}
-        for us, rate in ((10.0, 0.5), (30.0, 0.7), (90.0, 0.6))
+        {"values": base | {"launch_us": us, "products": [[64.0, 64.0, 64.0, rate]]}, "passes": [1e-6 * us] * 6}
+        for us, rate in ((1e4, 0.05), (3e4, 0.07), (9e4, 0.06))
     ]
-    assert cluster.merged(of) == {
-        "values": {"launch_us": 30.0, "products": [[1.0, 2.0, 3.0, 0.6]]},
-        "passes": [["block, forward", 30.0, 4.0]],
-    }
+    found = cluster.merged(of, config, torch.float32)
+    values = found["values"]
+    assert (values["launch_us"], values["products"]) == (3e4, [[64.0, 64.0, 64.0, 0.06]])
+    assert [row[0] for row in found["passes"]][:3] == ["embedding, forward", "embedding, backward", "block, forward"]
+    assert [row[1] for row in found["passes"]] == [0.03] * 6
+    # The merged figures decide what is left for kernels bound by memory, not the mean of what each would say.
+    passes = calibration.passes_of(config, torch.float32, [0.03] * 6)
+    assert values["hbm_share"] == calibration.traffic_share(values, passes, torch.float32)
+    assert [one.times for one in passes] == [1, 1, 2, 2, 1, 1]
+
+
+def test_a_core_alone_is_as_fast_as_it_was_measured_alone(monkeypatch):
+    rates = iter([8e9, 10e9])
+    monkeypatch.setattr(calibration, "product_flops", lambda *_: next(rates))
+    begun = []
+    share = calibration._crowded_share(torch.device("cpu"), torch.float32, lambda: begun.append(1), 1, 2)
+    assert share == 0.8 and len(begun) == 4  # all, then one after another, then on together
+
+
+def test_a_message_takes_its_mean_over_ranks_that_wait_for_each_other():
+    def of(rank, seconds):
+        links = [LinkTime("tp", "all_gather", (0, 1), 4096, seconds), LinkTime("tp", "all_reduce", (0, 1), 4096, 1.0)]
+        return RankFindings(rank, "here", "cpu", 0.0, 0.0, links)
+
+    found = layouts.averaged([of(0, 1.0), of(1, 3.0)])
+    assert [(link.operation, link.seconds) for link in found] == [("all_gather", 2.0), ("all_reduce", 1.0)]
 
 
 def test_kendalls_tau_counts_pairs():

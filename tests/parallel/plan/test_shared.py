@@ -59,6 +59,17 @@ def test_two_ranks_on_a_device_and_a_half_each_have_three_quarters_while_both_co
     assert shared_step_time(one, 1, 1.5).seconds == pytest.approx(4.0 + 3.0 + 0.25)
 
 
+def test_a_device_is_faster_while_others_rest():
+    one = step(micro_batches=1)  # of two ranks, one computes at a time
+    alone = shared_step_time(one, 1, 2, crowded_share=0.8).seconds
+    assert alone - one.agreement == pytest.approx(0.8 * (shared_step_time(one, 1, 2).seconds - one.agreement))
+    # All compute all the time: nobody is faster.
+    work = replace(step(micro_batches=1), stages=[stage(0.0), stage(0.0)], ranks=[RankTime((), 0.0, 3.0)] * 2)
+    assert shared_step_time(work, 2, 4, 0.8).seconds == pytest.approx(3.0 + work.agreement)
+    # Of four devices two are used: of what a device gains alone, by three that rest, two bring two thirds.
+    assert shared_step_time(work, 1, 4, 0.8).seconds == pytest.approx(3.0 / (1 + 0.25 * 2 / 3) + work.agreement)
+
+
 def test_copies_share_as_ranks_do():
     one = step(ranks=4)
     assert shared_step_time(one, 2, 4).seconds == pytest.approx(shared_step_time(one, 1, 2).seconds)
