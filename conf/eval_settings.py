@@ -31,7 +31,10 @@ class EvalConfig:
     of the completion is the likeliest), perplexity of the completion, and its bits per byte. Other people's files may
     name their fields: {path: /tasks/a.jsonl, context: question, choices: choices.text, answer: answerKey}; `name` is
     what the task is called. `continuation` needs no file: of the run's own held-out documents, which of four endings is
-    the right one, the others being of other documents. lm_eval/NAME is a task of lm-eval (an extra)."""
+    the right one, the others being of other documents. lm_eval/NAME is a task, a group or a tag of lm-eval (pip install
+    'deepnarrow[eval]'), with the metrics that lm-eval gives it, such as acc, acc_norm, perplexity and exact_match."""
+    include_path: str | None = None
+    """A folder of YAML tasks that lm-eval knows as well as its own, for lm_eval/NAME."""
     sets: dict[str, NamedCorpus] = field(default_factory=dict)
     """Held-out sets by name, such as {pile: {path: /pile/val.jsonl.zst}}: all of their documents are held out. They are
     tokenised with the run's tokenizer, cut and measured as held-out documents are, train.val_sequences at most."""
@@ -39,7 +42,7 @@ class EvalConfig:
     """The most questions of each task, its first ones; null asks all, and of `continuation` 256."""
     shots: int = 0
     """Examples with their answers before each question, of the same file and never the question itself; train.seed
-    chooses them."""
+    chooses them. Tasks of lm-eval choose theirs themselves, and 0 leaves them the number that they ask for."""
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,13 @@ class Asked:
         limit: the most questions of a task, its first ones; None for all.
         shots: examples with their answers that stand before each question.
         seed: chooses them.
+        include_path: a folder of tasks of one's own for lm-eval; None for none.
     """
 
     limit: int | None = None
     shots: int = 0
     seed: int = 1
+    include_path: str | None = None
 
 
 def named(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
