@@ -19,6 +19,7 @@ from model.problems import BadInput
 from train.data import corpus
 from train.data.build import document_hash, sample_pieces
 from train.data.tally import Tally
+from train.data.token_bytes import bytes_of_tokens
 from train.data.tokenizer import Encoder, load_tokenizer, size, tokenizer_file
 from train.data.tokenizer_cache import PreparedTokenizer, prepare_tokenizer
 from train.data.units import documents_of, units_of
@@ -126,7 +127,7 @@ def report_of(
         of = {"this": _rates(texts, num_bytes, sum(map(len, ids)))}
         of |= {other: _rates(texts, num_bytes, _num_tokens(theirs, texts)) for other, theirs in others.items()}
         sources[name] = {"bytes": num_bytes, "unseen": sample.unseen, "tokenizers": of}
-    spelled_bytes = {token: raw for token, raw in _bytes_of(tokenizer).items() if token not in special}
+    spelled_bytes = {token: raw for token, raw in bytes_of_tokens(tokenizer).items() if token not in special}
     readable = [text for raw in spelled_bytes.values() if (text := _decoded(raw)) is not None]
     longest = sorted((t for t in readable if any(map(str.isalpha, t))), key=lambda t: (-len(t.encode("utf-8")), t))
     ordinary = [number for number in spelled_bytes if number < len(seen)]
@@ -240,21 +241,6 @@ def _load(given: str) -> "Tokenizer":
     loaded.no_padding()
     loaded.encode_special_tokens = True
     return loaded
-
-
-def _bytes_of(tokenizer: "Tokenizer") -> dict[int, bytes]:
-    """The bytes that each token stands for, by id; of tokenizers that are not byte-level, those of its text."""
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    if '"ByteLevel"' not in json.dumps(json.loads(tokenizer.to_str()).get("decoder")):
-        return {number: token.replace("▁", " ").encode("utf-8") for token, number in vocabulary.items()}
-    # GPT-2's alphabet: a byte that prints is its own character, the others are those from 256 on.
-    prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    rest = [byte for byte in range(256) if byte not in prints]
-    byte_of = {chr(byte): byte for byte in prints} | {chr(256 + n): byte for n, byte in enumerate(rest)}
-    return {
-        number: bytes(byte_of[char] for char in token) if all(char in byte_of for char in token) else token.encode()
-        for token, number in vocabulary.items()
-    }
 
 
 def _decoded(raw: bytes) -> str | None:

@@ -92,7 +92,7 @@ class Scorer:
         Raises:
             ValueError: on every rank, before any pass: requests that cannot be scored; each is named.
         """
-        if problems := _problems(requests, self._model):
+        if problems := request_problems(requests, self._model):
             raise ValueError("\n".join(problems))
         if not requests:
             return []
@@ -151,7 +151,8 @@ def load_scorer(
     return Scorer(weights.config, stages, Pipeline(functions, loss, *order, *links, spec), ranks)
 
 
-def _problems(requests: Sequence[Request], model: ModelConfig) -> list[str]:
+def request_problems(requests: Sequence[Request], model: ModelConfig) -> list[str]:
+    """Say which requests cannot be scored, a sentence each."""
     problems = []
     for number, request in enumerate(requests):
         length = len(request.tokens)

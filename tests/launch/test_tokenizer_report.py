@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from conf.train_settings import DataConfig, Source
 from launch.cli import main
 from launch.tokenizer_probes import every_character, kinds_of_tokens, round_trip, spelled
-from launch.tokenizer_report import _bytes_of, _sample
+from launch.tokenizer_report import _sample
 from train.data.build import sample_pieces
+from train.data.token_bytes import bytes_of_tokens
 from train.data.tokenizer import EOS, Encoder, load_tokenizer, train_tokenizer
 from train.data.tokenizer_cache import prepare_tokenizer, sample_texts
 
@@ -166,7 +167,7 @@ def test_tokens_that_mix_what_may_be_kept_apart_are_counted():
 
 def test_bytes_of_tokens_are_those_that_they_write():
     tokenizer = train_tokenizer(iter([CODE] * 9), 400)
-    raw = _bytes_of(tokenizer)
+    raw = bytes_of_tokens(tokenizer)
     assert len(raw) == tokenizer.get_vocab_size(with_added_tokens=False)
     assert sorted(value for value in raw.values() if len(value) == 1) == [bytes([byte]) for byte in range(256)]
     ids = tokenizer.encode(CODE).ids

@@ -11,9 +11,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch.distributed as dist
 
+from model.config import ModelConfig
 from model.generate import Decoder, Sampling, complete
 from parallel.heartbeat import Phase, heart
-from parallel.scoring import Request, Score
+from parallel.scoring import Request, Score, request_problems
 from train.agreement import from_rank_0
 
 T = TypeVar("T")
@@ -34,23 +35,24 @@ class Leader:
 
     Args:
         model: of this rank.
+        config: of the whole model, by which requests are judged before a rank is told of them.
         group: of all ranks, over the CPU; None for a process alone.
 
     Attributes:
         broken: whether the model has failed, so that nobody knows where the other ranks are.
     """
 
-    def __init__(self, model: Model, group: dist.ProcessGroup | None):
-        self._model, self._group, self.broken = model, group, False
+    def __init__(self, model: Model, config: ModelConfig, group: dist.ProcessGroup | None):
+        self._model, self._config, self._group, self.broken = model, config, group, False
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Compute the log-likelihoods that requests ask for, in their order.
 
         Raises:
-            ValueError: a request scores nothing, or its first token; no rank is told of it.
+            ValueError: requests that cannot be scored; no other rank is told of any.
         """
-        if wrong := [one for one in requests if not 1 <= one.first < len(one.tokens)]:
-            raise ValueError(f"a request of {len(wrong[0].tokens)} tokens cannot be scored from {wrong[0].first} on")
+        if problems := request_problems(requests, self._config):
+            raise ValueError("\n".join(problems))
         tokens = np.concatenate([np.asarray(one.tokens, np.int32) for one in requests] or [np.empty(0, np.int32)])
         cuts = np.array([(len(one.tokens), one.first) for one in requests], np.int32).reshape(-1, 2)
         return list(self._together(_score, tokens, cuts))
@@ -58,7 +60,17 @@ class Leader:
     def complete(
         self, prompts: Sequence[Sequence[int]], num_tokens: int, ends: Collection[int], sampling: Sampling
     ) -> list[list[int]]:
-        """Complete prompts together, with so many tokens at most that fit the context; see `model.generate.complete`."""
+        """Complete prompts together as `model.generate.complete` does, with so many tokens at most.
+
+        Raises:
+            ValueError: prompts that are empty or, with so many tokens, do not fit the context; no other rank is told.
+        """
+        if not prompts:
+            return []
+        if not all(1 <= len(prompt) <= self._config.max_seq_len - num_tokens for prompt in prompts):
+            raise ValueError(
+                f"prompts of 1 to {self._config.max_seq_len - num_tokens} tokens leave room for {num_tokens}"
+            )
         return list(self._together(_complete, [list(prompt) for prompt in prompts], num_tokens, sorted(ends), sampling))
 
     def _together(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -78,11 +90,12 @@ class Leader:
             from_rank_0(what, self._group)
 
 
-def led(model: Model, group: dist.ProcessGroup | None, work: Callable[[Leader], T]) -> T | None:
+def led(model: Model, config: ModelConfig, group: dist.ProcessGroup | None, work: Callable[[Leader], T]) -> T | None:
     """Run work on rank 0, which asks the model as it likes. All ranks call it together.
 
     Args:
         model: of this rank.
+        config: of the whole model.
         group: of all ranks, over the CPU; None for a process alone.
         work: is called on rank 0 alone.
 
@@ -96,7 +109,7 @@ def led(model: Model, group: dist.ProcessGroup | None, work: Callable[[Leader], 
     if group is not None and dist.get_rank() != 0:
         _follow(model, group)
         return None
-    leader, failure = Leader(model, group), None
+    leader, failure = Leader(model, config, group), None
     heart.at(Phase.TASKS)
     try:
         return work(leader)
