@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -37,9 +37,6 @@ from train.checkpoint.folder import below
 from train.checkpoint.manifest import Damaged, Manifest
 from train.data import tokenizer as tokenizers_
 from train.files import sync
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG, DESCRIPTION = "tokenizer.json", "tokenizer_config.json", "config.json"
 _GENERATION = "generation_config.json"
@@ -217,7 +214,8 @@ def export(weights: Weights, source: Source, folder: Path, dtype: torch.dtype, m
         # Documents are trained on one after another with this token between: it ends one and begins the next.
         bos = eos = tokenizers_.eos_id(tokenizer, source.tokenizer)
         if TOKENIZER_CONFIG in copied:
-            bos = _named(source, "bos_token", tokenizer, eos)
+            begins = tokenizers_.bos_id(tokenizer, source.tokenizer)
+            bos = eos if begins is None else begins
         else:
             token = tokenizer.id_to_token(eos)
             described = {
@@ -320,14 +318,6 @@ def _copy(source: Source, folder: Path, *more: str) -> list[str]:
     for name in copied:
         shutil.copyfile(source.path / name, folder / name)
     return copied
-
-
-def _named(source: Source, key: str, tokenizer: "Tokenizer", otherwise: int) -> int:
-    """The id of a special token that the tokenizer_config.json of a source names."""
-    named = _object(source.path / TOKENIZER_CONFIG).get(key)
-    content = named.get("content") if isinstance(named, dict) else named
-    found = tokenizer.token_to_id(content) if isinstance(content, str) else None
-    return otherwise if found is None else found
 
 
 def _check_tokenizer(tokenizer: Path, config: ModelConfig) -> None:

@@ -147,7 +147,7 @@ def eos_id(tokenizer: "Tokenizer", path: str | Path | None = None) -> int:
         BadInput: that token is unknown to the tokenizer, or none of the usual names is known.
     """
     said = f"data.tokenizer={path}"
-    named = _configured_eos(tokenizer_file(path)) if path is not None else None
+    named = _configured(tokenizer_file(path), "eos_token") if path is not None else None
     if named is not None:
         found = tokenizer.token_to_id(named)
         if found is None:
@@ -161,14 +161,29 @@ def eos_id(tokenizer: "Tokenizer", path: str | Path | None = None) -> int:
                     "beside it that names the eos_token would work"])  # fmt: skip
 
 
+def bos_id(tokenizer: "Tokenizer", path: str | Path) -> int | None:
+    """Find the id of the token that begins a text by the `tokenizer_config.json` beside a tokenizer.
+
+    Args:
+        tokenizer: ours or a foreign one.
+        path: where it was loaded from.
+
+    Returns:
+        The id; None where no `bos_token` is named, or the tokenizer does not have it.
+    """
+    named = _configured(tokenizer_file(path), "bos_token")
+    return tokenizer.token_to_id(named) if isinstance(named, str) else None
+
+
 def config_file(tokenizer: Path) -> Path:
     """Name the tokenizer_config.json that belongs to a tokenizer.json; it need not exist."""
     return tokenizer.with_name("tokenizer_config.json")
 
 
-def _configured_eos(tokenizer: Path) -> str | None:
+def _configured(tokenizer: Path, key: str) -> str | None:
+    """Return the name of a special token in the tokenizer_config.json beside a tokenizer; None where none is named."""
     try:
-        named = json.loads(config_file(tokenizer).read_text("utf-8")).get("eos_token")
+        named = json.loads(config_file(tokenizer).read_text("utf-8")).get(key)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:
