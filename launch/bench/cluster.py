@@ -20,7 +20,8 @@ from rich.table import Table
 
 from conf.schema import Config
 from launch.bench.calibration import Together, passes_of, predicted, rounded, traffic_share, values_of_device
-from launch.bench.common import composed, device_name, rendered
+from launch.bench.common import composed, device_name
+from launch.tables import rendered
 from parallel.environment import timeout
 from parallel.plan.cluster import Cluster
 from parallel.processes import free_port

@@ -1,4 +1,4 @@
-"""Helpers of several benchmarks: settings, weights, timing, peak memory, and tables of results."""
+"""Helpers of several benchmarks: settings, weights, timing and peak memory."""
 
 import json
 import os
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity
 
 from conf.compose import Composition, compose_overrides
@@ -72,14 +70,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {len(os.sched_getaffinity(0))} cores"
-
-
-def rendered(table: Table) -> str:
-    """Render a table as plain text without spaces at the ends of lines."""
-    console = Console(width=118, highlight=False, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def synchronised(device: torch.device) -> float:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.train_settings import DataConfig, Source
-from launch.bench.common import composed, device_name, rendered
+from launch.bench.common import composed, device_name
 from launch.bench.preparation import OURS, compare
+from launch.tables import rendered
 from model.problems import BadInput
 from parallel.layout import layout_for
 from train.data.batches import train_micro_batches

@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 
 from conf.schema import Config
-from launch.bench.common import composed, device_name, random_stages, rendered, synchronised
+from launch.bench.common import composed, device_name, random_stages, synchronised
+from launch.tables import rendered
 from model.batch import Batch
 from model.config import ModelConfig
 from model.context import Context

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from launch.bench.common import composed, copy_bytes, device_name, product_flops, rendered, synchronised
+from launch.bench.common import composed, copy_bytes, device_name, product_flops, synchronised
+from launch.tables import rendered
 from model.config import AttentionBackend, Kernels, ModelConfig
 from model.fused import add_rms_norm, rms_norm, rotary, silu_mul
 from model.kernels import causal_attention, obstacle

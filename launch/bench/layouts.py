@@ -25,9 +25,10 @@ from rich.table import Table
 
 from conf.schema import Config
 from launch.bench.cluster import ON_CPU, facts, measured_here, merged
-from launch.bench.common import agreed_rounds, composed, device_name, kendall_tau, rendered
+from launch.bench.common import agreed_rounds, composed, device_name, kendall_tau
 from launch.check.calibrate import links_of
 from launch.check.measure import LinkTime, RankFindings, link_times
+from launch.tables import rendered
 from model.batch import Batch
 from model.problems import BadInput
 from parallel import schedules

@@ -17,8 +17,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import SEED, composed, device_name, rendered, synchronised
+from launch.bench.common import SEED, composed, device_name, synchronised
 from launch.bench.contenders import PEERS, Contender, ours
+from launch.tables import rendered
 
 DEFAULTS = [
     *["model.n_layers=4", "model.d_model=512", "model.n_heads=8", "model.n_kv_heads=2", "model.d_ff=1536"],

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from rich.table import Table
 
 from launch.bench import schedules
-from launch.bench.common import agreed_rounds, composed, device_name, rendered
+from launch.bench.common import agreed_rounds, composed, device_name
 from launch.bench.schedules import micro_batches_of, pipeline_of, share_of_cores, stages_of
+from launch.tables import rendered
 from model.config import ModelConfig
 from parallel.processes import free_port
 from parallel.schedules import ONE_F_ONE_B, placement_of

@@ -10,8 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.bench.common import kendall_tau, rendered
+from launch.bench.common import kendall_tau
 from launch.bench.published import Row, parts, predicted, rows
+from launch.tables import rendered
 from model.problems import BadInput
 from parallel.plan.steps import StepTime
 

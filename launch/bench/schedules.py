@@ -15,7 +15,8 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import nn
 
-from launch.bench.common import composed, random_stages, rendered
+from launch.bench.common import composed, random_stages
+from launch.tables import rendered
 from model.batch import Batch
 from model.config import ModelConfig
 from model.context import Context

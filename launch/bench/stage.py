@@ -20,9 +20,9 @@ from launch.bench.common import (
     device_name,
     product_flops,
     random_stages,
-    rendered,
     seconds_of,
 )
+from launch.tables import rendered
 from model.context import Context
 from model.kernels import which_and_why
 from parallel.build import forward_functions

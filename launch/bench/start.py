@@ -22,7 +22,8 @@ from rich.table import Table
 from conf.compose import quoted
 from conf.schema import Config
 from conf.validate import Machine
-from launch.bench.common import RandomWeights, composed, rendered
+from launch.bench.common import RandomWeights, composed
+from launch.tables import rendered
 from model.transformer import full_shapes
 from parallel.groups import split_color
 from parallel.layout import Layout, layout_for

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from launch.bench.common import rendered
 from launch.check.measure import LinkTime, RankFindings
+from launch.tables import rendered
 
 _NAMES = {"all_gather": "gather", "reduce_scatter": "scatter", "all_reduce": "reduce", "send": "send"}
 

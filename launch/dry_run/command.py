@@ -3,16 +3,15 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 
 from launch.describe import settings
 from launch.dry_run.ranks import GIB, Messages, Ran, chosen, needs, run_all, what_would_fit
 from launch.plan.rows import counted
+from launch.tables import of_numbers, rendered
 from model.problems import BadInput
 from parallel.dry_run import RankSection
 from parallel.dry_run.distinct import RankClass
@@ -147,21 +146,17 @@ def as_text(ran: Ran) -> str:
             f"{run_micro_batches} of a step's {settings.accumulation:,} micro-batches were run: a longer step holds no "
             "more but their token ids, which are added; its FLOPs and messages are counted from these"
         )
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as capture:
-        console.print("GiB of each rank at its peak, by kind, and TFLOP of a step")
-        console.print(_memory(ran))
-        if messages := ran.messages():
-            console.print("messages of a step, on the rank with the most bytes of each kind")
-            console.print(_messages(messages))
-    lines += [line.rstrip() for line in capture.get().splitlines() if line.strip()]
+    parts: list[RenderableType] = ["GiB of each rank at its peak, by kind, and TFLOP of a step", _memory(ran)]
+    if messages := ran.messages():
+        parts += ["messages of a step, on the rank with the most bytes of each kind", _messages(messages)]
+    lines += [line for line in rendered(*parts, width=_WIDTH).splitlines() if line]
     return "\n".join([*lines, *_pairing(ran)])
 
 
 def _memory(ran: Ran) -> Table:
     kinds = [kind for kind in Kind if any(run.peak_by_kind[kind] for run in ran.runs.values())]
     columns = ["rank", "stands for", "stages", *(kind.value for kind in kinds), "peak", "at", "building", "TFLOP"]
-    table = _table(columns)
+    table = of_numbers(columns, ["at"])
     for one, run in ran.runs.items():
         sizes = [f"{run.peak_by_kind[kind] / GIB:.2f}" for kind in kinds]
         stages = ", ".join(map(str, ran.job.placement.stages_of(one.pp_rank)))
@@ -173,16 +168,9 @@ def _memory(ran: Ran) -> Table:
 
 
 def _messages(messages: Messages) -> Table:
-    table = _table(["kind", "operation", "between", "number", "GiB", "rank"])
+    table = of_numbers(["kind", "operation", "between", "number", "GiB", "rank"], ["kind", "operation"])
     for (kind, operation, ranks), (number, size, rank) in sorted(messages.items(), key=lambda one: -one[1][1]):
         table.add_row(kind.value, operation, f"{ranks:,} ranks", f"{number:,.0f}", f"{size / GIB:,.3g}", f"{rank:,}")
-    return table
-
-
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("at", "kind", "operation") else "right", no_wrap=True)
     return table
 
 

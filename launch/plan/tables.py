@@ -1,13 +1,10 @@
 """A plan as text."""
 
-from collections.abc import Collection, Sequence
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from collections.abc import Sequence
 
 from launch.plan.request import KEYS, Request, overrides_of
 from launch.plan.rows import GIB, Row, gib
+from launch.tables import of_numbers, rendered
 from parallel.plan.search import Found, groups
 
 _WIDTH = 120
@@ -79,7 +76,7 @@ def _reached(request: Request, rows: Sequence[Row]) -> str:
     columns = ["", "pp", "tp", "dp", "schedule", "micro-\nbatch", "recompute", "head\npieces", "seconds\na step"]
     columns += ["tokens/s\na GPU", "MFU", "MFU,\nwhole", "GiB", "run", *(["cost"] if priced else [])]
     title = "the fastest of each pp, tp, dp and schedule; MFU with attention's causal half counted, and the whole"
-    table = _table(columns, title, texts=(4, 6))
+    table = of_numbers(columns, (4, 6), title)
     group = rows[0].group
     for number, row in enumerate(rows, 1):
         if row.group != group:
@@ -102,24 +99,16 @@ def _reached(request: Request, rows: Sequence[Row]) -> str:
             _duration(row.run_seconds),
             *([_price(row.cost)] if row.cost is not None else []),
         )
-    return _rendered(table)
+    return f"{rendered(table, width=_WIDTH)}\n"
 
 
 def _spent(rows: Sequence[Row]) -> str:
     names = list(rows[0].parts)
-    table = _table(["", *(name.replace(" ", "\n") for name in names)], "where a step goes", texts=())
+    table = of_numbers(["", *(name.replace(" ", "\n") for name in names)], title="where a step goes")
     for number, row in enumerate(rows, 1):
         seconds = row.candidate.seconds
         table.add_row(str(number), *(f"{part / seconds:.1%}" for part in row.parts.values()))
-    return _rendered(table)
-
-
-def _table(columns: Sequence[str], title: str, texts: Collection[int]) -> Table:
-    """Make a table whose columns are numbers, but for those at the indices of `texts`."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index in texts else "right", no_wrap=True)
-    return table
+    return f"{rendered(table, width=_WIDTH)}\n"
 
 
 def _duration(seconds: float) -> str:
@@ -131,10 +120,3 @@ def _duration(seconds: float) -> str:
 
 def _price(cost: float) -> str:
     return f"{cost:,.0f}" if cost < 1e6 else f"{cost / 1e6:,.2f} M"
-
-
-def _rendered(table: Table) -> str:
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())

@@ -111,7 +111,7 @@ class Prices:
         def distance(row: list[float]) -> float:
             return sum(log(size / measured) ** 2 for size, measured in zip((one.m, one.k, one.n), row, strict=False))
 
-        return min(self.cluster.products, key=distance)[3] * 1e12
+        return min(self.cluster.products, key=distance)[3] * 1e12 * self.cluster.slowest_share
 
     def attention(self, one: Attention) -> float:
         """Return the seconds of a flash attention kernel."""

@@ -69,6 +69,12 @@ def test_a_prediction_is_that_of_the_cluster_that_it_is_asked_for():
         setattr(other, change, getattr(other, change) / 2)
         assert predict(job(2, 8), other).seconds > base.seconds, change
     assert predict(job(2, 8), cluster_of("32x8xa100")).seconds > 2.5 * base.seconds
+    # All wait for the slowest GPU where its products were measured, too.
+    measured = cluster_of("32x8xh100")
+    measured.products, measured.slowest_share = [[4096.0, 4096.0, 4096.0, 700.0]], 1.0
+    usual = predict(job(2, 8), measured).compute["products"]
+    measured.slowest_share = 0.5
+    assert predict(job(2, 8), measured).compute["products"] == pytest.approx(2 * usual, rel=0.02)
 
 
 def test_prices_are_those_of_the_published_microbenchmarks():
@@ -97,6 +103,7 @@ def test_prices_are_those_of_the_published_microbenchmarks():
 
 def test_measured_products_take_the_place_of_shares():
     measured = cluster_of("h100")
+    measured.slowest_share = 1.0
     measured.products = [[4096.0, 8192.0, 8192.0, 650.0], [256.0, 256.0, 256.0, 10.0]]
     near, far = Product(4096, 8192, 11008), Product(128, 300, 200)
     assert near.flops / (Prices(measured).product(near) - 2e-6) == pytest.approx(650e12)
