@@ -19,13 +19,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from conf.schema import register
 from launch.columns import Chunk, Curve, Figure, chunks, thinned
 from train.checkpoint.folder import CHECKPOINTS, step_of
 from train.checkpoint.manifest import MANIFEST
 from train.events import EVENTS
-from train.records import METRICS, SUMMARY, records
-from train.spikes import SKIPPED
+from train.records import METRICS, SKIPPED, SUMMARY, records
 from train.started import STARTED
 from train.strict_json import with_nan
 from train.wandb_run import kept_id
@@ -84,6 +82,8 @@ class RunFolder:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The settings, nested, as they were composed: of .hydra/config.yaml, or else of the newest checkpoint."""
+        from conf.schema import register  # takes a second, and is not needed to list runs
+
         path = self.path / ".hydra" / "config.yaml"
         try:
             loaded = OmegaConf.load(path)

@@ -14,9 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel.heartbeat import Phase, heart
 from train import strict_json
-
-PROFILES = "profiles"
-"""In the run folder."""
+from train.records import PROFILES
 
 
 @contextmanager

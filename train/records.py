@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint.folder import CHECKPOINTS, newest_first, step_of
-from train.profiling import PROFILES
-from train.spikes import SKIPPED
 from train.started import STARTED
-from train.timeline import TIMELINES
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+SKIPPED = "skipped.jsonl"
+"""An object for each step whose update was skipped, with the samples of its batch (`train.spikes`)."""
+TIMELINES, PROFILES = "timelines", "profiles"
+"""Folders of `train.timeline` and `train.profiling`. They are named here, so that a folder is read without PyTorch."""
 
 
 def diverged_before(run_dir: Path) -> str | None:

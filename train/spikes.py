@@ -19,14 +19,13 @@ from conf.ranges import joined
 from parallel.engine import Limits, StepResult
 from train.log_lines import CALMER, EVERY_SECONDS
 from train.patient_file import PatientFile
+from train.records import SKIPPED
 from train.strict_json import dumps_flagged
 
 WINDOW = 128
 """The most steps that a window holds; OLMo-core's default."""
 LEAST = 64
 """The steps that a window holds before it limits anything."""
-SKIPPED = "skipped.jsonl"
-"""In the run folder: an object for each step whose update was skipped, with the samples of its batch."""
 
 Kind = list[Any]
 """What makes steps comparable, as JSON: global batch, sequence length, and the shares of the sources."""

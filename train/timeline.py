@@ -11,6 +11,7 @@ import torch.distributed as dist
 from parallel.schedules import Action, Pass, Placement, Schedule, orders, split_off
 from parallel.simulation import Costs, Span, Timeline, simulate
 from train import strict_json
+from train.records import TIMELINES
 
 COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
 NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
@@ -150,10 +151,6 @@ def gather(began: float, spans: Sequence[Span], group: Any, ranks: Sequence[int]
         [replace(span, start=span.start + late[rank], end=span.end + late[rank]) for span in of_all[rank][1]]
         for rank in ranks
     ]
-
-
-TIMELINES = "timelines"
-"""In the run folder."""
 
 
 def write(measured: MeasuredStep, run_dir: Path) -> Path:
