@@ -90,7 +90,7 @@ def task_specs(given: Iterable[Any], key: str = "eval.tasks") -> tuple[list[Task
             problems.append(f"{key}={path}: {', '.join(map(str, wrong))}: no text by a name that tasks have; "
                             f"{', '.join(known)} would work")  # fmt: skip
             continue
-        spec = TaskSpec(**{"given": path, "name": _name(path), "key": key, **told})
+        spec = TaskSpec(**{"given": path, "name": name_of(path), "key": key, **told})
         found = path_problems(key, path) if spec.is_file else []
         if not re.fullmatch(r"[\w.:-]+(/[\w.:-]+)*", spec.name):
             found.append(f"{key}={path}: the task's name, {spec.name}, stands in metrics.jsonl and W&B; "
@@ -134,7 +134,7 @@ def problems(settings: EvalConfig, sources: Iterable[str]) -> list[str]:
     return found
 
 
-def _name(path: str) -> str:
+def name_of(path: str) -> str:
     """Name a task after its file, without what compresses it."""
     if path.startswith(LM_EVAL):
         return path

@@ -97,7 +97,7 @@ def named(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
     problems: list[str] = []
     for spec in specs:
         try:
-            found += questions.files_of(spec) if spec.is_file else [_known(spec)]
+            found += questions.files_of(spec) if spec.is_file else [spec]
         except BadInput as error:
             problems += error.problems
     by_name: dict[str, TaskSpec] = {}
@@ -148,18 +148,3 @@ def open_task(spec: TaskSpec, asked: Asked, speech: Speech) -> Task:
     from train.evaluate.file_task import FileTask
 
     return FileTask(spec, asked, speech)
-
-
-def _known(spec: TaskSpec) -> TaskSpec:
-    """Return a task that is no file.
-
-    Raises:
-        BadInput: there is none of its name.
-    """
-    if spec.given in BUILT_IN:
-        return spec
-    from train.evaluate import harness
-
-    if found := harness.problems(spec, Asked()):
-        raise BadInput(found)
-    return spec
