@@ -12,6 +12,7 @@ from rich.table import Table
 
 from conf.schema import Config
 from conf.train_settings import corpora
+from launch.scaling import laws
 from launch.timeline import picture
 from model.config import ModelConfig
 from model.problems import BadInput
@@ -63,10 +64,10 @@ def facts(config: Config) -> dict[str, Any]:
     at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
     cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
     of the pipeline, in bf16 unless train.precision=fp32: state, activations (what is held between passes when the most
-    bytes are allocated), workspace (of the pass at that time) and peak; length, the steps of
-    the run by batch, sequence length and data stage; sources, of a mixture, their tokens and shares, and where all are
-    prepared here the training tokens that they have (available) and the epochs, else null; attention_choices, the same
-    model with other key/value heads.
+    bytes are allocated), workspace (of the pass at that time) and peak; scaling_laws, what they give for this compute,
+    and what is set; length, the steps of the run by batch, sequence length and data stage; sources, of a mixture, their
+    tokens and shares, and where all are prepared here the training tokens that they have (available) and the epochs,
+    else null; attention_choices, the same model with other key/value heads.
     """
     model, seq_len, job = config.model, config.train.seq_len, job_of(config)
     return {
@@ -83,6 +84,7 @@ def facts(config: Config) -> dict[str, Any]:
         "sources": _sources(config),
         "pipeline": _pipeline(job),
         "memory": _memory(job),
+        "scaling_laws": asdict(laws.advice(config)),
         "attention_choices": [_choice(config, n_kv_heads) for n_kv_heads in _choices(model)],
     }
 
@@ -235,7 +237,7 @@ def as_text(config: Config) -> str:
             f"\n{line['schedule']}, dp {line['dp']}: {line['micro_batches']:,} micro-batches a step, a bubble of "
             f"{line['bubble']:.1%}; a rank keeps the activations of {line['activations_kept']:g} micro-batches"
         )
-    return text
+    return f"{text}\n{laws.as_text(laws.advice(config), config.train.seq_len)}"
 
 
 def _of_data(config: Config, found: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Scaling laws: what compute, model and data ask of each other (arXiv 2401.02954, section 3)."""
