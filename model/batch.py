@@ -16,7 +16,8 @@ class Batch:
 
     Attributes:
         tokens: int64 (B, L).
-        labels: int64 (B, L), the token after each position; `model.loss.IGNORED` where nothing is predicted.
+        labels: int64 (B, L), the token after each position; `model.loss.IGNORED` where nothing is predicted. Where single
+            tokens are scored, int64 (2, N): N positions, counted over all sequences, and a token after each.
         documents: the documents at whose borders attention and positions stop; None where each sequence is one.
     """
 

@@ -1,5 +1,9 @@
 """The loss in place, whole and in pieces, against PyTorch's."""
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from threading import Barrier
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.config import Kernels
-from model.loss import cross_entropy, head_loss
+from model.loss import VocabularyShard, cross_entropy, head_loss, label_scores
 
 EXECUTION_KEYS = [Kernels.plain, Kernels.compiled, Kernels.liger]
 SHAPES = [(1, 5), (255, 37), (600, 1003)]
@@ -170,3 +174,48 @@ def test_on_a_gpu_the_loss_in_bf16_is_pytorchs(way, rows, vocab_size):
         results.append((value.detach(), source.grad))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[1][1], results[0][1])
+
+
+def of_all_shards(run, cuts):
+    """What each shard finds, in a thread of its own; they meet wherever one reduces over all of them."""
+    met, given = Barrier(len(cuts)), {}
+
+    def reduced(index, how):
+        def reduce(values):
+            given[index] = values
+            met.wait()
+            result = how(torch.stack([given[other] for other in range(len(cuts))]))
+            met.wait()
+            return result
+
+        return reduce
+
+    def of(index):
+        sums = reduced(index, lambda stacked: stacked.sum(0))
+        return run(cuts[index], VocabularyShard(cuts[index].start, reduced(index, lambda x: x.amax(0)), sums))
+
+    with ThreadPoolExecutor(len(cuts)) as threads:
+        return list(threads.map(of, range(len(cuts))))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_labels_have_their_log_probability_and_are_the_likeliest_or_not(monkeypatch, shards, dtype):
+    """On shards that each compute their own, in several pieces; of tokens that are equally likely, the first one is."""
+    monkeypatch.setattr("model.loss._LOGITS", 1000)
+    generator = torch.Generator().manual_seed(2)
+    # Of small integers, so that logits are exact, and often the same.
+    x, weight = (torch.randint(-3, 4, (rows, 8), generator=generator).to(dtype) for rows in (300, 301))
+    logits = F.linear(x, weight).float()
+    ties = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert ties.sum() > 30
+    labels = logits.argmax(1).where(torch.arange(300) % 5 > 0, torch.randint(301, (300,), generator=generator))
+    last_of_ties = 300 - logits.flip(1).argmax(1)
+    labels = labels.where(~ties | (torch.arange(300) % 2 == 0), last_of_ties)
+    starts = [0, 100, 200, 301] if shards > 1 else [0, 301]
+    cuts = [slice(start, stop) for start, stop in pairwise(starts)]
+    for scores, likeliest in of_all_shards(lambda cut, shard: label_scores(x, weight[cut], labels, shard), cuts):
+        expected = logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+        assert scores.dtype == torch.float32
+        assert torch.equal(likeliest, logits.argmax(1) == labels)
