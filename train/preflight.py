@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from conf.compose import Composition
+from conf.eval_settings import task_specs
 from conf.paths import expanded, name_problems, path_problems, unwritable
 from conf.schema import Config
 from conf.train_settings import corpora
@@ -32,6 +33,8 @@ from train.checkpoint.resume import Start
 from train.data import cache
 from train.data.prepare import check_sources
 from train.data.sources import PreparedSources, prepare_run, repeated, shares, too_often
+from train.evaluate import continuation, sets, tasks
+from train.events import RESTART
 from train.fit import judged, smallest_gpu_bytes
 from train.hosts import SharedFacts
 from train.learning_rate import warnings as length_warnings
@@ -51,6 +54,7 @@ class PreparedRun:
         composition: what they were taken from, with Hydra's own.
         layout: the rank grid.
         data: tokenised, on disk.
+        sets: the held-out sets of `eval.sets`, as well.
         run_dir: where the run writes.
         arguments: the command's, after the overrides that its `init_from` implies.
         source: the weights it begins with, None for new ones.
@@ -63,6 +67,7 @@ class PreparedRun:
     composition: Composition
     layout: Layout
     data: PreparedSources
+    sets: PreparedSources
     run_dir: Path
     arguments: list[str]
     source: Source | None
@@ -97,8 +102,11 @@ def preflight(
     problems += _environment_problems(machine, config)
     unfit, tight = judged(config, layout.world_size, machine.gpu_bytes) if layout and not problems else ([], [])
     problems += unfit
-    run_dir, start = composition.run_dir.absolute(), Start()
+    run_dir, start, notes = composition.run_dir.absolute(), Start(), list[str]()
+    problems += sets.problems(config.data, config.eval.sets)
     if writes:
+        # A task that is gone while a run goes on does not end it.
+        (notes if os.environ.get(RESTART) else problems).extend(_task_problems(config))
         problems += predicted.problems(config)
         problems += wandb_check.problems(config, run_dir, os.environ)
         unusable = name_problems("name", config.name) or _check_run_dir(composition.run_dir)
@@ -114,13 +122,14 @@ def preflight(
             problems += error.problems
     if problems or composition.problems or layout is None:
         raise BadInput(composition.all_problems([*problems, *check_sources(corpora(config.data))]))
-    notes = []
     if config.data.document_mask is None:
         config.data.document_mask, note = resume.trained_with_document_mask(start)
-        notes = [note] if note else []
+        notes += [note] if note else []
     # It checks the corpus itself: of 100,000 files on a shared disk, one look is enough.
     data = prepare_run(config, verify=verify)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
+        raise BadInput(problems)
+    if "continuation" in config.eval.tasks and (problems := continuation.problems(data.by_name, config)):
         raise BadInput(problems)
     begun = history.begun(config, resume.newest(start), data.fingerprints)
     length, of_sources = length_of(config, begun), shares(config, data, begun)
@@ -132,6 +141,7 @@ def preflight(
         composition,
         layout,
         data,
+        _prepared_sets(config, data, verify),
         run_dir=composition.run_dir,
         arguments=arguments,
         source=source,
@@ -163,20 +173,21 @@ def preflight_here(prepared: PreparedRun, of_rank_0: SharedFacts, *, judges: boo
         BadInput: with every problem of this host.
     """
     config, host = prepared.config, socket.gethostname()
-    data = prepared.data.below(expanded(config.data.cache_dir))
+    data, of_sets = (one.below(expanded(config.data.cache_dir)) for one in (prepared.data, prepared.sets))
     if not judges:
-        return replace(prepared, data=data)
+        return replace(prepared, data=data, sets=of_sets)
     machine = this_machine()
     problems = validate(config, machine)[1] + _environment_problems(machine, config) + hosts.problems(of_rank_0)
     problems += judged(config, prepared.layout.world_size, machine.gpu_bytes)[0]
     if prepared.source and not prepared.source.path.is_dir():
         problems.append(f"init_from={prepared.source.path}: not there; a path that all hosts share would work")
     try:
-        if not all(cache.sound(one.folder) for one in data.by_name.values()):
+        if not all(cache.sound(one.folder) for of in (data, of_sets) for one in of.by_name.values()):
             folder = expanded(config.data.cache_dir)
             said = f"{host}: the corpus that rank 0 has prepared is not in {folder} here, and is prepared here as well"
             print(said, file=sys.stderr)
             data = prepare_run(config)
+            of_sets = _prepared_sets(config, data)
         if data.fingerprint != prepared.data.fingerprint:
             problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
         data.packed(config)
@@ -184,7 +195,18 @@ def preflight_here(prepared: PreparedRun, of_rank_0: SharedFacts, *, judges: boo
         problems += error.problems
     if problems:
         raise BadInput([f"{problem} (on {host})" for problem in problems])
-    return replace(prepared, data=data)
+    return replace(prepared, data=data, sets=of_sets)
+
+
+def _prepared_sets(config: Config, data: PreparedSources, verify: bool = False) -> PreparedSources:
+    """Tokenise the sets of `eval.sets` with the run's tokenizer, or find them tokenised."""
+    sizes = config.model.vocab_size, config.train.seq_len
+    return sets.prepare_sets(config.data, config.eval.sets, data.tokenizer_path, *sizes, verify=verify)
+
+
+def _task_problems(config: Config) -> list[str]:
+    """Read the tasks of a run, and find what is wrong with them."""
+    return tasks.check(task_specs(config.eval.tasks)[0], tasks.Asked.of(config))
 
 
 def _environment_problems(machine: Machine, config: Config) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from conf.schema import Config
 from model.problems import BadInput
 from parallel.scoring import Request
 from train.data.prepare import PreparedData
@@ -76,10 +77,10 @@ class Continuation:
         return judged.of_choices(self._questions, scorer.score(self._requests))
 
 
-def problems(data: Mapping[str, PreparedData], max_seq_len: int) -> list[str]:
-    """Say why there is no such task of prepared corpora, in a sentence; nothing where there is."""
+def problems(data: Mapping[str, PreparedData], config: Config) -> list[str]:
+    """Say why there is no such task of the prepared corpora of a run, in a sentence; nothing where there is."""
     try:
-        _documents(data, max_seq_len, CHOICES)
+        _documents(data, config.model.max_seq_len, CHOICES)
     except BadInput as error:
         return error.problems
     return []

@@ -75,3 +75,10 @@ def perplexity(nats: float) -> float:
 
 def _first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
+
+
+def shown(figures: "Figures") -> str:
+    """Set figures for people, as ``loss 3.2104, perplexity 24.79, bits_per_byte 1.0512``."""
+    return ", ".join(
+        f"{name} {value:.4g}" if value >= 100 else f"{name} {value:.4f}" for name, value in figures.items()
+    )

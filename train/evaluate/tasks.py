@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from conf.eval_settings import BUILT_IN, LM_EVAL, TaskSpec
+from conf.schema import Config
 from model.problems import BadInput
 
 if TYPE_CHECKING:
@@ -83,6 +84,12 @@ class Asked:
     shots: int = 0
     seed: int = 1
     include_path: str | None = None
+
+    @staticmethod
+    def of(config: Config) -> "Asked":
+        """Return how a run asks its tasks."""
+        settings = config.eval
+        return Asked(settings.limit, settings.shots, config.train.seed, settings.include_path)
 
 
 def named(specs: Sequence[TaskSpec]) -> list[TaskSpec]:
