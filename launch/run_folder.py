@@ -171,19 +171,24 @@ class RunFolder:
     @cached_property
     def val_loss(self) -> float | None:
         """The validation loss last measured, in nats; None where none was, or none lately."""
-        if (ended := self.summary.get("val_loss")) is not None:
-            return float(ended)
+        if self.summary:
+            ended = self.summary.get("val_loss")
+            return float(ended) if isinstance(ended, int | float) else None
         for size in (_TAIL, _LOOK_BACK):
             for record in reversed(self.tail if size == _TAIL else self._read_records(-size, size)):
                 if isinstance(value := record.get("val_loss"), int | float):
                     return float(value)
         return None
 
-    @cached_property
+    @property
     def changed(self) -> float | None:
         """When metrics.jsonl was last written to, in seconds since 1970 by the disk's clock; None where it is not."""
+        return self.modified(METRICS)
+
+    def modified(self, name: str) -> float | None:
+        """Return when a file of the folder was last written to, in seconds since 1970; None where it is not there."""
         try:
-            return (self.path / METRICS).stat().st_mtime
+            return (self.path / name).stat().st_mtime
         except OSError:
             return None
 
