@@ -25,13 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class Ranks:
     """Started ranks; `codes` fills as they end, with -N for one ended by signal N."""
 
-    def __init__(self, pids: list[int], ended: Callable[[], dict[int, int]]):
-        self.pids, self._ended = pids, ended
-
-    @property
-    def codes(self) -> list[int | None]:
-        ended = self._ended()
-        return [ended.get(pid) for pid in self.pids]
+    def __init__(self, pids: list[int]):
+        self.pids = pids
+        self.codes: list[int | None] = [None] * len(pids)
 
     def signal(self, number: int, *ranks: int) -> None:
         """To the ranks named, or to all, and only where they still run."""
@@ -64,8 +60,8 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._started: queue.Queue[list[int]] = queue.Queue()
-        self._ended: dict[int, int] = {}
+        self._started: queue.Queue[Ranks | None] = queue.Queue()
+        self._running: dict[int, tuple[Ranks, int]] = {}
         threading.Thread(target=self._listen, daemon=True).start()
         atexit.register(self._process.kill)
 
@@ -75,16 +71,22 @@ class Nursery:
         shared |= {"MASTER_PORT": str(free_port()), **environment}
         order = {"module": module, "num": num, "arguments": list(arguments), "logs": str(logs), "environment": shared}
         print(json.dumps(order), file=self._process.stdin, flush=True)
-        return Ranks(self._started.get(timeout=120), lambda: self._ended)
+        ranks = self._started.get(timeout=120)
+        assert ranks is not None, "tests/nursery.py has ended: what it imports fails, as it has said on stderr"
+        return ranks
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             said = json.loads(line)
             if "started" in said:
-                self._started.put(said["started"])
-            else:
-                self._ended[said["ended"]] = said["code"]
+                ranks = Ranks(said["started"])
+                self._running |= {pid: (ranks, rank) for rank, pid in enumerate(ranks.pids)}
+                self._started.put(ranks)
+            else:  # and is forgotten here: a session is long enough for the system to use its process id again
+                ranks, rank = self._running.pop(said["ended"])
+                ranks.codes[rank] = said["code"]
+        self._started.put(None)
 
 
 @cache

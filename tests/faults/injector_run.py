@@ -25,8 +25,10 @@ from launch.persistence import Persistence
 from parallel.layout import Layout
 from tests.ranks import nursery
 from tests.train.checkpoint import runs
+from train.checkpoint import manifest
 from train.checkpoint.folder import CHECKPOINTS, name_of, newest_first, step_of
 from train.data.cache import META, read_json
+from train.data.shards import token_file
 
 LAYOUTS = {
     "pp2": (Layout(1, 2, 1), ["parallel.pp=2"]),
@@ -255,24 +257,21 @@ def _place(
         undisturbed(fault.layout)  # by it, the corpus is prepared
     if fault.needs == "cache":
         own = Path(shutil.copytree(prepared, folder.parent / f"{folder.name}-cache"))
-        yield [f"data.cache_dir={own}"], next(own.rglob("*.train.bin"))
+        yield [f"data.cache_dir={own}"], tokens_of(undisturbed(fault.layout), own)
     elif fault.needs == "tokens":
-        tokens = next(prepared.rglob("*.train.bin"))
-        meta = next(parent / META for parent in tokens.parents if "dtype" in _read(parent / META))
+        tokens = tokens_of(undisturbed(fault.layout), prepared)
         file = folder.parent / f"{folder.name}-tokens" / "part.npy"
         file.parent.mkdir(parents=True)
-        np.save(file, np.fromfile(tokens, read_json(meta)["dtype"]))
+        np.save(file, np.fromfile(tokens, read_json(tokens.parent.parent / META)["dtype"]))
         tokenizer = runs.saved(undisturbed(fault.layout), runs.STEPS) / "tokenizer.json"
         yield ["data=tokens", f"data.path={file.parent}", f"data.tokenizer={tokenizer}"], file
     else:
         yield [], None
 
 
-def _read(file: Path) -> dict:
-    try:
-        return read_json(file)
-    except (OSError, ValueError):
-        return {}
+def tokens_of(run: Path, cache: Path) -> Path:
+    """The first file of the tokens that a run has trained on, in a cache that other corpora may lie in as well."""
+    return token_file(cache / manifest.read(newest_first(run / CHECKPOINTS)[0]).data, 0, "train")
 
 
 def judged(fault: Fault, code: int, pids: list[int], folder: Path, undisturbed: Path, watched: Watched) -> Outcome:

@@ -53,8 +53,8 @@ def test_faults_are_noticed_named_and_leave_no_trace_in_the_weights(chain, overr
     layout, steps, planted = CHAINS[chain]
     given, folder = [*overrides, f"train.max_steps={steps}"], tmp_path / "run"
     alone = injector_run.undisturbed_in(tmp_path, given)(layout)
-    own = shutil.copytree(dict(word.split("=", 1) for word in overrides)["data.cache_dir"], tmp_path / "cache")
-    file = next(Path(own).rglob("*.train.bin"))
+    own = Path(shutil.copytree(dict(word.split("=", 1) for word in overrides)["data.cache_dir"], tmp_path / "cache"))
+    file = injector_run.tokens_of(alone, own)
     faults = [
         {**plant, "once": str(tmp_path / f"{number}.done"), "run_dir": str(folder), "file": str(file)}
         for number, (plant, _) in enumerate(planted)
@@ -66,7 +66,7 @@ def test_faults_are_noticed_named_and_leave_no_trace_in_the_weights(chain, overr
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     failed = [event for event in events if event["event"] == "failed"]
     for event, (plant, cause) in zip(failed, planted, strict=True):
-        assert event["cause"].startswith(cause.format(file=file))
+        assert event["cause"].startswith(cause.format(file=file)), said
         if plant["do"] == "cut":  # batches are read ahead, by both ranks from one file
             assert 0 <= event["step"] - plant["step"] <= 4
         else:
