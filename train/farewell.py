@@ -10,10 +10,11 @@ from parallel.heartbeat import Phase, heart
 from train.agreement import max_over_ranks
 from train.checkpoint.folder import CHECKPOINTS, mark_damaged, newest_first, step_of
 from train.checkpoint.saver import Outcome
+from train.evaluate.judged import shown
 from train.health import DIVERGED, NOT_FINITE, Health
 from train.log_lines import CALMER
 from train.run import Run, leave
-from train.sample import sample_text
+from train.sample import draw, said
 from train.spikes import SKIPPED
 
 if TYPE_CHECKING:
@@ -47,16 +48,13 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
     diverged = progress.diverged or (None if last_save is None or last_save.finite else NOT_FINITE)
     if diverged is not None and health.weights_are_lost() and run.rank == 0:
         _set_aside(run, health.last_sound)
-    heart.at(Phase.SAMPLE)
-    texts = [] if diverged is not None or progress.stopped else _samples(run)
+    texts = [] if diverged is not None or progress.stopped else draw(run, progress.step)
     heart.at(Phase.END)
     lost = diverged is None and last_save is not None and last_save.error is not None
     if lost and last_save is not None:  # for whoever watches, and may start the run again
         heart.fail(f"step {last_save.step} could not be saved ({last_save.error})")
     code = DIVERGED if diverged is not None else LOST if lost else 0
     if tracker := run.tracker:
-        if texts:
-            tracker.samples(run.config.sample.prompts, texts)
         summary = {
             "complete": not progress.stopped and diverged is None,
             "diverged": diverged is not None,
@@ -66,6 +64,8 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
             "loss_first": tracker.first and tracker.first["loss"],
             "loss_last": tracker.last and tracker.last["loss"],
             "val_loss": tracker.val_loss,
+            **tracker.measured,
+            "evaluation": run.evaluator.cost(),
             "tokens_per_second": tokens_per_second,
             "skipped_steps": tracker.skipped_steps,
             "skipped_in_a_row": health.in_a_row,
@@ -80,18 +80,6 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
     leave()
     if highest:
         raise SystemExit(int(highest))
-
-
-def _samples(run: Run) -> list[str]:
-    """Sample text, if it is asked for; what fails there is said, and ends nothing. All ranks call it together."""
-    sample, data = run.config.sample, run.prepared.data
-    if not (sample.tokens and sample.prompts):
-        return []
-    try:
-        return sample_text(run.engine, run.config.model, data.tokenizer(), data.eos_id, sample, run.config.train.seed)
-    except Exception as error:
-        run.say(f"no samples: {type(error).__name__}: {error}", logging.WARNING)
-        return []
 
 
 def _set_aside(run: Run, last_sound: int) -> None:
@@ -116,7 +104,7 @@ def closing(
     compared: Sequence[str] = (),
 ) -> str:
     """Write the closing lines: samples, losses, speed and what was predicted of it, where things are, how to go on."""
-    lines = [f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1)]
+    lines = said(texts)
     if summary["diverged"]:
         lines.append(f"--- diverged at step {summary['steps']:,} of {num_steps:,}: {summary['reason']} ---")
     elif not summary["complete"]:
@@ -130,7 +118,15 @@ def closing(
         lines.append(f"skipped          the updates of {summary['skipped_steps']:,} steps, which {SKIPPED} lists")
     if summary["complete"] or summary["val_loss"] is not None:
         val = f"{summary['val_loss']:.4f}" if summary["val_loss"] is not None else "none (no held-out documents)"
-        lines.append(f"validation loss  {val}")
+        lines.append(f"validation loss  {val}{_bits(summary)}")
+    measured = {**summary.get("val_sets", {}), **summary.get("tasks", {})}
+    lines += [f"{'' if at else 'evaluation':17}{name}: {shown(of)}" for at, (name, of) in enumerate(measured.items())]
+    if cost := summary.get("evaluation"):
+        failed = sum(cost["failed"].values())
+        lines.append(
+            f"{'' if measured else 'evaluation':17}took {cost['seconds']:.1f} s, {cost['seconds_per_hour']:.0f} s per "
+            f"hour of training" + (f"; tasks have failed {failed} times" if failed else "")
+        )
     if summary["tokens_per_second"] is not None:
         lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s")
     lines += [f"{'' if at else 'prediction':17}{line}" for at, line in enumerate(compared)]
@@ -144,6 +140,11 @@ def closing(
     elif not summary["complete"]:
         lines.append(f"to go on         {_how_to_go_on(last_save)}")
     return "\n".join([*lines, *_where_in_wandb(summary["wandb"])])
+
+
+def _bits(summary: dict[str, Any]) -> str:
+    bits = summary.get("val_bits_per_byte")
+    return "" if bits is None else f", {bits:.4f} bits per byte"
 
 
 def _what_to_try(summary: dict[str, Any]) -> str:

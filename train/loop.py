@@ -19,6 +19,7 @@ from train.preflight import PreparedRun
 from train.profiling import profiled
 from train.report import StepReport, as_record, own_report
 from train.run import Run, open_run
+from train.sample import draw, said, samples_after
 from train.stopping import StopSignals
 
 COLLECT_EVERY = 50
@@ -61,11 +62,12 @@ def train(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -
     run = open_run(prepared, signals, rendezvous)
     signals.save_first()
     if prepared.source and not run.resumed:  # what trained weights are worth before the first step
-        val_loss = run.validation_loss()
-        if run.tracker and val_loss is not None:
-            run.tracker.begin(val_loss)
+        found = run.evaluator.before()
+        if run.tracker and found:
+            run.tracker.begin(found)
     progress = Progress(run.steps_before)
-    health = Health(run.steps_before, run.config.train.max_skipped, run.weights_are_finite, run.validation_loss)
+    validation_loss = run.evaluator.validation_loss
+    health = Health(run.steps_before, run.config.train.max_skipped, run.weights_are_finite, validation_loss)
     try:
         with garbage_collected_by_hand():
             take_steps(run, progress, health)
@@ -105,9 +107,10 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         record = as_record(step, size, result, rate, seconds, report, run.constants)
         record |= run.expected.compared(record, size, counts) | run.slow_ranks(report)
         record |= {"source_tokens": run.source_tokens(step)} if run.config.data.sources else {}
-        val_loss = run.validation_loss() if run.evaluates_after(step) else None
-        record |= {} if val_loss is None else {"val_loss": val_loss}
-        progress.diverged = health.diverged(step, result, val_loss, last=step == run.length.steps)
+        record |= run.evaluator.after(step)
+        progress.diverged = health.diverged(step, result, record.get("val_loss"), last=step == run.length.steps)
+        _sample(run, progress)
+        heart.at(Phase.RECORD)
         if run.tracker:
             run.tracker.step(record, run.skipped(step, result, limits))
         if run.layout.pp > 1 and step in settings.timeline_at:
@@ -128,6 +131,14 @@ def _pass_over(run: Run, progress: Progress) -> None:
         first, last = run.ends_of_batch(step)
         run.tracker.passed_over({"step": step, "tokens": size.tokens_before + size.tokens, "passed_over": True})
         run.say(f"step {step} is passed over (train.skip_steps), and with it samples {first:,} to {last:,}")
+
+
+def _sample(run: Run, progress: Progress) -> None:
+    """Sample text after a step where it is due; after the last one `farewell` does it."""
+    step = progress.step
+    if samples_after(run.config.sample, step) and step < run.length.steps and progress.diverged is None:
+        for text in said(draw(run, step), f" after step {step:,}"):
+            run.say(text)
 
 
 def _traced(run: Run, step: int) -> AbstractContextManager[None]:

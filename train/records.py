@@ -15,6 +15,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 SKIPPED = "skipped.jsonl"
 """An object for each step whose update was skipped, with the samples of its batch (`train.spikes`)."""
+SAMPLES = "samples.jsonl"
+"""An object for each text that was drawn from the model: the step after which, the prompt, the prompt and the rest."""
 TIMELINES, PROFILES = "timelines", "profiles"
 """Folders of `train.timeline` and `train.profiling`. They are named here, so that a folder is read without PyTorch."""
 
@@ -85,11 +87,11 @@ def set_aside(run_dir: Path, after: int | None = None) -> Path | None:
     target = earlier / str(max(taken, default=0) + 1)
     target.mkdir()
     if after is None:
-        moved = [METRICS, SKIPPED, CHECKPOINTS, TIMELINES, PROFILES]
+        moved = [METRICS, SKIPPED, SAMPLES, CHECKPOINTS, TIMELINES, PROFILES]
     else:
         moved = [f"{CHECKPOINTS}/{path.name}" for path in newer]
         (target / CHECKPOINTS).mkdir()
-        for name in (METRICS, SKIPPED):
+        for name in (METRICS, SKIPPED, SAMPLES):
             with suppress(FileNotFoundError):
                 shutil.copyfile(run_dir / name, target / name)
     for name in (*moved, SUMMARY, STARTED, ".hydra", "pretrain.log", "wandb"):

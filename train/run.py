@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -35,8 +35,9 @@ from train.checkpoint.folder import CHECKPOINTS
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.resume import Start
 from train.checkpoint.saver import Saver
-from train.data.batches import ahead, eval_micro_batches, train_micro_batches
-from train.data.mixed_order import HeldOutSamples, MixedOrder, TrainSamples
+from train.data.batches import ahead, train_micro_batches
+from train.data.mixed_order import MixedOrder, TrainSamples
+from train.evaluate.evaluator import Evaluator
 from train.events import tell_of_restart
 from train.header import announce
 from train.health import all_finite
@@ -79,7 +80,7 @@ class Run:
         window: of losses and norms, by which the next step is judged.
         stragglers: which ranks are slow.
         batches: micro-batches to train on, without end.
-        held_out: sequences to validate on; may be none.
+        evaluator: of held-out documents and tasks.
         steps_before: optimizer steps that a checkpoint brought along.
         resumed: whether there was such a checkpoint.
         constants: by which the figures of a step are computed.
@@ -104,7 +105,7 @@ class Run:
     window: SpikeWindow
     stragglers: Stragglers
     batches: Iterator[Batch]
-    held_out: HeldOutSamples
+    evaluator: Evaluator
     steps_before: int
     resumed: bool
     constants: RunConstants
@@ -167,24 +168,6 @@ class Run:
             self.say(line, logging.WARNING)
         return {"slow_ranks": {str(one.rank): one.ratio for one in slow}} if slow else {}
 
-    def evaluates_after(self, step: int) -> bool:
-        """Tell whether a validation follows a step."""
-        settings = self.config.train
-        regularly = settings.val_every and step % settings.val_every == 0
-        return bool(step == self.length.steps or regularly or step in settings.val_at)
-
-    def validation_loss(self) -> float | None:
-        """Measure the mean token loss over the first held-out sequences. All ranks call it together.
-
-        Returns:
-            Nats, on every rank; None if no sequences are held out. They are the same for every layout.
-        """
-        if not len(self.held_out):
-            return None
-        limit = self.config.train.val_sequences
-        batches, count = eval_micro_batches(self.held_out, limit, **_reading(self.prepared, self.rank))
-        return self.engine.evaluate(iter(batches), count).mean
-
     def weights_are_finite(self) -> bool:
         """Tell whether the master weights of all ranks are finite. All ranks call it together."""
         own = all_finite(bucket.master.detach() for bucket in self.engine.zero.buckets)
@@ -192,10 +175,11 @@ class Run:
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Write a line to the log; of ranks other than 0, warnings reach the terminal."""
-        if self.tracker:
-            self.tracker.say(text, level)
-        else:
-            log.log(level, "%s", text)
+        _sayer(self.tracker)(text, level)
+
+
+def _sayer(tracker: Tracker | None) -> Callable[[str, int], object]:
+    return tracker.say if tracker else lambda text, level: log.log(level, "%s", text)
 
 
 def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous) -> Run:
@@ -272,7 +256,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
             on_rank_0(socket.gethostname(), group),
         ),
         batches=ahead(batches, pinned=device.type == "cuda"),
-        held_out=held_out,
+        evaluator=Evaluator(prepared, engine, _replica(prepared, rank), group, length.steps, _sayer(tracker)),
         steps_before=steps_before,
         resumed=past is not None,
         expected=expected,
@@ -326,14 +310,14 @@ def _restore(prepared: PreparedRun, start: Start, state: OptimizerState, group: 
 
 def _reading(prepared: PreparedRun, rank: int) -> dict[str, Any]:
     """Say which samples this rank reads, those of its replica whatever its stage, and what it does at borders."""
-    config, layout = prepared.config, prepared.layout
-    return {
-        "micro_batch": config.train.micro_batch,
-        "dp_rank": layout.replica(rank),
-        "dp_size": layout.dp,
-        "eos_id": prepared.data.eos_id,
-        "document_mask": bool(config.data.document_mask),
-    }
+    borders = {"eos_id": prepared.data.eos_id, "document_mask": bool(prepared.config.data.document_mask)}
+    return {**_replica(prepared, rank), **borders}
+
+
+def _replica(prepared: PreparedRun, rank: int) -> dict[str, int]:
+    """Say how many samples this rank reads at a time, and for which of the replicas."""
+    layout = prepared.layout
+    return {"micro_batch": prepared.config.train.micro_batch, "dp_rank": layout.replica(rank), "dp_size": layout.dp}
 
 
 def _facts(prepared: PreparedRun, stages: list[Stage], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

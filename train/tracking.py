@@ -19,6 +19,7 @@ from train.patient_file import PatientFile
 from train.records import METRICS, SUMMARY, cut, records
 from train.spikes import SKIPPED, SkippedStep, SkippedSteps
 from train.strict_json import dumps_flagged, with_nan
+from train.tables import Tables
 from train.wandb_log import WandbLog
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ class Tracker:
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
         self.wandb = WandbLog(config, run_dir, facts, self.say, METRICS)
         """What the run logs to Weights & Biases."""
+        self.tables = Tables(run_dir, resumed, self.wandb.table, clock)
+        """Its tables there, and samples.jsonl."""
+        self.measured: dict[str, Any] = {}
+        """What evaluation has last measured, besides the validation loss."""
         if resumed is not None:
             deque(cut(run_dir / SKIPPED, resumed), maxlen=0)
         self._skipped = SkippedSteps(run_dir, clock)
@@ -80,10 +85,11 @@ class Tracker:
         self._costs: dict[str, float] = {}
         self._newest = next(iter(newest_first(run_dir / CHECKPOINTS)), None)
 
-    def begin(self, val_loss: float) -> None:
-        """Log what trained weights are worth before the first step: a record of step 0."""
-        self._keep({"step": 0, "tokens": 0, "val_loss": val_loss})
-        self.say(f"before the first step: validation loss {val_loss:.4f}")
+    def begin(self, found: dict[str, Any]) -> None:
+        """Log what trained weights are worth before the first step, as evaluation has found it: a record of step 0."""
+        self._keep({"step": 0, "tokens": 0, **found})
+        if "val_loss" in found:
+            self.say(f"before the first step: validation loss {found['val_loss']:.4f}")
 
     @property
     def skipped_steps(self) -> int:
@@ -93,7 +99,7 @@ class Tracker:
     @property
     def _files(self) -> list[PatientFile]:
         listed = [self._skipped.file] if self._skipped.file else []
-        return [self._metrics, *listed, *self._logs]
+        return [self._metrics, *listed, *self.tables.files, *self._logs]
 
     def step(self, record: dict[str, Any], skipped: SkippedStep | None = None) -> None:
         """Log one step.
@@ -110,6 +116,7 @@ class Tracker:
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps
         self._keep(record)
+        self.tables.show_scores(record)
         self._look_after_files()
         if warning and first:
             self.alert("step skipped", warning, "WARN")
@@ -172,6 +179,8 @@ class Tracker:
         if "loss" in record:
             self.first, self.last = self.first or record, record
         self.val_loss = record.get("val_loss", self.val_loss)
+        self.measured |= {key: record[key] for key in ("val_bits_per_byte", "val_sets", "tasks") if key in record}
+        self.tables.keep_scores(record)
         self._skipped.total = record.get("skipped_steps", self._skipped.total)
 
     def say(self, text: str, level: int = logging.INFO) -> None:
@@ -207,12 +216,9 @@ class Tracker:
         if self._skipped.file:
             self._skipped.file.sync()
 
-    def samples(self, prompts: list[str], texts: list[str]) -> None:
-        """Log text drawn from the model."""
-        if self._bar is not None:
-            self._bar.close()
-
-        self.wandb.table("samples", ["prompt", "text"], list(zip(prompts, texts, strict=True)))
+    def samples(self, step: int, prompts: list[str], texts: list[str]) -> None:
+        """Log text drawn from the model after a step."""
+        self.tables.add_samples(step, prompts, texts)
 
     def picture(self, name: str, path: Path) -> None:
         """Log a picture, with the next step."""
@@ -238,7 +244,8 @@ class Tracker:
         summary["wandb"] = self.wandb.where()
         self._newest = None  # of a run that has diverged it may be set aside
         self._look_after_files()
-        summary["missing_records"] = self._metrics.close() + (self._skipped.file.close() if self._skipped.file else 0)
+        listed = [file for file in (self._skipped.file, *self.tables.files) if file]
+        summary["missing_records"] = sum(file.close() for file in (self._metrics, *listed))
         if ended:
             try:
                 unfinished = self.run_dir / (SUMMARY + ".tmp")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config, to_jsonable
-from train.names import grouped, groups
+from train.names import GROUPED, grouped, groups
 from train.version import code_version
 from train.wandb_run import start_wandb, wandb_id, wandb_mode
 
@@ -61,12 +61,13 @@ class WandbLog:
         self._tell(tell)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table."""
+        """Log a table, with the next record."""
 
         def tell(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            made = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            run.log({GROUPED.get(name, name): made}, commit=False)
 
         self._tell(tell)
 

@@ -17,6 +17,7 @@ from parallel.layout import Layout
 from tests.shapes import preset
 from train import loop, report, run
 from train.data.mixed_order import MixedOrder
+from train.evaluate.evaluator import Evaluator
 from train.health import Health
 from train.length import Consumed, length_of
 from train.loop import Progress, garbage_collected_by_hand, take_steps
@@ -48,12 +49,13 @@ class Played(SimpleNamespace):
         self.prepared = SimpleNamespace(data=SimpleNamespace(fingerprints={"corpus": "0f"}))
         self.engine = SimpleNamespace(step=self.step)
         self.tracker = SimpleNamespace(step=self.track, saved=lambda outcome: None, sync=lambda: None)
+        self.evaluator = SimpleNamespace(after=self.evaluated, validation_loss=lambda: 3.0)
         self.tracker.passed_over = lambda record: self.done.append(("passed over", record["step"]))
         self.saver = SimpleNamespace(
             busy=busy, due=lambda step: step % 2 == 1, save=self.save, wait=lambda: None, news=lambda: None
         )
 
-    rate, evaluates_after, kind = run.Run.rate, run.Run.evaluates_after, run.Run.kind
+    rate, kind = run.Run.rate, run.Run.kind
     slow_ranks, ends_of_batch = run.Run.slow_ranks, run.Run.ends_of_batch
     micro_batches, source_tokens, history = run.Run.micro_batches, run.Run.source_tokens, run.Run.history
 
@@ -66,9 +68,11 @@ class Played(SimpleNamespace):
         lost = number in self.nonfinite
         return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, 0.0, [], 0.0)
 
-    def validation_loss(self):
+    def evaluated(self, step):
+        if not Evaluator.validates_after(SimpleNamespace(_config=self.config, _steps=self.length.steps), step):
+            return {}
         self.done.append(("evaluate", None))
-        return 3.0
+        return {"val_loss": 3.0}
 
     def skipped(self, step, result, limits):
         return result.skipped

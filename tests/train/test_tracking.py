@@ -340,7 +340,7 @@ def test_a_run_that_does_not_log_there_does_not_need_wandb(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "wandb", None)
     tracker = quiet_tracker(tmp_path, steps=1)
     tracker.step(record(1))
-    tracker.samples(["a"], ["ab"])
+    tracker.samples(1, ["a"], ["ab"])
     tracker.picture("timeline", tmp_path / "none.png")
     tracker.finish({"complete": True})
     assert json.loads((tmp_path / "summary.json").read_text())["wandb"] == {"mode": "disabled"}

@@ -112,12 +112,12 @@ class Evaluator:
         """
         return self._evaluate(step, self.validates_after(step), self.asks_after(step))
 
-    def cost(self) -> str | None:
-        """Say what evaluation has cost since this start, in a clause; None where there was none."""
+    def cost(self) -> dict[str, Any] | None:
+        """Say what evaluation has cost since this start: seconds, those per hour of training, and tasks that failed."""
         if not self.seconds:
             return None
-        hourly = 3600 * self.seconds / (time.monotonic() - self._began)
-        return f"{self.seconds:.1f} s, {hourly:.0f} s per hour of training"
+        hours = (time.monotonic() - self._began) / 3600
+        return {"seconds": self.seconds, "seconds_per_hour": self.seconds / hours, "failed": self.failed}
 
     def _evaluate(self, step: int, validates: bool, asks: bool) -> dict[str, Any]:
         if not (validates or asks):
