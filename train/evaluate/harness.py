@@ -1,0 +1,249 @@
+"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), asked of a model on whatever layout it lies.
+
+lm-eval reads, formats and judges; the model answers through `train.evaluate.harness_model`. Data is read, and questions
+are written, when a task is opened, before the first step; an evaluation does neither again.
+"""
+
+import importlib.util
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conf.eval_settings import LM_EVAL, TaskSpec
+from conf.paths import expanded
+from model.problems import BadInput
+from train.evaluate.tasks import Asked, Figures, Scorer, Speech
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from train.evaluate.harness_model import HarnessModel
+
+_NEAR = 3
+"""Names that are offered in place of one that lm-eval does not know."""
+_ALL = "none"
+"""lm-eval's name for answers as they come, in place of a filter of them."""
+
+
+_checked: dict[tuple[TaskSpec, Asked], Mapping[str, Any]] = {}
+"""What `problems` has loaded and found sound, until it is opened."""
+
+
+def problems(spec: TaskSpec, asked: Asked) -> list[str]:
+    """Find what keeps a task of lm-eval from being asked, in a sentence each; its data is read."""
+    try:
+        _checked[spec, asked] = _loaded(spec, asked)
+    except BadInput as error:
+        return error.problems
+    return []
+
+
+def open_task(spec: TaskSpec, asked: Asked, speech: Speech) -> "HarnessTask":
+    """Open a task, a group or a tag of lm-eval: read its data, and write down what will be asked.
+
+    Raises:
+        BadInput: it is not there, its data cannot be read, or it asks for what cannot be answered here.
+    """
+    return HarnessTask(spec, asked, speech)
+
+
+class HarnessTask:
+    """A task, a group or a tag of lm-eval, with its questions written.
+
+    Its figures are those that `lm_eval.simple_evaluate` has of the exported model: `acc`, or `exact_match/strict` where
+    a task filters answers in several ways. Those of the tasks of a group or tag stand below their names, as in
+    `mmlu_anatomy/acc`. Standard errors are left out: lm-eval draws 100,000 samples for some.
+
+    Attributes:
+        name: of its figures.
+        notes: what is to be said of it, in a clause each.
+    """
+
+    def __init__(self, spec: TaskSpec, asked: Asked, speech: Speech):
+        from train.evaluate.harness_model import HarnessModel
+
+        self.name = spec.name
+        self._given, self._limit = spec.given.removeprefix(LM_EVAL), asked.limit
+        self._loaded = _checked.pop((spec, asked), {}) or _loaded(spec, asked)
+        self._model = HarnessModel(speech)
+        with _seeded_as_lm_eval():
+            for task in self._loaded["tasks"].values():
+                _write_questions(task, asked.limit)
+        if found := _unanswerable(self._loaded, self._model):
+            raise BadInput([f"{spec.key}={spec.given}: {problem}" for problem in found])
+        self.notes = [
+            f"{task.task_name}: {shots} examples before each question, as the task itself says; eval.shots changes none"
+            for task in self._loaded["tasks"].values()
+            if asked.shots and (shots := task.get_config("num_fewshot")) != asked.shots
+        ]
+
+    def evaluate(self, scorer: Scorer) -> Figures:
+        """Ask all questions; `cut`, where it stands among the figures, counts the texts that have lost their beginning.
+
+        They are longer than the context, and cut as lm-eval cuts them.
+
+        Raises:
+            Exception: whatever a task raises as it judges answers.
+        """
+        from lm_eval import evaluator
+
+        self._model.scorer, self._model.cut = scorer, 0
+        with _seeded_as_lm_eval():
+            found = evaluator.evaluate(
+                lm=self._model,
+                task_dict=self._loaded,
+                limit=self._limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        figures = _figures(found["results"], self._given)
+        return figures | ({"cut": float(self._model.cut)} if self._model.cut else {})
+
+
+def _figures(results: Mapping[str, Mapping[str, Any]], given: str) -> Figures:
+    """Take the figures out of lm-eval's results, which are named by metric and filter, as in `acc,none`."""
+    figures: Figures = {}
+    for task, found in results.items():
+        values = {
+            tuple(name.split(",", 1)): float(value)
+            for name, value in found.items()
+            if "," in name and isinstance(value, (int, float, np.number))
+        }
+        for (metric, way), value in values.items():
+            alone = way == _ALL or sum(metric == other for other, _ in values) == 1
+            named = metric if alone else f"{metric}/{way}"
+            figures[named if task == given else f"{task}/{named}"] = value
+    return figures
+
+
+def _write_questions(task: Any, limit: int | None) -> None:
+    """Write the questions of a task once; what builds them anew hereafter clears their answers alone."""
+    task.build_all_requests(limit=limit)
+
+    def again(**settings: Any) -> None:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = again
+
+
+def _unanswerable(loaded: Mapping[str, Any], model: "HarnessModel") -> list[str]:
+    """Find what tasks ask for and this model does not do, in a clause each."""
+    from train.evaluate.harness_model import Generation
+
+    found: dict[str, None] = {}
+    for task in loaded["tasks"].values():
+        for instance in task.instances:
+            if instance.request_type == "generate_until":
+                try:
+                    Generation.of(instance.args[1], model.max_length, model.end_text)
+                except BadInput as error:
+                    found |= dict.fromkeys(f"{task.task_name}: {problem}" for problem in error.problems)
+    return [*found]
+
+
+def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:
+    """Load a task, with the examples that are asked for, as `lm_eval.simple_evaluate` would.
+
+    Returns:
+        What lm-eval's `TaskManager.load` returns: `tasks` by name, `groups` by name, `group_map`.
+
+    Raises:
+        BadInput: see `open_task`.
+    """
+    said, name = f"{spec.key}={spec.given}", spec.given.removeprefix(LM_EVAL)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise BadInput([f"{said}: lm-eval is not installed; pip install 'deepnarrow[eval]' would work"])
+    manager = _manager_of(said, name, asked.include_path)
+    try:
+        with _seeded_as_lm_eval():
+            loaded = manager.load([name])
+    except Exception as error:  # of lm-eval, of the task's own code, of the hub and the disk
+        raise BadInput([_unread(said, error)]) from error
+    for task in loaded["tasks"].values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise BadInput([f"{said}: runs code that the model writes, which is not done here; lm-eval itself would, "
+                            "on the exported model (deepnarrow export)"])  # fmt: skip
+        if getattr(task, "MULTIMODAL", False):
+            raise BadInput([f"{said}: shows pictures or sound; a task of text would work"])
+        own = task.get_config("num_fewshot")
+        if own is None or (asked.shots and own):  # a task that says 0 means it
+            task.set_config(key="num_fewshot", value=asked.shots)
+        task.set_fewshot_seed(seed=_lm_eval_seeds()[1])
+    return loaded
+
+
+def _manager_of(said: str, name: str, include_path: str | None) -> "TaskManager":
+    """Return the index of tasks that knows a name: that of one's own tasks, or else one of these and lm-eval's own.
+
+    Raises:
+        BadInput: none does.
+    """
+    folder = None if include_path is None else expanded(include_path)
+    if folder is not None and not folder.is_dir():
+        works = "one with the YAML files of lm-eval tasks would work"
+        raise BadInput([f"eval.include_path={include_path}: is no folder; {works}"])
+    if folder is not None and name in (own := _manager(folder, False)).task_index:
+        return own
+    manager = _manager(folder, True)
+    if name not in manager.task_index:
+        from difflib import get_close_matches
+
+        near = [LM_EVAL + one for one in get_close_matches(name, manager.all_tasks, _NEAR)]
+        works = f"{' or '.join(near)} would work" if near else "lm-eval ls tasks lists those that are"
+        raise BadInput([f"{said}: lm-eval knows no such task{f' in {include_path} or' if folder else ''} of its own; "
+                        f"{works}"])  # fmt: skip
+    return manager
+
+
+@cache
+def _manager(folder: Path | None, lm_evals_own: bool) -> "TaskManager":
+    """Index tasks by name; those of lm-eval are 14,000 files, which takes seconds."""
+    from lm_eval.api import task
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    task.tqdm = _unseen  # it shows a bar for each task of a group, whoever else writes to the terminal
+    return TaskManager(include_path=folder, include_defaults=lm_evals_own)
+
+
+def _unseen(iterable: Iterator[Any], **settings: Any) -> Iterator[Any]:
+    return iterable
+
+
+def _unread(said: str, error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")[:300]
+    works = (
+        "a machine that reaches the hub, HF_HOME with what such a one has loaded and HF_HUB_OFFLINE=1, or a task of "
+    )
+    works += "local files in eval.include_path would work"
+    return f"{said}: cannot be loaded ({type(error).__name__}: {first}); {works}"
+
+
+def _lm_eval_seeds() -> tuple[int, int]:
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    return DEFAULT_RANDOM_SEED, DEFAULT_OTHER_SEED
+
+
+@contextmanager
+def _seeded_as_lm_eval() -> Iterator[None]:
+    """Draw random numbers inside this context as `lm_eval.simple_evaluate` does, and then as if nothing had been drawn.
+
+    Tasks shuffle by the global generators, from which a run draws as well.
+    """
+    first, others = _lm_eval_seeds()
+    before = random.getstate(), np.random.get_state()
+    random.seed(first)
+    np.random.seed(others)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
