@@ -1,5 +1,5 @@
-"""Whole engines, each rank by itself: what it says in two steps with an evaluation, a copy of its state and some
-decoding between.
+"""Whole engines, each rank by itself: what it says in two steps with an evaluation, scores of requests, a copy of its
+state and some decoding between.
 
 A main of `tests.ranks`: a few processes share out the ranks of every job, which they are one after another.
 """
@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from parallel.engine import Engine, EngineSettings, build_engine
 from parallel.layout import Layout
 from parallel.schedules import Placement, Schedule, placement_of
+from parallel.scoring import Request
 from parallel.stages import split_for
 from parallel.state import OptimizerState
 from tests.emulated.alone import one_of_many
@@ -26,7 +27,9 @@ from tests.ranks import report
 from train.optimizer import adamw
 
 SEQ_LEN, RATE = 16, 1e-3
-PHASES = ("building", "first step", "evaluation", "save", "decoding", "second step")
+PHASES = ("building", "first step", "evaluation", "scores", "save", "decoding", "second step")
+REQUESTS = [Request([1 + number % 9] * (SEQ_LEN - number % 12), 1) for number in range(100)]
+"""Documents of several lengths, of which the shorter are the beginnings of longer ones."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def said_by(job: Job, rank: int) -> dict[str, Any]:
         engine.step(data, RATE)
         begins.append(len(said.notes))
         engine.evaluate(data, job.micro_batches)
+        begins.append(len(said.notes))
+        engine.score(REQUESTS)
         begins.append(len(said.notes))
         copied = [{key: flat.clone() for key, flat in flats.items()} for flats in OptimizerState(engine.zero).flats()]
         assert copied, "a rank without state"

@@ -1,4 +1,5 @@
-"""Whole engines by NCCL's rules: two steps, between them an evaluation, a checkpoint's copy and decoding, on 8 ranks.
+"""Whole engines by NCCL's rules, on 8 ranks: two steps, between them an evaluation, scores, a checkpoint's copy and
+decoding.
 
 Tensor-parallel collectives, ZeRO's reductions and gathers, messages and the step's one sum over the world share
 devices, and end whatever a host has to wait for. Before each message was asked for at a planned place, every job here
@@ -92,3 +93,14 @@ def test_what_is_played_is_a_whole_step(said, job):
             assert {note[4].split()[0] for note in collectives if len(note[2]) == job.dp and note[3]} >= {
                 *["reduce_scatter_tensor", "all_gather_into_tensor"]
             }
+
+
+@every_job
+def test_scores_are_messages_forward_and_one_sum_over_all_ranks(said, job):
+    crossings = job.placement.num_stages - 1 - (job.schedule == "zbv")
+    own = [of_phase(one, "scores") for one in said[job]]
+    sent = sum(note[0] == "send" for notes in own for note in notes)
+    assert sent and sent % (crossings * job.tp) == 0
+    for notes in own:
+        members = [len(note[2]) for note in notes if note[0] == "collective"]
+        assert [number for number in members if number not in (job.dp, job.tp)] == [8]
