@@ -135,6 +135,8 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         a_path(verb, "source", help="a run folder")
         verb.add_argument("--step", type=int, help="of those that are kept (the last)")
         a_path(verb, "--out", help="a .png or .svg to draw (timeline-STEP.svg in the run folder)")
+    elif name in ("report", "dashboard"):
+        _report_arguments(verb, name)
     elif name in ("export", "import", "regroup"):
         _conversion_arguments(verb, name)
     else:
@@ -308,6 +310,18 @@ def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--seed", type=int, default=1, help="for --method random (1)")
 
 
+def _report_arguments(verb: argparse.ArgumentParser, name: str) -> None:
+    if name == "report":
+        a_path(verb, "runs", nargs="+", metavar="RUN", help="run folders, in the order of their colours")
+        verb.add_argument("--x", choices=["tokens", "step", "hours"], default="tokens", help="of the curves (tokens)")
+        a_path(verb, "--out", metavar="FILE", help="the page (report.html, of one run in its folder)")
+        return
+    verb.add_argument("--project", default="deepnarrow", help="W&B's (deepnarrow)")
+    verb.add_argument("--entity", help="the team or user that has it (the account's own)")
+    verb.add_argument("--print", action="store_true", help="print what would be saved, as JSON; no account is needed")
+    a_path(verb, "--out", metavar="FILE", help="write it to a file instead")
+
+
 def gqa_study(options: argparse.Namespace) -> int:
     """Measure what fewer key/value heads cost and buy."""
     from launch.study.run import run
@@ -359,6 +373,8 @@ VERBS = {
     "generate": _run_of("launch.generate"),
     "bench": bench,
     "check": _run_of("launch.check.run"),
+    "report": _run_of("launch.report.command"),
+    "dashboard": _run_of("launch.dashboard"),
     "timeline": _run_of("launch.timeline"),
     "rerun": _run_of("launch.rerun.run"),
     "inspect": inspect,

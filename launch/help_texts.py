@@ -158,6 +158,23 @@ HELP = {
         "  deepnarrow bench planner         steps that others have measured, against what a plan predicts: by row and\n"
         "                                   source, and the layouts that it would choose",
     ),
+    "report": (
+        "write a page of HTML with the curves of runs, laid over one another",
+        "Takes run folders, of runs that go on as well.\n\n"
+        "  deepnarrow report runs/7b-files-5e0c2f1\n"
+        "  deepnarrow report runs/7b-* --out sevens.html --x hours\n\n"
+        "Losses, validation by source, tasks, norms, speed, bubble, memory, saves and failures, what differs between\n"
+        "the settings, and the timelines that are kept. Everything is in the one file: no server, account or network\n"
+        "is needed to look at it. Values stand under the pointer; what is dragged over is enlarged in all plots.",
+    ),
+    "dashboard": (
+        "make a workspace in W&B with the same plots",
+        "Needs an account, and pip install -e '.[dashboard]'.\n\n"
+        "  deepnarrow dashboard --project deepnarrow --entity my-team\n"
+        "  deepnarrow dashboard --print > workspace.json                 what would be saved; needs no account\n\n"
+        "Each call saves a further view of the project, whose address is printed. Runs are found by the names that\n"
+        "train/names.py gives to their figures.",
+    ),
     "timeline": (
         "draw what every stage of a pipeline did in a step, and what its schedule would have it do",
         "Takes a run folder; train.timeline_at=[10,1000] says which steps a run keeps.\n\n"
