@@ -1,24 +1,20 @@
 """Text from trained weights, as it is made, on one device or on the ranks of a layout."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from launch.one_replica import is_first, joined, layout_problems, run_on_replica
 from launch.speech import Tokenizer, tokenizer_of
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.problems import BadInput
 from model.weights import Weights
-from parallel import layout as layouts
 from parallel.decode import StageDecoder, load_stage
-from parallel.environment import timeout
-from parallel.layout import Layout, ParallelConfig
-from parallel.processes import free_port, local_processes, started_by_launcher, use_cpus_fairly
+from parallel.layout import Layout
 from train.pretrained import TOKENIZER, open_source
 
 
@@ -46,19 +42,7 @@ class Request:
 
 def run(options: argparse.Namespace) -> int:
     """Complete prompts: one streams to the terminal, several are printed when all have ended."""
-    launched = started_by_launcher(os.environ)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        request = _request(options, checked=rank == 0)
-    except BadInput:
-        if rank == 0:
-            raise
-        return 2  # rank 0 says why
-    if launched or request.layout.world_size == 1:
-        _complete(request)
-    else:
-        torch.multiprocessing.spawn(_rank, (options, free_port()), request.layout.world_size)
-    return 0
+    return run_on_replica(options, _request, _complete)
 
 
 def _request(options: argparse.Namespace, checked: bool) -> Request:
@@ -75,8 +59,7 @@ def _request(options: argparse.Namespace, checked: bool) -> Request:
         raise BadInput(problems)
     source = open_source(options.source, checked=checked)
     config = source.weights.config
-    problems = layouts.problems(ParallelConfig(pp=options.pp, tp=options.tp), config)
-    problems = [problem.replace("parallel.", "--") for problem in problems] or _processes(options)
+    problems = layout_problems(options, config)
     if source.tokenizer is None and problems:
         raise BadInput([*problems, f"{source.path}: {TOKENIZER} is missing; beside the weights it would work"])
     tokenizer = tokenizer_of(source)
@@ -107,49 +90,20 @@ def prompt_problems(texts: Sequence[str], prompts: Sequence[Sequence[int]], conf
     ]
 
 
-def _processes(options: argparse.Namespace) -> list[str]:
-    """Why the layout does not fit the processes that are there, or this machine."""
-    asked, gpus = options.pp * options.tp, torch.cuda.device_count()
-    started = int(os.environ.get("WORLD_SIZE", asked))
-    if started != asked:
-        return [f"--pp={options.pp} --tp={options.tp}: needs {asked} processes, and {started} were started"]
-    here = local_processes() or asked
-    if gpus and here > gpus:
-        return [f"--pp={options.pp} --tp={options.tp}: {here} processes on this machine, which has {gpus} GPUs; "
-                f"--pp x --tp <= {gpus} works here"]  # fmt: skip
-    return []
-
-
-def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
-    """One of the processes that `run` starts."""
-    world = str(options.pp * options.tp)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_SIZE=world)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    _complete(_request(options, checked=False))
-
-
-def _complete(request: Request) -> None:
+def _complete(request: Request) -> int:
     """Make the tokens, all ranks together; rank 0 prints them."""
-    rank, several = int(os.environ.get("RANK", "0")), request.layout.world_size > 1
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
-    if several:
-        use_cpus_fairly(device)
-        if on_gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout(), device_id=device if on_gpu else None)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    stages, ranks = load_stage(request.weights, request.layout, device, dtype)
-    room = max(map(len, request.prompts)) + request.num_tokens
-    decoder = StageDecoder(stages, request.weights.config, request.prompts, room, ranks)
-    steps = generate(decoder, request.num_tokens, request.tokenizer.ends, request.sampling)
-    if rank == 0:
-        _print(request, steps)
-    else:
-        for _ in steps:
-            pass
-    if several:
-        dist.destroy_process_group()
+    with joined(request.layout) as device:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        stages, ranks = load_stage(request.weights, request.layout, device, dtype)
+        room = max(map(len, request.prompts)) + request.num_tokens
+        decoder = StageDecoder(stages, request.weights.config, request.prompts, room, ranks)
+        steps = generate(decoder, request.num_tokens, request.tokenizer.ends, request.sampling)
+        if is_first():
+            _print(request, steps)
+        else:
+            for _ in steps:
+                pass
+    return 0
 
 
 def _print(request: Request, steps: Iterator[list[int | None]]) -> None:
