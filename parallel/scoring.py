@@ -80,8 +80,9 @@ class Scorer:
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Score requests by the current weights, which stay as they are, as does all state of training.
 
-        A micro-batch has as many tokens as one of training, more only where a single request does. Of all requests 4
-        bytes a token and 16 bytes a request are held, besides those that are given.
+        A micro-batch has as many tokens as one of training, more only where a single request does. Besides the requests
+        themselves, 4 bytes a token and some 300 bytes a request are held in the host's memory, and a round's tokens and
+        scores in the device's.
 
         Args:
             requests: the same on every rank, of any lengths in any order.
@@ -104,7 +105,6 @@ class Scorer:
             own = plan.micro_batches[start : start + step][self._ranks.dp_rank :: layout.dp]
             heart.begin_evaluation()
             results = self._pipeline.forward(map(plan.batch, own), len(own), self._scores)
-            heart.at(Phase.EVALUATE)
             if self._ranks.tp_rank == 0:  # all that share the vocabulary have found the same
                 for rows, (log_probabilities_N, likeliest_N) in zip(own, results, strict=bool(results)):
                     owners = plan.owners(rows)
@@ -125,6 +125,7 @@ class Scorer:
             yield StageDecoder(stages, self._model, prompts, room, self._ranks)
 
     def _over_all_ranks(self, found: np.ndarray) -> list[list[float]]:
+        heart.at(Phase.EVALUATE)
         if self._ranks.layout.world_size > 1:
             sums = torch.from_numpy(found).to(self._pipeline.spec.device)
             dist.all_reduce(sums)

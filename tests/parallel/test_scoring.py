@@ -144,6 +144,16 @@ def test_a_request_scores_the_same_alone_and_among_others(scorer, requests, expe
     same(torch.tensor([[*vars(one).values()] for one in scorer.score(requests)], dtype=torch.float64), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_scores_the_same(requests, expected, dtype):
+    scorer = load_scorer(DrawnWeights(), Layout(1, 1), torch.device("cuda"), dtype, tokens=200)
+    found = torch.tensor([[*vars(one).values()] for one in scorer.score(requests)], dtype=torch.float64)
+    rounding = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
+    torch.testing.assert_close(found[:, 0], expected[:, 0], **rounding)
+    assert (found[:, 1] != expected[:, 1]).sum() <= 2
+
+
 def test_no_more_is_computed_than_what_differs(scorer, monkeypatch):
     """Long requests among short ones pad little, and answers of one token to a question are one document."""
     draw = random.Random(0)
