@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -76,6 +77,15 @@ def to_config(node: DictConfig) -> Config:
     if not isinstance(config, Config):
         raise TypeError("the primary config starts from the schema")
     return config
+
+
+def stored_config(stored: Mapping[str, Any]) -> Config:
+    """Turn the settings that a run has stored into the dataclasses of the schema; what is not named has its default.
+
+    Args:
+        stored: sections by name, as JSON has them: those of a checkpoint's manifest.
+    """
+    return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), stored)))
 
 
 def quoted(value: object) -> str:

@@ -7,14 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import overload
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from conf.compose import to_config
+from conf.compose import stored_config
 from conf.paths import checked
-from conf.schema import Config
 from launch.generate import prompt_problems
 from launch.speech import Tokenizer, tokenizer_of
 from model.batch import Batch
@@ -235,7 +233,7 @@ def _held_out(run: str | PathLike[str]) -> Iterator[Batch]:
     source = open_source(run, checked=False, key="held_out")
     if source.run is None or "data" not in source.run.config:
         raise BadInput([f"held_out={Path(run)}: no run of deepnarrow, which holds text out; a run folder would work"])
-    config = _config_of(source.run.config)
+    config = stored_config(source.run.config)
     data = prepare_run(config, progress=False)
     rows = max(1, _TOKENS_AT_A_TIME // config.train.seq_len)
     batches, _ = eval_micro_batches(
@@ -248,8 +246,3 @@ def _held_out(run: str | PathLike[str]) -> Iterator[Batch]:
         document_mask=bool(config.data.document_mask),
     )
     return iter(batches)
-
-
-def _config_of(stored: dict[str, Any]) -> Config:
-    """Make the settings of a run from those that a checkpoint stores; what it does not name has its default."""
-    return to_config(cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), stored)))

@@ -10,7 +10,7 @@ from parallel.heartbeat import Phase, heart
 from train.agreement import max_over_ranks
 from train.checkpoint.folder import CHECKPOINTS, mark_damaged, newest_first, step_of
 from train.checkpoint.saver import Outcome
-from train.evaluate.judged import shown
+from train.evaluate.judged import lines as measured_lines
 from train.health import DIVERGED, NOT_FINITE, Health
 from train.log_lines import CALMER
 from train.run import Run, leave
@@ -119,8 +119,8 @@ def closing(
     if summary["complete"] or summary["val_loss"] is not None:
         val = f"{summary['val_loss']:.4f}" if summary["val_loss"] is not None else "none (no held-out documents)"
         lines.append(f"validation loss  {val}{_bits(summary)}")
-    measured = {**summary.get("val_sets", {}), **summary.get("tasks", {})}
-    lines += [f"{'' if at else 'evaluation':17}{name}: {shown(of)}" for at, (name, of) in enumerate(measured.items())]
+    measured = measured_lines(summary)
+    lines += [f"{'' if at else 'evaluation':17}{line}" for at, line in enumerate(measured)]
     if cost := summary.get("evaluation"):
         failed = sum(cost["failed"].values())
         lines.append(

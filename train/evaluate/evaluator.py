@@ -2,23 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
-from conf.eval_settings import TaskSpec, task_specs
-from model.problems import BadInput
+from conf.eval_settings import task_specs
 from parallel.engine import Engine
 from parallel.heartbeat import Phase, heart
 from train.data.token_bytes import TokenBytes, token_bytes
-from train.data.tokenizer import Encoder
+from train.evaluate.asking import OpenTasks
 from train.evaluate.held_out import HeldOutSet, Loss, sets_of_run, together
-from train.evaluate.judged import shown
+from train.evaluate.judged import lines
 from train.evaluate.lead import Leader, led
 from train.evaluate.sets import extra_sets
-from train.evaluate.tasks import Asked, Figures, Speech, Task, named, open_task
+from train.evaluate.tasks import Asked, Figures, Speech
 from train.preflight import PreparedRun
 
 Say = Callable[[str, int], object]
@@ -37,7 +35,6 @@ class Evaluator:
 
     Attributes:
         seconds: that evaluation has taken so far.
-        failed: how often each task has failed, on rank 0.
     """
 
     def __init__(
@@ -50,13 +47,13 @@ class Evaluator:
         say: Say,
     ):
         config, data = prepared.config, prepared.data
-        self.seconds, self.failed, self._began = 0.0, dict[str, int](), time.monotonic()
+        self.seconds, self._began = 0.0, time.monotonic()
         self._config, self._engine, self._reading = config, engine, reading
         self._group, self._steps, self._say = group, steps, say
         self._own, self._extra = sets_of_run(config, data), extra_sets(config, prepared.sets)
         self._leads = dist.get_rank() == 0
         self._bytes: dict[str, int] = {}
-        self._tasks: dict[str, Task] = {}
+        self._tasks: OpenTasks | None = None
         self._table: TokenBytes | None = None
         if not self._leads:
             return
@@ -65,19 +62,10 @@ class Evaluator:
         self._table = token_bytes(tokenizer, data.eos_id)
         if self._table.inexact and (self._own or self._extra):
             self._say(f"bits per byte are not exact: of this tokenizer, {self._table.inexact}", logging.INFO)
-        encoder, end = Encoder(tokenizer), data.eos_id
-        self._speech = Speech(
-            tokenizer,
-            str(data.tokenizer_path),
-            lambda text: [end, *encoder.encode(text)],
-            end,
-            config.model.max_seq_len,
-            data,
-        )
-        self._asked = Asked.of(config)
-        self._specs = self._named(task_specs(config.eval.tasks)[0])
-        for spec in self._specs:
-            self._attempt(spec.name, self._open)
+        context = config.model.max_seq_len
+        speech = Speech.of_run(tokenizer, data.tokenizer_path, data.eos_id, context, data)
+        given, goes_on = task_specs(config.eval.tasks)[0], "training goes on, and it is tried again"
+        self._tasks = OpenTasks(given, Asked.of(config), speech, say, goes_on)
 
     def validates_after(self, step: int) -> bool:
         """Tell whether the run's held-out documents are measured after a step."""
@@ -117,7 +105,7 @@ class Evaluator:
         if not self.seconds:
             return None
         hours = (time.monotonic() - self._began) / 3600
-        return {"seconds": self.seconds, "seconds_per_hour": self.seconds / hours, "failed": self.failed}
+        return {"seconds": self.seconds, "seconds_per_hour": self.seconds / hours, "failed": self._failed}
 
     def _evaluate(self, step: int, validates: bool, asks: bool) -> dict[str, Any]:
         if not (validates or asks):
@@ -131,17 +119,30 @@ class Evaluator:
             sets = own if self._config.data.sources else {}
         if asks:
             sets |= {one.name: self._measure(one) for one in self._extra}
-            figures = led(self._engine, self._config.model, self._group, self._ask) if self._config.eval.tasks else {}
-            record |= {"tasks": figures} if figures else {}
+            record |= self._ask() if self._config.eval.tasks else {}
         record |= {"val_sets": {name: loss.figures() for name, loss in sets.items()}} if sets else {}
         seconds = time.monotonic() - began
         self.seconds += seconds
         if not self._leads:
             return {key: value for key, value in record.items() if key == "val_loss"}
-        for name, found in {**record.get("val_sets", {}), **record.get("tasks", {})}.items():
-            self._say(f"step {step}: {name}: {shown(found)}", logging.INFO)
-        record |= {"failed_tasks": sum(self.failed.values())} if self.failed else {}
+        for line in lines(record):
+            self._say(f"step {step}: {line}", logging.INFO)
         return {**record, "eval_seconds": seconds}
+
+    def _ask(self) -> dict[str, Any]:
+        """Ask all tasks, on rank 0; elsewhere compute what it asks for, and return nothing."""
+
+        def ask(leader: Leader) -> dict[str, Figures]:
+            assert self._tasks is not None
+            return self._tasks.ask(leader)
+
+        figures = led(self._engine, self._config.model, self._group, ask)
+        found = {"tasks": figures} if figures else {}
+        return found | ({"failed_tasks": sum(self._failed.values())} if self._failed else {})
+
+    @property
+    def _failed(self) -> dict[str, int]:
+        return self._tasks.failed if self._tasks else {}
 
     def _measure(self, one: HeldOutSet) -> Loss:
         """Measure a set; its bytes are counted once, on rank 0."""
@@ -151,46 +152,3 @@ class Evaluator:
         batches, count = one.batches(**self._reading)
         found = self._engine.evaluate(iter(batches), count)
         return Loss(found.total, found.count, self._bytes.get(one.name, 0))
-
-    def _ask(self, leader: Leader) -> dict[str, Figures]:
-        """Ask all tasks; one that fails is said, and asked again the next time."""
-        found: dict[str, Figures] = {}
-        for spec in self._specs:
-
-            def ask(name: str) -> None:
-                if name not in self._tasks:
-                    self._open(name)
-                found[name] = self._tasks[name].evaluate(leader)
-
-            self._attempt(spec.name, ask, leader)
-        return found
-
-    def _named(self, given: Sequence[TaskSpec]) -> list[TaskSpec]:
-        """Find the tasks; one that is gone since the run was first started stays as it is named, and may come back."""
-        found: list[TaskSpec] = []
-        for spec in given:
-            with suppress(BadInput):
-                found += named([spec])
-                continue
-            found.append(spec)
-        return found
-
-    def _open(self, name: str) -> None:
-        spec = next(one for one in self._specs if one.name == name)
-        task = self._tasks[name] = open_task(spec, self._asked, self._speech)
-        for note in task.notes:
-            self._say(f"{name}: {note}", logging.WARNING)
-
-    def _attempt(self, name: str, act: Callable[[str], None], leader: Leader | None = None) -> None:
-        """Do something with a task; what it raises is said and counted, unless the model itself has failed."""
-        try:
-            act(name)
-        except Exception as error:
-            if leader is not None and leader.broken:
-                raise
-            self.failed[name] = self.failed.get(name, 0) + 1
-            what = str(error).splitlines() or [""]
-            self._say(
-                f"task {name} has failed ({type(error).__name__}: {what[0]}); training goes on, and it is tried again",
-                logging.WARNING,
-            )

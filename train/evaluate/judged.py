@@ -1,9 +1,9 @@
 """What the scores of questions come to, as the literature counts it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from parallel.scoring import Score
@@ -82,3 +82,8 @@ def shown(figures: "Figures") -> str:
     return ", ".join(
         f"{name} {value:.4g}" if value >= 100 else f"{name} {value:.4f}" for name, value in figures.items()
     )
+
+
+def lines(record: Mapping[str, Any]) -> list[str]:
+    """Set what a record says of sets and tasks, a line each."""
+    return [f"{name}: {shown(of)}" for key in ("val_sets", "tasks") for name, of in (record.get(key) or {}).items()]

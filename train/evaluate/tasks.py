@@ -6,11 +6,13 @@ A task runs on one process, rank 0, whatever the layout: the others compute what
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from conf.eval_settings import BUILT_IN, LM_EVAL, TaskSpec
 from conf.schema import Config
 from model.problems import BadInput
+from train.data.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,6 +57,14 @@ class Speech:
     end: int
     max_seq_len: int
     data: "PreparedSources | None" = None
+
+    @staticmethod
+    def of_run(
+        tokenizer: "Tokenizer", path: Path, end: int, max_seq_len: int, data: "PreparedSources | None"
+    ) -> "Speech":
+        """Return how text is said to a run of ours: as the documents that it is trained on, behind an end token."""
+        encoder = Encoder(tokenizer)
+        return Speech(tokenizer, str(path), lambda text: [end, *encoder.encode(text)], end, max_seq_len, data)
 
 
 class Task(Protocol):
