@@ -135,6 +135,13 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         a_path(verb, "source", help="a run folder")
         verb.add_argument("--step", type=int, help="of those that are kept (the last)")
         a_path(verb, "--out", help="a .png or .svg to draw (timeline-STEP.svg in the run folder)")
+    elif name == "runs":
+        a_path(verb, "folders", nargs="*", metavar="FOLDER", help="in which runs are, at any depth (runs)")
+        verb.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
+    elif name == "compare":
+        a_path(verb, "runs", nargs="+", metavar="RUN", help="run folders; the first is what the others are set against")
+        verb.add_argument("--x", choices=["tokens", "step", "hours"], default="tokens", help="of the curves (tokens)")
+        a_path(verb, "--out", metavar="FILE", help="draw the curves, as .png or .svg")
     elif name in ("report", "dashboard"):
         _report_arguments(verb, name)
     elif name in ("export", "import", "regroup"):
@@ -166,7 +173,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer"):
+    if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer", "runs", "compare"):
         verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
@@ -375,6 +382,8 @@ VERBS = {
     "check": _run_of("launch.check.run"),
     "report": _run_of("launch.report.command"),
     "dashboard": _run_of("launch.dashboard"),
+    "runs": _run_of("launch.runs"),
+    "compare": _run_of("launch.compare.command"),
     "timeline": _run_of("launch.timeline"),
     "rerun": _run_of("launch.rerun.run"),
     "inspect": inspect,

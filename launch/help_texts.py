@@ -158,6 +158,26 @@ HELP = {
         "  deepnarrow bench planner         steps that others have measured, against what a plan predicts: by row and\n"
         "                                   source, and the layouts that it would choose",
     ),
+    "runs": (
+        "list runs: how each is, how far it has come, how fast, and its last checkpoint",
+        "Takes folders in which runs are, at any depth, or run folders; ./runs where none is given.\n\n"
+        "  deepnarrow runs\n"
+        "  deepnarrow runs /shared/runs --watch\n"
+        "  deepnarrow runs /shared/runs --json | jq '.[] | select(.state == \"failed\") | .path'\n\n"
+        "A run is running where its folder is locked, on whichever host; how it has ended is said by what it and the\n"
+        "command that kept it going have left. Of a run on another host over a disk that does not share locks the age\n"
+        "of its records is all that there is: running? or silent?, with a question mark. The ETA is by the pace of\n"
+        "late, validations and saves included. No checkpoint is opened, and of records the last are read.",
+    ),
+    "compare": (
+        "say which settings of runs differ, where their losses part, and draw both",
+        "Takes run folders; the first is what the others are set against.\n\n"
+        "  deepnarrow compare runs/7b-files-5e0c2f1 runs/7b-files-a120b7e\n"
+        "  deepnarrow compare runs/7b-* --out losses.svg\n\n"
+        "Settings that shape the loss curve stand apart from those of the layout and the rest, as do versions of the\n"
+        "code. Losses are set side by side at the same tokens, so that runs of different batches compare: the first\n"
+        "step at which they differ at all, where they part beyond the noise of a step, and by how much in the end.",
+    ),
     "report": (
         "write a page of HTML with the curves of runs, laid over one another",
         "Takes run folders, of runs that go on as well.\n\n"

@@ -1,0 +1,277 @@
+"""Losses of runs side by side: the first step at which they differ, where they part beyond their noise, by how much.
+
+A loss is that of a batch under the weights before the step, so it stands at what was trained on before it. Runs of
+different batches have no steps in common: each curve is averaged over windows of the x axis (the integral of the line
+through its points), and the windows are compared. How far two averages may be apart by chance follows from the noise of
+single steps, told by second differences, to which a trend adds next to nothing: for points y with independent noise of
+variance s², y[i-1] - 2 y[i] + y[i+1] has the variance 6 s². Where both runs have had the same batches, the noise that
+they share cancels: it is that of the difference which counts then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from launch.run_folder import RunFolder
+
+Floats = NDArray[np.float64]
+
+WINDOWS = 100
+"""Into which the part of the axis that two runs share is divided, at most."""
+LEAST_POINTS = 8
+"""Steps of a window on average, at least: fewer would not tell their noise."""
+BEYOND = 3.0
+"""Standard errors by which two windows differ that no chance explains."""
+IN_A_ROW = 3
+"""Windows in a row that differ so, in one direction, where curves are said to part."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a run, without steps that were passed over or whose update was skipped.
+
+    Attributes:
+        step: of each.
+        x: what was done before the step: tokens, steps or hours of steps.
+        loss: of its batch, in nats.
+        tokens: trained on after the step.
+        val_x, val_loss: the validations, each at what was done before it.
+        left_out: steps that were skipped.
+        nonfinite: steps whose loss was not finite, which are left out as well.
+    """
+
+    step: Floats
+    x: Floats
+    loss: Floats
+    tokens: Floats
+    val_x: Floats
+    val_loss: Floats
+    left_out: int
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class Parting:
+    """How the losses of a run lie beside those of another, over what both have been through.
+
+    Attributes:
+        paired: whether both have had as many tokens after each step, so that steps are compared one by one.
+        alike_until: the last step up to which all losses are the same to the last bit; 0 for none. None where they have
+            not.
+        windows: the middles of the windows.
+        difference: of the averages, this run's less the other's, in nats, by window.
+        error: the standard error of each difference.
+        parts_at: where they part beyond noise, on the x axis; None where they do not.
+        parts_at_step: the step of this run there.
+        end: the difference over the last tenth of the windows, in nats.
+        end_error: its standard error.
+        noise: the standard deviation of the noise of a single difference, in nats.
+    """
+
+    paired: bool
+    alike_until: int | None
+    windows: Floats
+    difference: Floats
+    error: Floats
+    parts_at: float | None
+    parts_at_step: int | None
+    end: float | None
+    end_error: float | None
+    noise: float | None
+
+
+def losses_of(run: RunFolder, axis: str) -> Losses:
+    """Read the losses of a run.
+
+    Args:
+        run: its folder.
+        axis: of the curves: tokens, step or hours.
+    """
+    read = run.columns("step", "tokens", "loss", "seconds", "val_loss", "loss_limit", "passed_over")
+    hours = np.cumsum(np.nan_to_num(read["seconds"])) / 3600
+    after = {"tokens": read["tokens"], "step": read["step"], "hours": hours}[axis]
+    before = np.concatenate([[0.0], after[:-1]]) if len(after) else after
+    skipped = np.isfinite(read["loss_limit"])
+    taken = np.isfinite(read["step"]) & (read["step"] > 0) & ~np.isfinite(read["passed_over"])
+    finite = np.isfinite(read["loss"]) & np.isfinite(before)
+    kept = taken & finite & ~skipped
+    validated = np.isfinite(read["val_loss"]) & np.isfinite(after)
+    return Losses(
+        step=read["step"][kept],
+        x=before[kept],
+        loss=read["loss"][kept],
+        tokens=read["tokens"][kept],
+        val_x=after[validated],
+        val_loss=read["val_loss"][validated],
+        left_out=int((skipped & taken).sum()),
+        nonfinite=int((taken & ~finite & ~skipped).sum()),
+    )
+
+
+def averages(x: Floats, y: Floats, borders: Floats) -> Floats:
+    """Average the line through points over windows, exactly.
+
+    Args:
+        x: (n,) rising; the line is level beyond its ends.
+        y: (n,) the values.
+        borders: (k + 1,) of the windows, rising.
+
+    Returns:
+        (k,) the averages.
+    """
+    at = np.union1d(x, borders)
+    line = np.interp(at, x, y)
+    integral = np.concatenate([[0.0], np.cumsum(np.diff(at) * (line[1:] + line[:-1]) / 2)])
+    return np.asarray(np.diff(integral[np.searchsorted(at, borders)]) / np.diff(borders))
+
+
+def part(one: Losses, other: Losses) -> Parting:
+    """Set the losses of a run beside those of another.
+
+    Args:
+        one: of the run.
+        other: that it is set against.
+    """
+    rows = _paired(one, other)
+    paired = rows is not None
+    alike = None if rows is None else _alike(one, other, *rows)
+    first, last = max(_first(one), _first(other)), min(_last(one), _last(other))
+    inside = [(each.x >= first) & (each.x <= last) for each in (one, other)]
+    fewest = min(int(part.sum()) for part in inside)
+    count = min(WINDOWS, fewest // LEAST_POINTS)
+    if count < IN_A_ROW or not last > first:
+        none = np.empty(0)
+        return Parting(paired, alike, none, none, none, None, None, None, None, None)
+    borders = np.linspace(first, last, count + 1)
+    means = [averages(each.x, each.loss, borders) for each in (one, other)]
+    difference = means[0] - means[1]
+    if rows is not None and np.array_equal(one.x[rows[0]], other.x[rows[1]]):
+        of = [(one.x[rows[0]], one.loss[rows[0]] - other.loss[rows[1]])]
+    else:
+        of = [(one.x, one.loss), (other.x, other.loss)]
+    variances = [_variance(x, y, borders) for x, y in of]
+    error = np.sqrt(sum(variance / points for variance, points in variances))
+    noise = float(np.sqrt(sum(np.median(variance) for variance, _ in variances)))
+    start = _departure(difference, error)
+    tail = slice(-max(1, count // 10), None)
+    return Parting(
+        paired=paired,
+        alike_until=alike,
+        windows=(borders[1:] + borders[:-1]) / 2,
+        difference=difference,
+        error=error,
+        parts_at=None if start is None else float(borders[start]),
+        parts_at_step=None if start is None else int(one.step[np.searchsorted(one.x, borders[start])]),
+        end=float(difference[tail].mean()),
+        end_error=float(np.sqrt((error[tail] ** 2).sum()) / len(error[tail])),
+        noise=noise,
+    )
+
+
+def _first(losses: Losses) -> float:
+    return float(losses.x[0]) if len(losses.x) else 0.0
+
+
+def _last(losses: Losses) -> float:
+    return float(losses.x[-1]) if len(losses.x) else 0.0
+
+
+def _paired(one: Losses, other: Losses) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """Return the rows of the steps that both have, where each of these leaves both with as many tokens; else None."""
+    _, rows, others = np.intersect1d(one.step, other.step, assume_unique=True, return_indices=True)
+    return (rows, others) if len(rows) and np.array_equal(one.tokens[rows], other.tokens[others]) else None
+
+
+def _alike(one: Losses, other: Losses, rows: NDArray[np.int64], others: NDArray[np.int64]) -> int:
+    """Return the last step up to which the losses in those rows are the same to the last bit; 0 for none."""
+    differ = np.flatnonzero(one.loss[rows] != other.loss[others])
+    same = int(differ[0]) if len(differ) else len(rows)
+    return int(one.step[rows[same - 1]]) if same else 0
+
+
+def _variance(x: Floats, y: Floats, borders: Floats) -> tuple[Floats, Floats]:
+    """Estimate the variance of the noise of single points about each window, and count the points of each.
+
+    The noise is averaged over five windows: the few points of one would tell it badly.
+    """
+    count = len(borders) - 1
+    squares = (y[:-2] - 2 * y[1:-1] + y[2:]) ** 2 / 6
+    window = np.clip(np.searchsorted(borders, x, side="right") - 1, 0, count - 1)
+    inside = (x >= borders[0]) & (x <= borders[-1])
+    points = np.bincount(window[inside], minlength=count)
+    inner, window = inside[1:-1], window[1:-1]
+    sums = np.bincount(window[inner], weights=squares[inner], minlength=count)
+    counts = np.bincount(window[inner], minlength=count)
+    near = np.ones(min(5, count))
+    variance = np.convolve(sums, near, mode="same") / np.maximum(np.convolve(counts, near, mode="same"), 1)
+    return variance, np.maximum(points, 1).astype(np.float64)
+
+
+def _departure(difference: Floats, error: Floats) -> int | None:
+    """Find the first of several windows in a row that differ beyond their errors, in one direction."""
+    beyond = np.where(np.abs(difference) > BEYOND * error, np.sign(difference), 0)
+    for index in range(len(beyond) - IN_A_ROW + 1):
+        row = beyond[index : index + IN_A_ROW]
+        if row[0] and (row == row[0]).all():
+            return index
+    return None
+
+
+def longest(of: Sequence[Losses]) -> float:
+    """Return how much of the x axis the longest of some runs has been through."""
+    return max((_last(losses) - _first(losses) for losses in of), default=0.0)
+
+
+def smooth(losses: Losses, width: float) -> tuple[Floats, Floats]:
+    """Average a curve over windows of about a width, or of its points where those are fewer: middles, and averages."""
+    if len(losses.x) < 2 or not width > 0:
+        return losses.x, losses.loss
+    count = int(np.clip(np.ceil((losses.x[-1] - losses.x[0]) / width), 1, len(losses.x) - 1))
+    borders = np.linspace(losses.x[0], losses.x[-1], count + 1)
+    return (borders[1:] + borders[:-1]) / 2, averages(losses.x, losses.loss, borders)
+
+
+def share_to_reach(one: Losses, other: Losses) -> float | None:
+    """Return after which share of what both have been through a run is as low as the other one is in the end.
+
+    Args:
+        one: of the run; it is lower in the end.
+        other: that it is set against.
+    """
+    last = min(_last(one), _last(other))
+    if not last:
+        return None
+    (target,) = averages(other.x, other.loss, np.array([0.95 * last, last]))
+    x, y = smooth(one, last / WINDOWS)
+    there = np.flatnonzero((y <= target) & (x <= last))
+    if not len(there):
+        return None
+    first = int(there[0])
+    if first == 0:
+        return float(x[0] / last)
+    share = (y[first - 1] - target) / (y[first - 1] - y[first])
+    return float((x[first - 1] + share * (x[first] - x[first - 1])) / last)
+
+
+def at_shares(of: Sequence[Losses], shares: Sequence[float]) -> tuple[Floats, list[Floats]]:
+    """Average each run's loss about the same places: those shares of what all have been through.
+
+    Args:
+        of: the losses of each run.
+        shares: between 0 and 1.
+
+    Returns:
+        The places on the x axis, and for each run its average over the twentieth of the axis that ends there.
+    """
+    last = min((_last(losses) for losses in of), default=0.0)
+    places = np.array([share * last for share in shares])
+    width = last / 20
+    if not last:
+        return places, [np.full(len(places), np.nan) for _ in of]
+    found = []
+    for losses in of:
+        borders = np.stack([places - width, places], axis=1)
+        found.append(np.array([averages(losses.x, losses.loss, pair)[0] for pair in borders]))
+    return places, found
