@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from conf.alert_settings import AlertsConfig
 from conf.eval_settings import EvalConfig
 from conf.launch_settings import LaunchConfig
 from conf.train_settings import (
@@ -44,7 +45,7 @@ class Config:
     """What the predicted seconds of a step are for, which stand beside the measured ones: a preset such as h100 (its
     figures are the data sheet's), or a YAML file of `deepnarrow bench --save` and `deepnarrow check --save`. Null takes
     the preset of the GPU, where there is one, and predicts nothing elsewhere. How many machines there are is the run's
-    own."""
+    own. Where a file has price_per_gpu_hour, the log says what the run has cost and will have cost."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,6 +57,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 

@@ -347,3 +347,6 @@ class WandbConfig:
     """The W&B team or user; null is the account's default."""
     tags: list[str] = field(default_factory=list)
     """Tags of the run."""
+    finish_seconds: float = 120.0
+    """Seconds that the end of a run waits for W&B to take, and online to upload, what it has been told. No step ever
+    waits for W&B. What it does not take is said, and is in metrics.jsonl."""

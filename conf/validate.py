@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from conf import eval_settings, launch_settings, mixtures
+from conf import alert_settings, eval_settings, launch_settings, mixtures
 from conf.paths import name_problems
 from conf.ranges import ranges_of
 from conf.schema import Config
@@ -51,6 +51,7 @@ def validate(config: Config, machine: Machine) -> tuple[Layout | None, list[str]
     problems += mixtures.source_problems(config) + mixtures.batch_problems(config, run_layout)
     problems += _lengths(config) + range_problems(config) + _guards(config) + _recipe(config) + _checkpoint(config)
     problems += launch_settings.problems(config.launch) + eval_settings.problems(config.eval, corpora(config.data))
+    problems += alert_settings.problems(config.alerts) + _wandb(config)
     problems += [] if machine.elsewhere or machine.gpus else _kernels(config)
     if run_layout and not (machine.elsewhere and parallel.dp is None):
         problems += _profile(config, run_layout)
@@ -150,6 +151,13 @@ def _guards(config: Config) -> list[str]:
     if train.straggler_steps < 2:
         problems.append(f"train.straggler_steps={train.straggler_steps}: must be at least 2, such as 50")
     return problems
+
+
+def _wandb(config: Config) -> list[str]:
+    seconds = config.wandb.finish_seconds
+    if 0 < seconds < math.inf:
+        return []
+    return [f"wandb.finish_seconds={seconds}: not a time above 0; 120 would work"]
 
 
 def _text(config: Config) -> list[str]:

@@ -195,7 +195,8 @@ def train(options: argparse.Namespace) -> int:
         return 0
     arguments = pretrain.for_ranks(prepared.arguments, prepared.run_dir)
     again = pretrain.for_ranks([*prepared.arguments, *pretrain.goes_on(prepared)], prepared.run_dir)
-    persistence = Persistence(prepared.layout, prepared.run_dir.absolute(), prepared.config.launch, again)
+    config, run_dir = prepared.config, prepared.run_dir.absolute()
+    persistence = Persistence(prepared.layout, run_dir, config.launch, again, alerting=config.alerts)
     return launch(arguments, prepared.layout.world_size, prepared.run_dir, persistence)
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from conf.alert_settings import AlertLevel, AlertsConfig
 from conf.launch_settings import LaunchConfig
 from launch.restarts import Events, Failure, Recovery, Restarts
 from launch.stacks import STALLS, collect, innermost
@@ -16,10 +17,12 @@ from launch.supervise import PassedOn, completion
 from launch.watchdog import HOST_LOST, Stall, Watchdog, described, heartbeats_folder, remove_heartbeats
 from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
+from train.alerts import Alerts
 from train.events import EVENTS, RESTART
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_FINAL = (0, 2, 3)
+_BAD_INPUT = 2
+_FINAL = (0, _BAD_INPUT, 3)
 """Exit codes after which nothing is to be started again: complete or stopped, bad input, diverged."""
 
 
@@ -33,6 +36,7 @@ class Persistence:
         settings: how often, and when a run does not move.
         again: the arguments of the script at every further start, where they are not those of the first.
         shrink: is told of each failure, and returns another layout where the next start is to have one.
+        alerting: who is told of a failure, and how.
     """
 
     layout: Layout
@@ -40,8 +44,10 @@ class Persistence:
     settings: LaunchConfig
     again: Sequence[str]
     shrink: Callable[[Failure], Layout | None] = lambda failure: None
+    alerting: AlertsConfig = field(default_factory=AlertsConfig)
     _restarts: Restarts = field(init=False)
     _events: Events = field(init=False)
+    _alerts: Alerts = field(init=False)
     _recovery: Recovery | None = field(init=False, default=None)
 
     def run(self, start: Callable[..., int], arguments: Sequence[str], signals: PassedOn) -> int:
@@ -54,9 +60,12 @@ class Persistence:
             signals: to this process; one ends the run for good.
         """
         self._restarts, self._events = Restarts(self.settings.restarts), Events(self.run_dir)
+        # Of what it alerts the events have the failure already.
+        self._alerts = Alerts(self.alerting, self.run_dir, lambda event: None, lambda text, level: _say(text))
         try:
             return self._keep_going(start, arguments, signals)
         finally:
+            self._alerts.close()
             if lacking := self._events.close():
                 _say(f"{self.run_dir / EVENTS} lacks {lacking} lines: its disk has not taken them")
 
@@ -65,6 +74,9 @@ class Persistence:
             watch = _Watch(self)
             try:
                 code = start(arguments, environment=watch.environment(self._restarts.count), look=watch.look)
+                if code == _BAD_INPUT and self._restarts.count:  # at the first start, someone is there who reads it
+                    said = f"restart {self._restarts.count} was refused as bad input, and the run is not started again"
+                    self._tell("not started again", said, AlertLevel.error, watch.dog.step)
                 if code in _FINAL or signals.first is not None or watch.has_ended():
                     self.progress(watch.dog, ended=code == 0)
                     return code
@@ -74,10 +86,12 @@ class Persistence:
             then = self._restarts.after(failure)
             self._events.failed(failure, then)
             if isinstance(then, str):
-                _say(f"{failure}: the run has failed, and is not started again: {then}")
+                said = f"{failure}: the run has failed, and is not started again: {then}"
+                self._tell("not started again", said, AlertLevel.error, failure.step)
                 return code
-            _say(f"{failure}: the run has failed, and goes on from its newest sound checkpoint in {then:g} s "
-                 f"(restart {self._restarts.count}, launch.restarts={self.settings.restarts})")  # fmt: skip
+            said = (f"{failure}: the run has failed, and goes on from its newest sound checkpoint in {then:g} s "
+                    f"(restart {self._restarts.count}, launch.restarts={self.settings.restarts})")  # fmt: skip
+            self._tell("stalled" if watch.has_stalled else "failed", said, AlertLevel.warn, failure.step)
             self._recovery = Recovery(failure, watch.noticed())
             end = time.monotonic() + then
             while time.monotonic() < end and signals.fatal is None:
@@ -87,6 +101,10 @@ class Persistence:
             self.layout = self.shrink(failure) or self.layout
             if watch.dog.came_to(Phase.LOAD):  # the folder is cleared by then of what this run does not go on from
                 arguments = self.again
+
+    def _tell(self, title: str, text: str, level: AlertLevel, step: int) -> None:
+        _say(text)
+        self._alerts.send(title, text, level, step)
 
     def progress(self, dog: Watchdog, ended: bool = False) -> None:
         """Note how far a run that was started again has come."""
@@ -152,6 +170,11 @@ class _Watch:
             lines.append(f"the stacks of all ranks could not be kept ({error})")
         _say("\n".join(lines))
         return True
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the run was ended since it did not move."""
+        return self._stall is not None
 
     def has_ended(self) -> bool:
         """Tell whether the run has come to its end in this start, whatever it lacks."""

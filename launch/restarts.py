@@ -1,16 +1,11 @@
 """Restarts of a run: what it has failed with, whether it is worth another start, and what it cost, in events.jsonl."""
 
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
-from train.events import EVENTS
-from train.patient_file import PatientFile
+from train.events import EventFile
 
 WITHIN = 24 * 3600.0
 """Seconds over which restarts are counted."""
@@ -112,36 +107,18 @@ class Recovery:
         return {name: round(value, 3) for name, value in {**parts, "lost": sum(parts.values())}.items()}
 
 
-class Events:
-    """events.jsonl of a run folder: an object per failure, restart, recovery and giving up.
-
-    Args:
-        run_dir: of the run; nothing is written before it is there.
-    """
-
-    def __init__(self, run_dir: Path):
-        self._run_dir = run_dir
-        self._file: PatientFile | None = None
+class Events(EventFile):
+    """events.jsonl of a run folder: an object per failure, restart, recovery and giving up."""
 
     def failed(self, failure: Failure, then: float | str) -> None:
         """Write that a run has failed, and what follows: seconds until it is started again, or why it is not."""
         follows = {"restart_in_seconds": then} if isinstance(then, float) else {"not_restarted": then}
-        self._write({"event": "failed", **asdict(failure), **follows})
+        self.write({"event": "failed", **asdict(failure), **follows})
 
     def recovered(self, recovery: Recovery, now: float, restarts: int) -> dict[str, float]:
         """Write that a run has come beyond the step that it failed at, and what that has cost; return the seconds."""
         seconds = recovery.seconds(now)
         failure = recovery.failure
         where = {"cause": failure.cause, "rank": failure.rank, "host": failure.host, "step": failure.step}
-        self._write({"event": "recovered", **where, "restarts": restarts, "seconds": seconds})
+        self.write({"event": "recovered", **where, "restarts": restarts, "seconds": seconds})
         return seconds
-
-    def close(self) -> int:
-        """Write what waits for the disk, close the file, and return how many lines it lacks."""
-        return self._file.close() if self._file is not None else 0
-
-    def _write(self, event: dict[str, Any]) -> None:
-        if self._file is None and self._run_dir.is_dir():
-            self._file = PatientFile(self._run_dir / EVENTS)
-        if self._file is not None:
-            self._file.write(json.dumps({"time": datetime.now().astimezone().isoformat(timespec="seconds"), **event}))

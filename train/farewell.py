@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf.alert_settings import AlertLevel
 from parallel.heartbeat import Phase, heart
 from train.agreement import max_over_ranks
 from train.checkpoint.folder import CHECKPOINTS, mark_damaged, newest_first, step_of
 from train.checkpoint.saver import Outcome
 from train.evaluate.judged import lines as measured_lines
 from train.health import DIVERGED, NOT_FINITE, Health
-from train.log_lines import CALMER
+from train.log_lines import CALMER, Pace, as_count
 from train.run import Run, leave
 from train.sample import draw, said
 from train.spikes import SKIPPED
@@ -72,9 +73,12 @@ def farewell(run: Run, progress: "Progress", health: Health, tokens_per_second: 
         }
         if diverged is not None:
             tracker.alert("diverged", f"step {progress.step}: {diverged}")
+        elif summary["complete"] and not lost:
+            tracker.alert("complete", f"all {progress.step:,} steps are taken", AlertLevel.info)
         kept = tracker.finish(summary, ended=not lost)
         code = code or (0 if kept else LOST)
-        log.info("%s", closing(summary, run.length.steps, texts, run.run_dir, last_save, run.expected.said()))
+        compared, pace = run.expected.said(), tracker.pace
+        log.info("%s", closing(summary, run.length.steps, texts, run.run_dir, last_save, compared, pace))
     (highest,) = max_over_ranks([code], run.patient_group)  # nobody leaves before all, uploads of rank 0, are done
     run.signals.ignore()
     leave()
@@ -102,8 +106,9 @@ def closing(
     run_dir: Path,
     last_save: Outcome | None,
     compared: Sequence[str] = (),
+    pace: Pace | None = None,
 ) -> str:
-    """Write the closing lines: samples, losses, speed and what was predicted of it, where things are, how to go on."""
+    """Write the closing lines: samples, losses, speed, cost, what was predicted, where things are, how to go on."""
     lines = said(texts)
     if summary["diverged"]:
         lines.append(f"--- diverged at step {summary['steps']:,} of {num_steps:,}: {summary['reason']} ---")
@@ -128,7 +133,11 @@ def closing(
             f"hour of training" + (f"; tasks have failed {failed} times" if failed else "")
         )
     if summary["tokens_per_second"] is not None:
-        lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s")
+        daily = pace and pace.tokens_per_day
+        whole = f", {as_count(daily)} tokens/day with evaluation and saves" if daily else ""
+        lines.append(f"speed            {summary['tokens_per_second']:,.0f} tokens/s in steps{whole}")
+    if spent := pace and pace.spent():
+        lines.append(f"cost             {spent}")
     lines += [f"{'' if at else 'prediction':17}{line}" for at, line in enumerate(compared)]
     if summary["missing_records"]:
         lines.append(f"missing          {summary['missing_records']:,} records, which the disk did not take")
@@ -176,4 +185,7 @@ def _where_in_wandb(logged: dict[str, Any]) -> list[str]:
         # wandb knows W&B's folder, not the run's; older versions upload the folders in it, one for each start, by name.
         parts = f"offline-run-*-{logged['id']}"
         return [f"W&B (no account) wandb leet {folder}", f"W&B (upload)     wandb sync {folder}/{parts}"]
-    return [f"W&B              {logged['url']}"] if "url" in logged else []
+    found = [f"W&B              {logged['url']}"] if "url" in logged else []
+    if logged.get("lacks_records") and "url" in logged:
+        found.append(f"W&B (upload)     wandb sync {shlex.quote(logged['dir'])} uploads what it has taken")
+    return found

@@ -48,6 +48,7 @@ GROUPED = {
     "save_seconds": "checkpoint/seconds",
     "save_gib": "checkpoint/gib",
     "restarts": "run/restarts",
+    "timeline": "pipeline/timeline",
 }
 """The name in W&B of each figure of a record. For one that has parts, by rank of the pipeline (a list) or by name (a
 dictionary, which may hold further ones), each part takes the place of the next ``{}``."""

@@ -170,3 +170,11 @@ def patient_logs() -> list[PatientFile]:
             handler.close()
         files.append(patient.file)
     return files
+
+
+def write_to_logs(logger: logging.Logger, text: str) -> None:
+    """Write a line to the files of the log alone, and not to the terminal."""
+    record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, text, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PatientHandler):
+            handler.handle(record)

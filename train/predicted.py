@@ -110,6 +110,12 @@ class Expected:
         """Return what a rank has that does not record: no predictions."""
         return Expected(config, layout, False, None, "")
 
+    @property
+    def price_per_hour(self) -> float | None:
+        """What an hour of all ranks costs, in the currency of the cluster's price; None where it has none."""
+        price = self._cluster.price_per_gpu_hour if self._cluster is not None else None
+        return None if price is None else price * self._layout.world_size
+
     def announced(self, length: Length) -> str:
         """Say what the steps of a run should take, or why that is not said."""
         if self._cluster is None:

@@ -26,7 +26,7 @@ from model.problems import BadInput
 from parallel import environment, interfaces
 from parallel.layout import Layout
 from parallel.processes import local_processes
-from train import hosts, passed_over, predicted, uptrain, wandb_check
+from train import alerts, hosts, passed_over, predicted, uptrain, wandb_check
 from train.checkpoint import history, resume
 from train.checkpoint.folder import step_of
 from train.checkpoint.resume import Start
@@ -107,7 +107,7 @@ def preflight(
     if writes:
         # A task that is gone while a run goes on does not end it.
         (notes if os.environ.get(RESTART) else problems).extend(_task_problems(config))
-        problems += predicted.problems(config)
+        problems += predicted.problems(config) + alerts.problems(config.alerts)
         problems += wandb_check.problems(config, run_dir, os.environ)
         unusable = name_problems("name", config.name) or _check_run_dir(composition.run_dir)
         problems += [problem for problem in unusable if problem not in problems]

@@ -225,7 +225,9 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         expected = Expected.of(config, layout, dtype is torch.bfloat16, device)
         diverged = diverged_before(run_dir)
         resumed = steps_before if start.own else None
-        tracker = Tracker(config, run_dir, length.steps, facts, resumed, logs=logs, deleted=saver.want)
+        tracker = Tracker(
+            config, run_dir, length.steps, facts, resumed, logs, saver.want, price_per_hour=expected.price_per_hour
+        )
         whole = {"steps": length.steps, "tokens": length.tokens_after(length.steps), "resumed": resumed}
         started.complete(run_dir, **whole, **facts, world_size=layout.world_size, code=code_version())
         tell_of_restart(tracker, run_dir, os.environ)

@@ -1,4 +1,4 @@
-"""Tracking of a run: metrics.jsonl, Weights & Biases, the terminal. Only rank 0 has a tracker."""
+"""Tracking of a run: metrics.jsonl, Weights & Biases, alerts, the terminal. Only rank 0 has a tracker."""
 
 import logging
 import sys
@@ -11,18 +11,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from conf.alert_settings import AlertLevel
 from conf.schema import Config
+from train.alerts import BYTES_PER_PARAMETER, Alerts, DiskWatch, SkipWatch
 from train.checkpoint.folder import CHECKPOINTS, newest_first
 from train.checkpoint.saver import Outcome
-from train.log_lines import StepLines, loss_and_rate
-from train.patient_file import PatientFile
-from train.records import METRICS, SUMMARY, cut, records
+from train.events import EVENTS, EventFile
+from train.log_lines import Cost, Pace, StepLines, on_bar
+from train.patient_file import PatientFile, write_to_logs
+from train.records import METRICS, SUMMARY, cut
 from train.spikes import SKIPPED, SkippedStep, SkippedSteps
 from train.strict_json import dumps_flagged, with_nan
 from train.tables import Tables
 from train.wandb_log import WandbLog
 
 log = logging.getLogger(__name__)
+
+_WARN = AlertLevel.warn
 
 
 class Tracker:
@@ -38,6 +43,7 @@ class Tracker:
         resumed: the step after which the run in this folder goes on; None for a run that begins here.
         logs: files of the log, to be looked after.
         deleted: is called when the run folder or its newest checkpoint was deleted.
+        price_per_hour: of all ranks, in any currency; None where no price is known.
         clock: seconds that only rise, by which the log's lines are spaced.
     """
 
@@ -50,6 +56,7 @@ class Tracker:
         resumed: int | None = None,
         logs: Sequence[PatientFile] = (),
         deleted: Callable[[], object] = lambda: None,
+        price_per_hour: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.run_dir = run_dir
@@ -62,7 +69,7 @@ class Tracker:
         self.was_deleted = False
         """Whether files of the run were, while it goes on."""
         (run_dir / SUMMARY).unlink(missing_ok=True)  # it says that the run has ended
-        self.wandb = WandbLog(config, run_dir, facts, self.say, METRICS)
+        self.wandb = WandbLog(config, run_dir, facts, self.say, clock)
         """What the run logs to Weights & Biases."""
         self.tables = Tables(run_dir, resumed, self.wandb.table, clock)
         """Its tables there, and samples.jsonl."""
@@ -70,18 +77,27 @@ class Tracker:
         """What evaluation has last measured, besides the validation loss."""
         if resumed is not None:
             deque(cut(run_dir / SKIPPED, resumed), maxlen=0)
-        self._skipped = SkippedSteps(run_dir, clock)
+        self._skipped, self._step, seconds_before = SkippedSteps(run_dir, clock), resumed or 0, 0.0
         for written in cut(run_dir / METRICS, resumed) if resumed is not None else ():
             record = with_nan(written)
             self._remember(record)
-            self.wandb.log(record)  # what W&B missed of it, killed with the run
-        self._metrics = PatientFile(run_dir / METRICS, clock)
+            seconds_before += record.get("seconds", 0.0)
+        self.wandb.catch_up()  # on what it missed, killed with the run
+        self._metrics, self._events = PatientFile(run_dir / METRICS, clock), EventFile(run_dir, clock)
+        self._alerts = Alerts(config.alerts, run_dir, self._events.write, self.say, clock)
+        self._skips = SkipWatch(config.alerts)
+        self._checkpoints = config.checkpoint
+        size = BYTES_PER_PARAMETER * config.model.num_params
+        self._disk = DiskWatch(config.alerts, run_dir, self._checkpoints_to_come, size, clock)
         self._logs, self._remade, self._deleted = logs, 0, deleted
         self._to_resume = {path: path.read_bytes() for path in _needed_to_resume(run_dir)}
         # A bar where someone watches; in a log file, a line now and then.
         watched = sys.stderr.isatty()
         self._bar = tqdm(initial=resumed or 0, total=steps, unit="step", dynamic_ncols=True) if watched else None
-        self._lines = StepLines(steps, config.train.log_every, clock)
+        cost = None if price_per_hour is None else Cost(price_per_hour, seconds_before)
+        self.pace = Pace(steps, cost, clock)
+        """How fast the run goes, and what it costs."""
+        self._lines = StepLines(self.pace, config.train.log_every, clock)
         self._costs: dict[str, float] = {}
         self._newest = next(iter(newest_first(run_dir / CHECKPOINTS)), None)
 
@@ -98,7 +114,7 @@ class Tracker:
 
     @property
     def _files(self) -> list[PatientFile]:
-        listed = [self._skipped.file] if self._skipped.file else []
+        listed = [file for file in (self._skipped.file, self._events.file) if file]
         return [self._metrics, *listed, *self.tables.files, *self._logs]
 
     def step(self, record: dict[str, Any], skipped: SkippedStep | None = None) -> None:
@@ -110,20 +126,24 @@ class Tracker:
             skipped: what there is to say of it, if its update was skipped.
         """
         record, self._costs = {**record, **self._costs, **(skipped.figures if skipped else {})}, {}
-        first = not self._skipped.said
         if warning := self._skipped.add(skipped) if skipped else None:
             self.say(warning, logging.WARNING)
         if self.skipped_steps:
             record["skipped_steps"] = self.skipped_steps
         self._keep(record)
         self.tables.show_scores(record)
+        self.pace.step(record)
         self._look_after_files()
-        if warning and first:
-            self.alert("step skipped", warning, "WARN")
+        self._look_after_wandb()
+        if (too_many := self._skips.news(skipped is not None)) and skipped:
+            self.alert("steps skipped", f"step {record['step']}: {too_many}; the last since {skipped.why}", _WARN)
+        line = self._lines.line(record)
         if self._bar is not None:
-            self._bar.set_postfix_str(loss_and_rate(record), refresh=False)
+            self._bar.set_postfix_str(on_bar(record), refresh=False)
             self._bar.update(1)
-        elif line := self._lines.line(record):
+            if line:
+                write_to_logs(log, line)
+        elif line:
             log.info("%s", line)
         if "val_loss" in record:
             self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}")
@@ -135,6 +155,7 @@ class Tracker:
             self._bar.update(1)
 
     def _keep(self, record: dict[str, Any]) -> None:
+        self._step = record["step"]
         self._metrics.write(dumps_flagged(record))
         self._remember(record)
         self.wandb.log(record)
@@ -154,12 +175,21 @@ class Tracker:
             )
         elif self._newest is not None and not self._newest.exists():
             self._tell_of_deletion(self._newest, "there may be no checkpoint to go on from before the next")
-        if gone := self.wandb.deleted():
-            self._tell_of_deletion(gone, f"W&B gets the records of {METRICS} again")
-            self.wandb.start_again(map(with_nan, records(self.run_dir / METRICS)))
         for file in self._files:
             if news := file.news():
                 self.say(news, logging.WARNING)
+                if file.error is not None:
+                    self.alert("files cannot be written", news, _WARN)
+        if low := self._disk.news():
+            self.say(low, logging.WARNING)
+            self.alert("disk nearly full", low, _WARN)
+
+    def _look_after_wandb(self) -> None:
+        if gone := self.wandb.deleted():
+            self._tell_of_deletion(gone, f"W&B gets the records of {METRICS} again")
+            self.wandb.start_again()
+        if news := self.wandb.news():
+            self.say(news, logging.WARNING)
 
     def _tell_of_deletion(self, path: Path, what: str) -> None:
         text = f"{path} was deleted or moved while the run goes on: {what}"
@@ -204,6 +234,7 @@ class Tracker:
         )
         if outcome.path.exists() or not self.was_deleted:
             self._newest = outcome.path
+        self._disk.size = outcome.num_bytes
         self.add_to_next({"save_blocked_seconds": outcome.blocked, "save_seconds": outcome.seconds, "save_gib": gib})
 
     def add_to_next(self, figures: dict[str, float]) -> None:
@@ -224,9 +255,26 @@ class Tracker:
         """Log a picture, with the next step."""
         self.wandb.picture(name, path)
 
-    def alert(self, title: str, text: str, level: str = "ERROR") -> None:
-        """Send an alert through W&B."""
-        self.wandb.alert(title, text, level)
+    def alert(self, title: str, text: str, level: AlertLevel = AlertLevel.error) -> None:
+        """Send an alert through W&B and the command of `alerts`, as far as those ask for it.
+
+        Args:
+            title: of its kind, at most 63 characters, as W&B has it.
+            text: a sentence.
+            level: of it.
+        """
+        if sent := self._alerts.send(title, text, level, self._step):
+            self.wandb.alert(title, sent, level.name.upper())
+
+    def alert_wandb(self, title: str, text: str, level: AlertLevel) -> None:
+        """Send an alert through W&B alone."""
+        self.wandb.alert(title, text, level.name.upper())
+
+    def _checkpoints_to_come(self) -> int:
+        """Return how many checkpoints the disk will have to hold besides those that are there."""
+        if not self._checkpoints.enabled:
+            return 0
+        return max(2, self._checkpoints.keep_last + 1 - len(newest_first(self.run_dir / CHECKPOINTS)))
 
     def finish(self, summary: dict[str, Any], ended: bool = True) -> bool:
         """Close everything; summary.json is written last and says that the run ended as it should.
@@ -240,10 +288,15 @@ class Tracker:
         """
         if self._bar is not None:
             self._bar.close()
-        self.wandb.finish(summary)
-        summary["wandb"] = self.wandb.where()
         self._newest = None  # of a run that has diverged it may be set aside
         self._look_after_files()
+        self._look_after_wandb()
+        self.wandb.finish(summary)
+        summary["wandb"] = self.wandb.where()
+        self._alerts.close()
+        self._look_after_files()
+        if lacking := self._events.close():
+            self.say(f"{EVENTS} lacks {lacking:,} lines, which the disk did not take", logging.ERROR)
         listed = [file for file in (self._skipped.file, *self.tables.files) if file]
         summary["missing_records"] = sum(file.close() for file in (self._metrics, *listed))
         if ended:

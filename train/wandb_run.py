@@ -7,10 +7,13 @@ import logging
 import netrc
 import os
 import secrets
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
+
+import psutil
 
 from conf.train_settings import WandbConfig, WandbMode
 
@@ -94,6 +97,15 @@ def _start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
         log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
     os.environ["WANDB_MODE"] = "offline"
     return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
+
+
+def end_wandb() -> None:
+    """End the process that W&B's client has started here, with all that it runs; what waits for it gets an error."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error, OSError):
+            if child.name() == "wandb-core":  # it leads a group of its own
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait(10.0)
 
 
 def wandb_mode(settings: WandbConfig) -> Any:

@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
         cluster = Cluster(slots, run_dir, signals, reach)
         leave_out = LeaveOut(cluster, prepared)
         wait = WaitForHosts(cluster, prepared, leave_out, lambda: _slots(options), signals)
-        persistence = Persistence(prepared.layout, run_dir, prepared.config.launch, again, wait)
+        config = prepared.config
+        persistence = Persistence(prepared.layout, run_dir, config.launch, again, wait, config.alerts)
         return persistence.run(cluster.start, arguments, signals)
 
 

@@ -78,7 +78,7 @@ class Told:
     def say(self, text):
         self.lines.append(text)
 
-    def alert(self, title, text, level):
+    def alert_wandb(self, title, text, level):
         self.alerts.append(title)
 
     def add_to_next(self, figures):

@@ -10,6 +10,7 @@ import wandb
 from conf.train_settings import WandbConfig, WandbMode
 from tests.shapes import preset
 from train.checkpoint.saver import Outcome
+from train.events import EVENTS
 from train.metrics import PEAK_BF16_FLOPS, peak_flops, peak_memory
 from train.records import METRICS, SUMMARY, cut, set_aside
 from train.spikes import SKIPPED, SkippedStep
@@ -82,7 +83,14 @@ class Online:
 
 
 def record(step):
-    return {"step": step, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 1.0}
+    figures = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "seconds": 1.0, "tokens_per_second": 1.0}
+    return {"step": step, "tokens": 8 * step, **figures}
+
+
+def told(tracker):
+    """Once W&B has been told all."""
+    assert tracker.wandb.wait(20.0)
+    return True
 
 
 def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_path):
@@ -98,7 +106,7 @@ def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_p
     assert asked[0]["id"] == "abc" and asked[0]["resume"] == "allow"
     assert not (tmp_path / SUMMARY).exists()
     tracker.step(record(9))
-    assert run.steps == [6, 7, 8, 9]
+    assert told(tracker) and run.steps == [6, 7, 8, 9]
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == list(range(1, 10))
     # W&B was ahead of the checkpoint
     ahead = Online(starting_step=12)
@@ -106,7 +114,7 @@ def test_a_run_that_goes_on_leaves_no_gap_and_repeats_no_step(monkeypatch, tmp_p
     tracker = Tracker(preset("tiny"), tmp_path, steps=20, facts={}, resumed=9)
     for step in (10, 11, 12):
         tracker.step(record(step))
-    assert ahead.steps == [12]
+    assert told(tracker) and ahead.steps == [12]
 
 
 def test_figures_of_stages_and_of_sources_have_a_curve_each(monkeypatch, tmp_path):
@@ -118,6 +126,7 @@ def test_figures_of_stages_and_of_sources_have_a_curve_each(monkeypatch, tmp_pat
     monkeypatch.setattr(wandb, "init", lambda **given: Curves(0))
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=1, facts={})
     tracker.step(record(1) | {"memory_gib": [1.0, 2.0], "source_tokens": {"web": 5, "code": 3}})
+    assert told(tracker)
     assert (curves["memory/stage1"], curves["data/web/tokens"], curves["data/code/tokens"]) == (2.0, 5, 3)
     assert curves["train/loss"] == 1.0 and not {"source_tokens", "memory_gib", "loss"} & set(curves)
     (line,) = (tmp_path / METRICS).read_text().splitlines()
@@ -247,20 +256,22 @@ def test_wandb_gets_what_is_not_finite_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(wandb, "init", lambda **given: run)
     tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
     tracker.step(record(1) | {"loss": math.nan}, lost(1))
-    assert math.isnan(logged[0]["train/loss"]) and logged[0]["train/skipped_steps"] == 1
+    assert told(tracker) and math.isnan(logged[0]["train/loss"]) and logged[0]["train/skipped_steps"] == 1
 
 
-def test_the_first_skipped_step_is_alerted_and_no_other(monkeypatch, tmp_path):
+def test_too_many_skipped_steps_are_alerted(monkeypatch, tmp_path):
     run, alerts = Online(0), []
     run.log = lambda values, step, commit: None
-    run.alert = lambda title, text, level: alerts.append((title, text))
+    run.alert = lambda title, text, level: alerts.append((title, text, level))
     monkeypatch.setattr(wandb, "init", lambda **given: run)
-    tracker = Tracker(preset("tiny", "wandb.mode=online"), tmp_path, steps=3, facts={})
-    tracker.step(record(1))
-    tracker.step(record(2), lost(2))
-    tracker.step(record(3), lost(3))
-    ((title, text),) = alerts
-    assert title == "step skipped" and text.startswith("step 2 was skipped: ") and "a lower optimizer.lr" in text
+    tracker = Tracker(preset("tiny", "wandb.mode=online", "alerts.skipped_in_a_row=2"), tmp_path, steps=3, facts={})
+    for step in (1, 3, 4, 5, 6):
+        tracker.step(record(step), lost(step) if step != 3 else None)
+    assert told(tracker)
+    said = "step 5: 2 updates in a row were skipped (alerts.skipped_in_a_row); the last since it is not finite"
+    assert alerts == [("steps skipped", said, "WARN")]
+    (event,) = [strictly(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    assert (event["event"], event["title"], event["level"], event["step"]) == ("alert", "steps skipped", "warn", 5)
 
 
 def test_a_log_has_a_line_a_minute_or_by_steps(tmp_path, caplog):
@@ -275,7 +286,8 @@ def test_a_log_has_a_line_a_minute_or_by_steps(tmp_path, caplog):
     lines = [said.message for said in caplog.records if said.message.startswith("step ")]
     steps = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
     assert steps == [1, 13, 25, 37, 49, 50, 1, 20, 40, 50]
-    assert lines[1] == "step 13/50  loss 1.0000  lr 1.00e-01  1 tokens/s  eta 00:03:05"
+    said = "step 13/50  loss 1.0000  norm 1.000  lr 1.00e-01  1 tokens/s  eta 00:03:05  138,240 tokens/day"
+    assert lines[1] == said
 
 
 def test_going_back_keeps_what_was_before_and_moves_what_came_after(tmp_path):
