@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verbs[known.verb].error(unknown_options(unknown, verbs[known.verb]))
     if known.verb == "train":
         known.overrides = given[given.index("train") + 1 :]
-    if known.verb not in ("generate", "check"):  # which a launcher may start; the others start processes themselves
+    # A launcher may start these; the others start processes themselves.
+    if known.verb not in ("generate", "eval", "check"):
         from parallel.processes import forget_launcher
 
         forget_launcher(os.environ)
@@ -124,8 +125,9 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--top-k", type=int, help="draw from so many of the likeliest")
         verb.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of this share (1.0)")
         verb.add_argument("--seed", type=int, default=1, help="of the draws (1)")
-        verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
-        verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
+        _replica_arguments(verb)
+    elif name == "eval":
+        _evaluation_arguments(verb)
     elif name == "rerun":
         a_path(verb, "source", help="a run folder")
         verb.add_argument("--step", type=int, required=True, help="the step to compute again")
@@ -174,7 +176,7 @@ def _arguments_of(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
     if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer", "runs", "compare"):
-        verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
+        _prints_json(verb)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -285,6 +287,27 @@ def _options_of_overrides(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--config-path", action="append", help=argparse.SUPPRESS)
 
 
+def _replica_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--pp", type=int, default=1, help="pipeline stages to cut the model into (1)")
+    verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix of a stage (1)")
+
+
+def _evaluation_arguments(verb: argparse.ArgumentParser) -> None:
+    a_path(verb, "source", help="a run folder, a checkpoint, or a Hugging Face directory")
+    verb.add_argument("--tasks", action="append", help="files, folders and names, with commas between them")
+    verb.add_argument("--sets", action="append", help="held-out, a name of eval.sets, or NAME=PATH; may be repeated")
+    verb.add_argument("--limit", type=int, help="the most questions of each task (the run's eval.limit)")
+    verb.add_argument("--shots", type=int, help="examples before each question (the run's eval.shots)")
+    a_path(verb, "--include-path", metavar="DIR", help="a folder of tasks of your own for lm-eval")
+    a_path(verb, "--out", metavar="FILE", help="write the findings to it, as JSON")
+    _replica_arguments(verb)
+    _prints_json(verb)
+
+
+def _prints_json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
 def _plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--cluster", metavar="CLUSTER", help="NODESxGPUSxPRESET, such as 32x8xh100, or a YAML file")
     verb.add_argument("--price", type=float, help="of an hour of a GPU, in any currency (the cluster's)")
@@ -379,6 +402,7 @@ VERBS = {
     "regroup": regroup,
     "gqa-study": gqa_study,
     "generate": _run_of("launch.generate"),
+    "eval": _run_of("launch.evaluation"),
     "bench": bench,
     "check": _run_of("launch.check.run"),
     "report": _run_of("launch.report.command"),

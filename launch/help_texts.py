@@ -120,6 +120,18 @@ HELP = {
         "A model that is too large for one device is cut over --pp x --tp processes, which are started here, or which\n"
         "a launcher has started: torchrun --nproc-per-node 8 --no-python deepnarrow generate RUN --tp 8 ...",
     ),
+    "eval": (
+        "measure trained weights as a run does: held-out documents, other texts, tasks",
+        "Takes a run, a checkpoint or a Hugging Face directory. Without --tasks and --sets it measures what the run\n"
+        "does: its held-out documents, and the sets and tasks of its eval section, with the same numbers.\n\n"
+        "  deepnarrow eval runs/7b-files-5e0c2f1 --tasks continuation,/tasks/arc.jsonl --shots 5\n"
+        "  deepnarrow eval runs/67b-files-f6aa340 --tasks lm_eval/hellaswag --limit 1000 --pp 2 --tp 4 --json\n"
+        "  deepnarrow eval deepseek-llm-7b-base --sets pile=/pile/val.jsonl.zst --out pile.json\n\n"
+        "Of sets loss, perplexity and bits per byte, which compare between tokenizers; of tasks accuracy and the like\n"
+        "(conf/eval_settings.py describes their files). --tasks '{path: a.jsonl, context: question}' names fields of\n"
+        "other people's files. A model that is too large for one device is cut over --pp x --tp processes, as for\n"
+        "generate. Exit code 1 where a task has failed; the others are asked.",
+    ),
     "check": (
         "measure a cluster for seconds before a run, and name what is slow in it",
         "Takes the overrides of the run that it is for.\n\n"

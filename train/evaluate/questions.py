@@ -186,7 +186,7 @@ def _a_line(spec: TaskSpec, are_choices: bool | None) -> str:
 def _what_works(path: Path) -> str:
     """Say what is there in the place of a task that is not."""
     names = sorted(os.listdir(path.parent)) if path.parent.is_dir() else []
-    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, _MAX_NAMED, 0.5)]
+    near = [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, _MAX_NAMED, 0.6)]
     near += difflib.get_close_matches(str(path), BUILT_IN, 1, 0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}a file or a folder of JSON lines, {', '.join(BUILT_IN)} or {LM_EVAL}NAME would work"
