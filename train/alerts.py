@@ -30,6 +30,7 @@ DISK_EVERY = 60.0
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: a master weight and two moments in fp32."""
 _TAIL = 4096
+_VARIABLE = 2**14
 
 
 def problems(settings: AlertsConfig) -> list[str]:
@@ -128,7 +129,7 @@ class Alerts:
 
     def _failure(self, command: list[str], alert: dict[str, Any]) -> str | None:
         names = ("title", "text", "level", "run", "step")
-        of_alert = {f"DEEPNARROW_ALERT_{name.upper()}": str(alert[name]).replace("\0", "") for name in names}
+        of_alert = {f"DEEPNARROW_ALERT_{name.upper()}": _as_variable(str(alert[name])) for name in names}
         limit, pipe = self._settings.timeout_seconds, subprocess.PIPE
         try:
             process = subprocess.Popen(
@@ -159,6 +160,12 @@ class Alerts:
         last = b"".join(said).decode("utf-8", "replace").strip().splitlines()[-1:]
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return how + (f" ({last[0][:200]})" if last else "")
+
+
+def _as_variable(text: str) -> str:
+    """Cut a text to what Linux takes as an environment variable, 128 KiB, and say so in it; the JSON has the whole."""
+    text = text.replace("\0", "")
+    return text if len(text) <= _VARIABLE else f"{text[:_VARIABLE]}… ({len(text) - _VARIABLE:,} more characters)"
 
 
 def _talk(process: "subprocess.Popen[bytes]", told: bytes, said: deque[bytes]) -> None:
