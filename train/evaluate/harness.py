@@ -23,8 +23,6 @@ from train.evaluate.tasks import Asked, Figures, Scorer, Speech
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from train.evaluate.harness_model import HarnessModel
-
 _NEAR = 3
 """Names that are offered in place of one that lm-eval does not know."""
 _ALL = "none"
@@ -75,25 +73,34 @@ class HarnessTask:
         with _seeded_as_lm_eval():
             for task in self._loaded["tasks"].values():
                 _write_questions(task, asked.limit)
-        if found := _unanswerable(self._loaded, self._model):
-            raise BadInput([f"{spec.key}={spec.given}: {problem}" for problem in found])
-        self.notes = [
+        self.notes, found = list[str](), list[str]()
+        for task in self._loaded["tasks"].values():
+            try:
+                cut = self._model.read(task.instances)
+            except BadInput as error:
+                found += [f"{spec.key}={spec.given}: {task.task_name}: {problem}" for problem in error.problems]
+            else:
+                self.notes += [
+                    f"{task.task_name}: {cut:,} of {len(task.instances):,} texts are cut from the left to the model's "
+                    f"context of {speech.max_seq_len:,} tokens, as lm-eval cuts them"
+                ] * (cut > 0)
+        if found:
+            raise BadInput(found)
+        self.notes += [
             f"{task.task_name}: {shots} examples before each question, as the task itself says; eval.shots changes none"
             for task in self._loaded["tasks"].values()
             if asked.shots and (shots := task.get_config("num_fewshot")) != asked.shots
         ]
 
     def evaluate(self, scorer: Scorer) -> Figures:
-        """Ask all questions; `cut`, where it stands among the figures, counts the texts that have lost their beginning.
-
-        They are longer than the context, and cut as lm-eval cuts them.
+        """Ask all questions.
 
         Raises:
             Exception: whatever a task raises as it judges answers.
         """
         from lm_eval import evaluator
 
-        self._model.scorer, self._model.cut = scorer, 0
+        self._model.scorer = scorer
         with _seeded_as_lm_eval():
             found = evaluator.evaluate(
                 lm=self._model,
@@ -102,8 +109,7 @@ class HarnessTask:
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        figures = _figures(found["results"], self._given)
-        return figures | ({"cut": float(self._model.cut)} if self._model.cut else {})
+        return _figures(found["results"], self._given)
 
 
 def _figures(results: Mapping[str, Mapping[str, Any]], given: str) -> Figures:
@@ -131,21 +137,6 @@ def _write_questions(task: Any, limit: int | None) -> None:
             instance.resps, instance.filtered_resps = [], {}
 
     task.build_all_requests = again
-
-
-def _unanswerable(loaded: Mapping[str, Any], model: "HarnessModel") -> list[str]:
-    """Find what tasks ask for and this model does not do, in a clause each."""
-    from train.evaluate.harness_model import Generation
-
-    found: dict[str, None] = {}
-    for task in loaded["tasks"].values():
-        for instance in task.instances:
-            if instance.request_type == "generate_until":
-                try:
-                    Generation.of(instance.args[1], model.max_length, model.end_text)
-                except BadInput as error:
-                    found |= dict.fromkeys(f"{task.task_name}: {problem}" for problem in error.problems)
-    return [*found]
 
 
 def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:

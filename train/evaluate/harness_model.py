@@ -4,6 +4,7 @@ Which tokens stand before a text, where an answer begins and what a long text lo
 """
 
 import json
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ _OTHERWISE = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1
 """Settings of `transformers` that a task may give the values here, at which they change nothing."""
 _IGNORED = ("use_cache", "pad_token_id", "eos_token_id", "early_stopping", "length_penalty")
 """Settings that change no text, or none without beams."""
+_SAID = 3
+"""Questions that cannot be asked, of which as many are named."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,10 @@ class Generation:
 class HarnessModel(TemplateLM):
     """A model that lm-eval asks: log-likelihoods of answers and of whole texts, and completions.
 
+    What has been read once is not tokenised again: an evaluation asks what the one before has asked.
+
     Attributes:
         scorer: asks the model; whoever evaluates gives it.
-        cut: how many texts have lost their beginning, since they are longer than the context.
 
     Args:
         speech: how text is said to the model.
@@ -95,7 +99,6 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, speech: Speech):
         super().__init__()
-        self.cut = 0
         self._end, self.max_length = speech.end, speech.max_seq_len
         self._tokenizer: Tokenizer = load_tokenizer(speech.path)
         self._tokenizer.encode_special_tokens = False  # `transformers` takes their names for them
@@ -103,7 +106,10 @@ class HarnessModel(TemplateLM):
         self._prefix = speech.end if begins is None else begins
         self._prefix_text = self._text([self._prefix], special=True)
         self._begins_text = None if begins is None else self._prefix_text
-        self.end_text = self._text([speech.end], special=True)
+        self._end_text = self._text([speech.end], special=True)
+        self._encoded: dict[str, list[int]] = {}
+        self._answers: dict[tuple[str, str], tuple[Request, bool]] = {}
+        self._texts: dict[str, list[Request]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -115,6 +121,41 @@ class HarnessModel(TemplateLM):
         """The token that stands before a text of which all is scored."""
         return self._prefix
 
+    def read(self, instances: Sequence[Instance]) -> int:
+        """Tokenise what will be asked, on all cores.
+
+        Returns:
+            How many of the instances lose their beginning, since they are longer than the context.
+
+        Raises:
+            BadInput: of some of them, what keeps them from being asked.
+        """
+        pairs = [instance.args for instance in instances if instance.request_type == "loglikelihood"]
+        texts = [*{text: None for context, answer in pairs for text in (context.rstrip(), context + answer)}]
+        self._encoded = {
+            text: encoding.ids
+            for text, encoding in zip(texts, self._tokenizer.encode_batch_fast(texts), strict=True)
+            if not has_bos_prefix(text, self._prefix_text)
+        }
+        cut, problems = 0, dict[str, None]()
+        for instance in instances:
+            try:
+                if instance.request_type == "loglikelihood":
+                    cut += self._answer(*instance.args)[1]
+                elif instance.request_type == "loglikelihood_rolling":
+                    self._windows(*instance.args)
+                else:
+                    generation = self._generation(instance.args[1])
+                    cut += len(self._prompt(instance.args[0])) > self.max_length - generation.num_tokens
+            except BadInput as error:
+                problems |= dict.fromkeys(error.problems)
+        self._encoded = {}
+        if more := [*problems][_SAID:]:
+            raise BadInput([*[*problems][:_SAID], f"and {len(more):,} more like these"])
+        if problems:
+            raise BadInput([*problems])
+        return cut
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Encode a text; names of special tokens in it become these tokens.
 
@@ -125,48 +166,37 @@ class HarnessModel(TemplateLM):
             kwargs: of other models.
         """
         if add_special_tokens is None:
+            if string in self._encoded:
+                return self._encoded[string]
             add_special_tokens = not has_bos_prefix(string, self._prefix_text)
         return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Compute the log-likelihoods of answers behind their questions, in nats, and whether each is the likeliest."""
-        return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
+        """Compute the log-likelihoods of answers behind their questions, in nats, and whether each is the likeliest.
 
-    def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        """Score tokens behind others; what is too long for the context loses its beginning.
+        What is too long for the context loses its beginning.
 
         Raises:
             BadInput: an answer has no token of its own, or is itself longer than the context.
         """
-        asked = []
-        for text, context, answer in requests:
-            if not 1 <= len(answer) <= self.max_length:
-                raise BadInput([
-                    f"{''.join(text or [])[-60:]!r}: its answer has {len(answer)} tokens behind what is asked, and the "
-                    f"model scores from 1 to {self.max_length}, its context; a task without it would work"
-                ])  # fmt: skip
-            tokens = (context + answer)[-(self.max_length + 1) :]
-            self.cut += len(tokens) < len(context) + len(answer)
-            asked.append(Request(tokens, len(tokens) - len(answer)))
-        return [(score.log_likelihood, score.greedy) for score in self.scorer.score(asked)]
+        scores = self.scorer.score([self._answer(*instance.args)[0] for instance in requests])
+        return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Compute the log-likelihoods of whole texts, in nats, each token given as much before it as the context holds.
 
         A long text is cut into pieces of the context's length, of which the last reaches back over the one before.
         """
-        owners, windows = [], []
-        for owner, instance in enumerate(requests):
-            ids = self.tok_encode(instance.args[0])
-            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
-                owners.append(owner)
-                windows.append((None, *make_disjoint_window(pair)))
-        totals = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-            totals[owner] += log_likelihood
-        return totals
+        windows = [self._windows(*instance.args) for instance in requests]
+        scores = iter(self.scorer.score([window for of_one in windows for window in of_one]))
+        return [sum(next(scores).log_likelihood for _ in of_one) for of_one in windows]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score tokens behind others, for whatever of lm-eval has tokenised a text by itself."""
+        scores = self.scorer.score([self._behind(*one)[0] for one in requests])
+        return [(score.log_likelihood, score.greedy) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Complete texts until one of the texts comes that end a completion.
@@ -179,15 +209,14 @@ class HarnessModel(TemplateLM):
             alike[json.dumps(instance.args[1], sort_keys=True, default=str)].append(index)
         made = [""] * len(requests)
         for indices in alike.values():
-            generation = Generation.of(requests[indices[0]].args[1], self.max_length, self.end_text)
+            generation = self._generation(requests[indices[0]].args[1])
             room = self.max_length - generation.num_tokens
-            prompts = {index: self._prompt(requests[index].args[0]) for index in indices}
-            self.cut += sum(len(prompt) > room for prompt in prompts.values())
+            prompts = {index: self._prompt(requests[index].args[0])[-room:] for index in indices}
             order = sorted(indices, key=lambda index: -len(prompts[index]))
             while order:
-                rows = max(_TOKENS_AT_A_TIME // (min(len(prompts[order[0]]), room) + generation.num_tokens), 1)
+                rows = max(_TOKENS_AT_A_TIME // (len(prompts[order[0]]) + generation.num_tokens), 1)
                 together, order = order[:rows], order[rows:]
-                texts = self._completed([prompts[index][-room:] for index in together], generation)
+                texts = self._completed([prompts[index] for index in together], generation)
                 for index, text in zip(together, texts, strict=True):
                     made[index] = text
         return made
@@ -206,6 +235,39 @@ class HarnessModel(TemplateLM):
             going = [i for i in whole if not any(stop in self._text(rows[i]) for stop in generation.stops)]
             made, stretch = made + stretch, 2 * stretch
         return [postprocess_generated_text(self._text(row), [*generation.stops], None) for row in rows]
+
+    def _answer(self, context: str, answer: str) -> tuple[Request, bool]:
+        """Tokenise an answer as `TemplateLM.loglikelihood` does; return as well whether the beginning is lost."""
+        if (context, answer) not in self._answers:
+            if context:
+                behind, ids = self._encode_pair(context, answer)
+            else:
+                behind, ids = [self._prefix], self.tok_encode(answer, add_special_tokens=False)
+                if ids[:1] == behind:
+                    ids = ids[1:]
+            self._answers[context, answer] = self._behind((context, answer), behind, ids)
+        return self._answers[context, answer]
+
+    def _windows(self, text: str) -> list[Request]:
+        """Tokenise a whole text, and cut it."""
+        if text not in self._texts:
+            ids = self.tok_encode(text)
+            pairs = get_rolling_token_windows(ids, self._prefix, self.max_length, context_len=1)
+            self._texts[text] = [self._behind(("", text), *make_disjoint_window(pair))[0] for pair in pairs]
+        return self._texts[text]
+
+    def _behind(self, said: tuple[str, str], context: list[int], answer: list[int]) -> tuple[Request, bool]:
+        if not 1 <= len(answer) <= self.max_length:
+            raise BadInput([
+                f"{''.join(said)[-60:]!r}: its answer has {len(answer)} tokens behind what is asked, and the model "
+                f"scores from 1 to {self.max_length}, its context; a task without it would work"
+            ])  # fmt: skip
+        tokens = (context + answer)[-(self.max_length + 1) :]
+        cut = len(tokens) < len(context) + len(answer)
+        return Request(array("i", tokens), len(tokens) - len(answer)), cut
+
+    def _generation(self, settings: Mapping[str, Any]) -> Generation:
+        return Generation.of(settings, self.max_length, self._end_text)
 
     def _prompt(self, text: str) -> list[int]:
         """Encode a text to be completed: a token that is not named as the one that begins texts is put there again."""

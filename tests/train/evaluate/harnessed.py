@@ -15,7 +15,6 @@ from tests.train.evaluate.local_tasks import NAMES
 from train.agreement import control_group
 from train.data.tokenizer import Encoder, eos_id, load_tokenizer
 from train.evaluate.harness import HarnessTask, open_task
-from train.evaluate.harness_model import HarnessModel
 from train.evaluate.lead import Leader, led
 from train.evaluate.tasks import Asked, Speech
 from train.pretrained import open_source
@@ -62,6 +61,8 @@ def by_lm_eval(lm: Any, tasks: Path, names: tuple[str, ...] = NAMES, **settings:
 
 def ours(leader: Leader, checkpoint: Path, tasks: Path) -> dict[str, Any]:
     """What the adapter answers to lm-eval, and what tasks that are opened by it say."""
+    from train.evaluate.harness_model import HarnessModel  # on one rank alone: lm-eval takes seconds to import
+
     speech = speech_of(checkpoint)
     model = HarnessModel(speech)
     model.scorer = leader
