@@ -146,11 +146,9 @@ def forward_functions(
 def score_function(stages: RankStages) -> Scores | None:
     """Return the scores of labels by the output of the last stage; None where the head is not among the stages."""
     last = stages.in_order()[-1]
-    return (
-        head_scores(last.module, last.infos["proj.weight"].shard.start, stages.tp)
-        if isinstance(last.module, Head)
-        else None
-    )
+    if not isinstance(last.module, Head):
+        return None
+    return head_scores(last.module, last.infos["proj.weight"].shard.start, stages.tp)
 
 
 def _without_context(run: Callable[[torch.Tensor], torch.Tensor]) -> Forward:

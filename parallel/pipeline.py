@@ -137,8 +137,7 @@ class Pipeline:
         Returns:
             What the function has returned for each micro-batch, in order; an empty list on a rank without that stage.
         """
-        done = _Evaluation(self, self._program(False, micro_batches), batches, last).run()
-        return done.results
+        return _Evaluation(self, self._program(False, micro_batches), batches, last).run().results
 
     def spans(self) -> list[Span]:
         """Return the passes of the last step, in seconds since this rank began it. The host waits for the device."""

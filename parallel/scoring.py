@@ -148,8 +148,18 @@ def load_scorer(
     stages, ranks = load_stages(weights, layout, device, dtype)
     functions, loss = forward_functions(stages, Recompute.none, head_pieces=1)
     spec = ActivationSpec((1, tokens, weights.config.d_model), dtype, device, tokens)
-    order, links = (stages.deferred, ONE_F_ONE_B, ranks.placement), (ranks.pp_rank, ranks.pipeline, ranks.links)
-    return Scorer(weights.config, stages, Pipeline(functions, loss, *order, *links, spec), ranks)
+    pipeline = Pipeline(
+        functions,
+        loss,
+        stages.deferred,
+        ONE_F_ONE_B,
+        ranks.placement,
+        ranks.pp_rank,
+        ranks.pipeline,
+        ranks.links,
+        spec,
+    )
+    return Scorer(weights.config, stages, pipeline, ranks)
 
 
 def request_problems(requests: Sequence[Request], model: ModelConfig) -> list[str]:
@@ -178,12 +188,13 @@ class _Plan:
         self._requests = requests
         self._documents, self._asked = _documents(requests)
         lengths = [len(one) // 4 for one in self._documents]
+        longest = max(lengths)
         assert spec.seq_len is not None
         # Less than a micro-batch of training where some rank of a pipeline would have nothing to do meanwhile.
         fair = -(-sum(lengths) // (2 * layout.pp * layout.dp))
-        tokens = max(*lengths, min(spec.shape[0] * spec.seq_len, fair), 1)
+        tokens = max(longest, min(spec.shape[0] * spec.seq_len, fair))
         cut = layout.tp if layout.sequence_parallel else 1
-        self._length = -(-max(*lengths, min(spec.seq_len, tokens)) // cut) * cut
+        self._length = -(-max(longest, min(spec.seq_len, tokens)) // cut) * cut
         self._rows = max(tokens // self._length, 1)
         packed = _packed(lengths, self._length)
         self.micro_batches = [packed[at : at + self._rows] for at in range(0, len(packed), self._rows)]
