@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conf.alert_settings import command_of
 from conf.schema import Config, to_jsonable
 from train.background import Background
 from train.names import GROUPED, grouped, groups
@@ -52,8 +53,8 @@ class WandbLog:
     ):
         self._run_dir, self._say, self._patience = run_dir, say, config.wandb.finish_seconds
         self._calls = Background("wandb", ROOM, clock)
-        self._left_out = self._asked = self._taken = 0
-        self._is_slow = self._lacks = self._is_kept = False
+        self._asked = self._taken = 0
+        self._left_out = self._is_slow = self._lacks = self._is_kept = False
         self._id, self._url, self._folder = wandb_id(run_dir), None, run_dir / "wandb"
         self._settings = {
             "project": config.wandb.project,
@@ -61,7 +62,7 @@ class WandbLog:
             "tags": config.wandb.tags,
             "name": config.name,
             "dir": run_dir,
-            "config": {**to_jsonable(asdict(config)), **facts, "code": code_version()},
+            "config": {**_settings(config), **facts, "code": code_version()},
         }
         self._run: Any = None
         self.mode, self._logged = "disabled", -1
@@ -75,7 +76,7 @@ class WandbLog:
         if self._run is None or record["step"] <= self._logged:  # taken and logged before, then lost with the process
             return
         if not self._calls.call(lambda: self._log(record)):
-            self._left_out += 1
+            self._left_out = True
 
     def catch_up(self) -> None:
         """Give W&B the records of metrics.jsonl that it does not have."""
@@ -172,10 +173,10 @@ class WandbLog:
         self._catch_up()
 
     def _log(self, record: dict[str, Any]) -> None:
-        self._send(record)
-        if self._left_out and not self._calls.waiting:
-            self._left_out = 0
+        if self._left_out:  # before this one
+            self._left_out = False
             self._catch_up()
+        self._send(record)
 
     def _catch_up(self) -> None:
         for record in map(with_nan, records(self._run_dir / METRICS)):
@@ -235,6 +236,14 @@ class WandbLog:
                 logging.WARNING,
             )
             return False
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Return all settings, but of the alerts' command the program alone: its arguments may be somebody's key."""
+    made = to_jsonable(asdict(config))
+    if program := command_of(config.alerts)[:1]:
+        made["alerts"]["command"] = f"{program[0]} …"
+    return dict(made)
 
 
 def _teardown() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from conf.alert_settings import AlertsConfig
 from conf.launch_settings import LaunchConfig, problems
 from launch.persistence import Persistence, _Watch
 from launch.restarts import Events, Failure, Recovery, Restarts
@@ -127,8 +128,17 @@ class Starts:
 
 
 def kept_going(tmp_path, starts, signals=Signals, restarts=10):
-    persistence = Persistence(Layout(1, 1, 1), tmp_path, LaunchConfig(restarts), ["again"])
+    alerting = AlertsConfig(["tee", "-a", str(tmp_path / "told")])
+    persistence = Persistence(Layout(1, 1, 1), tmp_path, LaunchConfig(restarts), ["again"], alerting=alerting)
     return persistence.run(starts, ["first"], signals)
+
+
+def alerts(folder):
+    """What the command of the alerts was told."""
+    if not (folder / "told").exists():
+        return []
+    whole = (folder / "told").read_text().replace("}{", "}\n{")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 @pytest.fixture
@@ -144,12 +154,23 @@ def test_a_run_goes_on_until_it_ends_and_says_where_it_goes_on_from(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["failed", "failed", "recovered"]
     assert events[0]["step"] == 8 and events[0]["cause"].startswith("DeepSpeed's launcher was ended by SIGKILL")
+    (alert,) = alerts(tmp_path)  # the second comes too soon after it
+    assert (alert["title"], alert["level"], alert["step"], alert["run"]) == ("failed", "warn", 8, tmp_path.name)
+    assert "was ended by SIGKILL" in alert["text"] and "goes on from its newest sound checkpoint" in alert["text"]
 
 
 @pytest.mark.parametrize("code", [2, 3])
 def test_bad_input_and_divergence_end_it(code, tmp_path):
     starts = Starts(code)
-    assert kept_going(tmp_path, starts) == code and not (tmp_path / "events.jsonl").exists()
+    assert kept_going(tmp_path, starts) == code and not (tmp_path / "events.jsonl").exists() and not alerts(tmp_path)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_bad_input_at_a_restart_is_alerted(tmp_path):
+    assert kept_going(tmp_path, Starts(137, 2)) == 2
+    ended = alerts(tmp_path)[-1]
+    assert (ended["title"], ended["level"]) == ("not started again", "error")
+    assert ended["text"] == "restart 1 was refused as bad input, and the run is not started again"
 
 
 def watched(tmp_path, layout, code, *failures, gone=()):
@@ -210,13 +231,16 @@ def test_where_all_ranks_wait_for_each_other_none_is_named(tmp_path, monkeypatch
 
     monkeypatch.setattr("launch.persistence.collect", collect)
     failures = []
-    settings = LaunchConfig(stall_seconds=0.1)
-    persistence = Persistence(Layout(2, 1, 1), tmp_path, settings, [], lambda failure: failures.append(failure))
+    settings, shrink = LaunchConfig(stall_seconds=0.1), lambda failure: failures.append(failure)
+    alerting = AlertsConfig(["tee", "-a", str(tmp_path / "told")])
+    persistence = Persistence(Layout(2, 1, 1), tmp_path, settings, [], shrink, alerting)
     assert persistence.run(Stalls(), [], Signals) == 0
     assert [(failure.rank, failure.cause) for failure in failures] == [
         (1, "held up the others"),
         (None, "the run does not move"),
     ]
+    (alert,) = alerts(tmp_path)
+    assert alert["title"] == "stalled" and alert["text"].startswith("rank 1 on ") and "held up" in alert["text"]
     recovered = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert recovered["seconds"]["restarting"] >= 0.5, "to collect stacks comes after the failure was noticed"
 
@@ -259,6 +283,10 @@ def test_one_that_has_come_to_its_end_is_not_started_again(tmp_path):
 def test_the_budget_ends_it_with_the_code_of_the_last_failure(tmp_path, capsys):
     assert kept_going(tmp_path, Starts(137, 134), restarts=1) == 134
     assert "is not started again: it has been started again 1 times within 24 hours" in capsys.readouterr().err
+    assert [(alert["title"], alert["level"]) for alert in alerts(tmp_path)] == [
+        ("failed", "warn"),
+        ("not started again", "error"),
+    ]
 
 
 def test_events_that_the_disk_does_not_take_wait_for_the_end_and_are_counted_then(tmp_path):
