@@ -7,6 +7,7 @@ wandb-workspaces, whose objects check what they are given.
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from conf.train_settings import WandbConfig
@@ -106,8 +107,9 @@ def save(project: str, entity: str | None) -> str:
         BadInput: no account is set up, or W&B cannot be reached or refuses.
     """
     _library()
-    if (mode := wandb_mode(WandbConfig())) != "online":
-        why = "no W&B account is set up here" if mode == "offline" else f"W&B is {mode} here"
+    if wandb_mode(WandbConfig()) != "online":
+        asked = os.environ.get("WANDB_MODE")
+        why = f"WANDB_MODE={asked}" if asked else "no W&B account is set up here"
         raise BadInput(
             [
                 f"dashboard: {why}, and a workspace is kept by W&B; `wandb login` or WANDB_API_KEY would work; --print "

@@ -97,6 +97,7 @@ SECTIONS = (
             Panel("Accuracy", ("tasks.{}.accuracy",), "of the questions", TASKS, shape=Shape.per_name, percent=True),
             Panel(BY_BYTES, ("tasks.{}.accuracy_norm",), "of the questions", TASKS, shape=Shape.per_name, percent=True),
             Panel("Bits per byte of answers", ("tasks.{}.bits_per_byte",), "bits", TASKS, shape=Shape.per_name),
+            Panel("Tasks that failed", ("failed_tasks",), "times so far", "tasks that failed", zero=True),
         ),
     ),
     Section(
