@@ -144,12 +144,20 @@ def _stale(run: RunFolder) -> bool:
 
 def _moving(run: RunFolder, now: float) -> State:
     """Tell how a run is whose process is there."""
-    begun, changed = seconds_of(run.started.get("time")), run.changed
-    if changed is None or (begun is not None and changed < begun):
-        loaded = "before its first step" if "steps" in run.started else "loading"
+    begun = seconds_of(run.started.get("time"))
+    if not _has_stepped(run):
+        loaded = "before its first step" if "steps" in run.started else "preparing"
         return State(Condition.STARTING, loaded + (f" for {age(now - begun)}" if begun is not None else ""))
-    still = now - changed
+    still = now - (run.changed or now)
     return State(Condition.RUNNING, f"no step for {age(still)}" if still > _quiet(run) else "")
+
+
+def _has_stepped(run: RunFolder) -> bool:
+    """Tell whether a run has taken a step since its last start."""
+    last = run.last.get("step") if run.last else None
+    if not run.started:
+        return last is not None
+    return "steps" in run.started and isinstance(last, int) and last > (run.started.get("resumed") or 0)
 
 
 def _failure(run: RunFolder) -> Mapping[str, Any] | None:
@@ -195,8 +203,7 @@ def _by_age(run: RunFolder, now: float) -> State:
         return State(Condition.NEVER, "")
     still = now - latest
     if still <= _quiet(run):
-        stepped = run.changed is not None and (begun is None or run.changed >= begun)
-        return State(Condition.RUNNING if stepped else Condition.STARTING, host.strip(), certain=False)
+        return State(Condition.RUNNING if _has_stepped(run) else Condition.STARTING, host.strip(), certain=False)
     return State(Condition.SILENT, f"for {age(still)}{host}", certain=False)
 
 

@@ -32,6 +32,8 @@ READERS = 32
 PIPE_WIDTH = 10_000
 """Characters of a line that no terminal breaks."""
 _GAP = 2
+LATE = 64
+"""The last records, by which the pace and the speed of late are told."""
 _FEWEST = 10
 """Steps since a checkpoint by which a pace is told."""
 _STYLES = {
@@ -162,16 +164,16 @@ def _listed(path: Path, name: str, now: float) -> Listed:
     sound = next((one for one in folder.checkpoints if not one.kind), None)
     state = state_of(folder, now)
     tokens, whole = _number(last.get("tokens")), _number(facts.get("tokens"))
-    steps = facts.get("steps") if isinstance(facts.get("steps"), int) else None
+    steps = _whole(facts.get("steps"))
     if steps is None and summary.get("complete"):
-        steps = summary.get("steps")
+        steps = _whole(summary.get("steps"))
     active = state.condition in ACTIVE
     ended_speed = None if active else _number(summary.get("tokens_per_second"))
     return Listed(
         path=path,
         name=name,
         state=state,
-        step=last["step"] if isinstance(last.get("step"), int) else None,
+        step=_whole(last.get("step")),
         steps=steps,
         tokens=tokens,
         whole_tokens=whole,
@@ -193,9 +195,14 @@ def _number(value: Any) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _mean(folder: RunFolder, key: str) -> float | None:
     """Average a figure over the last records, by the seconds that their steps took."""
-    of = [(one[key], one["seconds"]) for one in folder.tail if _number(one.get(key)) and _number(one.get("seconds"))]
+    late = folder.tail[-LATE:]
+    of = [(one[key], one["seconds"]) for one in late if _number(one.get(key)) and _number(one.get("seconds"))]
     seconds = sum(took for _, took in of)
     return sum(value * took for value, took in of) / seconds if seconds else None
 
@@ -205,8 +212,9 @@ def _seconds_left(folder: RunFolder, tokens: float | None, whole: float | None) 
     last, changed = folder.last, folder.changed
     if tokens is None or whole is None or last is None or changed is None:
         return None
-    steps = [one for one in folder.tail if _number(one.get("seconds")) and _number(one.get("tokens"))]
-    if len(steps) < 2 or steps[-1]["tokens"] <= steps[0]["tokens"]:
+    late = folder.tail[-LATE:]
+    steps = [one for one in late if all(_number(one.get(key)) for key in ("step", "seconds", "tokens"))]
+    if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"] or steps[-1]["tokens"] <= steps[0]["tokens"]:
         return None
     per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])
     pace = sum(one["seconds"] for one in steps) / len(steps)
@@ -247,7 +255,7 @@ def quantity(value: float | None) -> str:
     if value is None:
         return ""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:  # or 999,999 would be 1e+03k
             return f"{value / size:.3g}{letter}" if abs(value) < 999.5 * size else f"{value / size:,.0f}{letter}"
     return f"{value:.3g}"
 
