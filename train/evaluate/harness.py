@@ -151,7 +151,7 @@ def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:
     said, name = f"{spec.key}={spec.given}", spec.given.removeprefix(LM_EVAL)
     if importlib.util.find_spec("lm_eval") is None:
         raise BadInput([f"{said}: lm-eval is not installed; pip install 'deepnarrow[eval]' would work"])
-    manager = _manager_of(said, name, asked.include_path)
+    manager = _manager_of(spec, name, asked.include_path)
     try:
         with _seeded_as_lm_eval():
             loaded = manager.load([name])
@@ -170,7 +170,7 @@ def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:
     return loaded
 
 
-def _manager_of(said: str, name: str, include_path: str | None) -> "TaskManager":
+def _manager_of(spec: TaskSpec, name: str, include_path: str | None) -> "TaskManager":
     """Return the index of tasks that knows a name: that of one's own tasks, or else one of these and lm-eval's own.
 
     Raises:
@@ -179,7 +179,8 @@ def _manager_of(said: str, name: str, include_path: str | None) -> "TaskManager"
     folder = None if include_path is None else expanded(include_path)
     if folder is not None and not folder.is_dir():
         works = "one with the YAML files of lm-eval tasks would work"
-        raise BadInput([f"eval.include_path={include_path}: is no folder; {works}"])
+        key = "--include-path" if spec.key.startswith("--") else "eval.include_path"
+        raise BadInput([f"{key}={include_path}: is no folder; {works}"])
     if folder is not None and name in (own := _manager(folder, False)).task_index:
         return own
     manager = _manager(folder, True)
@@ -188,8 +189,8 @@ def _manager_of(said: str, name: str, include_path: str | None) -> "TaskManager"
 
         near = [LM_EVAL + one for one in get_close_matches(name, manager.all_tasks, _NEAR)]
         works = f"{' or '.join(near)} would work" if near else "lm-eval ls tasks lists those that are"
-        raise BadInput([f"{said}: lm-eval knows no such task{f' in {include_path} or' if folder else ''} of its own; "
-                        f"{works}"])  # fmt: skip
+        where = f"in {include_path} or of its own" if folder else "of its own"
+        raise BadInput([f"{spec.key}={spec.given}: lm-eval knows no such task {where}; {works}"])
     return manager
 
 
@@ -200,6 +201,8 @@ def _manager(folder: Path | None, lm_evals_own: bool) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    # Not what it says for each metric of a task that leaves the usual to it: the mean, higher is better.
+    task.eval_logger.addFilter(lambda record: "using default" not in record.getMessage())
     task.tqdm = _unseen  # it shows a bar for each task of a group, whoever else writes to the terminal
     return TaskManager(include_path=folder, include_defaults=lm_evals_own)
 
@@ -210,11 +213,8 @@ def _unseen(iterable: Iterator[Any], **settings: Any) -> Iterator[Any]:
 
 def _unread(said: str, error: Exception) -> str:
     first = next(iter(str(error).splitlines()), "")[:300]
-    works = (
-        "a machine that reaches the hub, HF_HOME with what such a one has loaded and HF_HUB_OFFLINE=1, or a task of "
-    )
-    works += "local files in eval.include_path would work"
-    return f"{said}: cannot be loaded ({type(error).__name__}: {first}); {works}"
+    works = "a machine that reaches the hub, HF_HOME with what such a one has loaded and HF_HUB_OFFLINE=1, or a task"
+    return f"{said}: cannot be loaded ({type(error).__name__}: {first}); {works} of local files would work"
 
 
 def _lm_eval_seeds() -> tuple[int, int]:
