@@ -103,6 +103,11 @@ def test_the_run_folder_is_complete_and_written_by_one_rank(pipelined):
     folder, result = pipelined
     names = {path.name for path in folder.iterdir()}
     assert {".hydra", "metrics.jsonl", "summary.json", "pretrain.log", "wandb"} <= names
+    note = json.loads((folder / "started.json").read_text())
+    assert (note["steps"], note["resumed"], note["world_size"], note["layout"]["pp"]) == (6, None, 2, 2)
+    assert (
+        note["tokens"] == metrics(folder)[-1]["tokens"] and note["ended"]["reason"] is None and note["device"] == "cpu"
+    )
     assert not (folder / "earlier").exists()
     overrides_yaml = (folder / ".hydra" / "overrides.yaml").read_text()
     assert "parallel.pp=2" in overrides_yaml and "local_rank" not in overrides_yaml
