@@ -45,6 +45,9 @@ def _chunk(lines: bytes, names: Sequence[str] | None) -> tuple[Columns, int]:
     """Parse whole lines; where pyarrow cannot, those that are objects are parsed one by one."""
     import pyarrow as pa
 
+    count = lines.count(b"\n")
+    if not lines.startswith(b"{") or lines.count(b"\n{") != count - 1 or lines.count(b"}\n") != count:
+        return _one_by_one(lines, names)  # pyarrow takes null for a record, and a chunk of that alone ends the process
     try:
         table = _table(lines, names)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
