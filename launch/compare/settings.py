@@ -49,7 +49,10 @@ def differing(runs: Sequence[RunFolder]) -> tuple[dict[str, dict[str, list[Any]]
     settings = [_settings(run) for run in runs]
     found: dict[str, dict[str, list[Any]]] = {group: {} for group in GROUPS}
     unknown = []
-    for key in dict.fromkeys(key for of in settings for key in of):
+    keys = [*dict.fromkeys(key for of in settings for key in of)]
+    for key in keys:
+        if any(other.startswith(f"{key}.") for other in keys):  # empty in one run; in others its parts say more
+            continue
         if key in _NAMES:
             group = FOLLOWS
         elif key in _EXECUTION or key.startswith("parallel."):
