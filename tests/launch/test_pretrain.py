@@ -137,7 +137,7 @@ def test_the_wandb_run_holds_the_curve_the_configuration_and_the_samples(pipelin
     for logged, record in zip(steps, metrics(folder), strict=True):
         assert grouped(record).items() <= logged.items()
         assert set(record) <= set(GROUPED), "figures without a name in W&B"
-    assert sum(any(key.startswith("timeline") for key in logged) for logged in history) == 2
+    assert sum(any(key.startswith("pipeline/timeline") for key in logged) for logged in history) == 2
     assert sum(any(key.startswith("samples") for key in logged) for logged in history) == 1
     assert config["model"]["n_kv_heads"] == 2 and config["layout"]["pp"] == 2 and config["code"]
 
