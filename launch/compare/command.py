@@ -2,16 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from launch.compare.curves import Losses, Parting, at_shares, longest, losses_of, part, share_to_reach, smooth
+from launch.compare.curves import NEEDED, Losses, Parting, at_shares, longest, losses_of, part, share_to_reach, smooth
 from launch.compare.picture import UNITS, draw
 from launch.compare.settings import CODE, GROUPS, differing, layout_of
 from launch.compare.terminal import COLORS, Line, plot
@@ -50,7 +51,7 @@ class Comparison:
         losses: of each.
         partings: of each but the first, against the first.
         places, at_places: where on the axis losses are set side by side, and those of each run.
-        speeds: of each run, by the keys of `_SPEEDS`; and ``memory_gib``, the most of any stage.
+        speeds: of each run, by the keys of `_SPEEDS`; ``hours`` of its steps; ``memory_gib``, the most of any stage.
     """
 
     folders: list[RunFolder]
@@ -122,7 +123,8 @@ def compare(paths: Sequence[Path], axis: str) -> Comparison:
     """
     folders = [RunFolder(path) for path in paths]
     names = distinct_names(paths)
-    losses = [losses_of(folder, axis) for folder in folders]
+    read = [folder.columns(*{*NEEDED, *_SPEEDS}) for folder in folders]
+    losses = [losses_of(columns, axis) for columns in read]
     places, at_places = at_shares(losses, SHARES)
     differ, unknown = differing(folders)
     return Comparison(
@@ -135,16 +137,15 @@ def compare(paths: Sequence[Path], axis: str) -> Comparison:
         partings=[part(one, losses[0]) for one in losses[1:]],
         places=places.tolist(),
         at_places=[values.tolist() for values in at_places],
-        speeds=[_speeds(folder) for folder in folders],
+        speeds=[_speeds(folder, columns) for folder, columns in zip(folders, read, strict=True)],
     )
 
 
-def _speeds(folder: RunFolder) -> dict[str, float | None]:
-    """Take the medians of a run's figures of speed, and its memory."""
-    read = folder.columns(*_SPEEDS)
-    found: dict[str, float | None] = {}
-    for key, values in read.items():
-        there = values[np.isfinite(values)]
+def _speeds(folder: RunFolder, read: Mapping[str, NDArray[np.float64]]) -> dict[str, float | None]:
+    """Take the medians of a run's figures of speed, the hours of its steps, and its memory."""
+    found: dict[str, float | None] = {"hours": float(np.nansum(read["seconds"]) / 3600)}
+    for key in _SPEEDS:
+        there = read[key][np.isfinite(read[key])]
         found[key] = float(np.median(there)) if len(there) else None
     memory = [value for value in (folder.last or {}).get("memory_gib") or [] if isinstance(value, int | float)]
     return found | {"memory_gib": max(memory, default=None)}
@@ -264,8 +265,7 @@ def _figures(found: Comparison) -> RenderableType:
     steps = [(folder.last or {}).get("step") for folder in found.folders]
     table.add_row("steps", *(f"{step:,}" if isinstance(step, int) else "" for step in steps))
     table.add_row("tokens", *(quantity((folder.last or {}).get("tokens")) for folder in found.folders))
-    hours = [np.nansum(folder.columns("seconds")["seconds"]) / 3600 for folder in found.folders]
-    table.add_row("hours of steps", *(f"{value:.3g}" for value in hours))
+    table.add_row("hours of steps", *(_number(speeds["hours"], ".3g") for speeds in found.speeds))
     for key, called in {**_SPEEDS, "memory_gib": "memory of the fullest stage, GiB"}.items():
         values = [speeds[key] for speeds in found.speeds]
         if any(value is not None for value in values):

@@ -8,13 +8,11 @@ variance s², y[i-1] - 2 y[i] + y[i+1] has the variance 6 s². Where both runs h
 they share cancels: it is that of the difference which counts then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from launch.run_folder import RunFolder
 
 Floats = NDArray[np.float64]
 
@@ -82,14 +80,17 @@ class Parting:
     noise: float | None
 
 
-def losses_of(run: RunFolder, axis: str) -> Losses:
-    """Read the losses of a run.
+NEEDED = ("step", "tokens", "loss", "seconds", "val_loss", "loss_limit", "passed_over")
+"""The figures of records that `losses_of` needs."""
+
+
+def losses_of(read: Mapping[str, Floats], axis: str) -> Losses:
+    """Find the losses of a run in its records.
 
     Args:
-        run: its folder.
+        read: the figures in `NEEDED` of all records, as `RunFolder.columns` reads them.
         axis: of the curves: tokens, step or hours.
     """
-    read = run.columns("step", "tokens", "loss", "seconds", "val_loss", "loss_limit", "passed_over")
     hours = np.cumsum(np.nan_to_num(read["seconds"])) / 3600
     after = {"tokens": read["tokens"], "step": read["step"], "hours": hours}[axis]
     before = np.concatenate([[0.0], after[:-1]]) if len(after) else after

@@ -8,7 +8,7 @@ from PIL import Image
 from launch.cli import main
 from launch.compare import command
 from launch.compare.command import compare, said, shown
-from launch.compare.curves import WINDOWS, Losses, at_shares, averages, losses_of, part, share_to_reach, smooth
+from launch.compare.curves import NEEDED, WINDOWS, Losses, at_shares, averages, losses_of, part, share_to_reach, smooth
 from launch.compare.settings import ABSENT, CODE, EXECUTION, FOLLOWS, OTHER, RECIPE, differing
 from launch.compare.terminal import Line, plot
 from launch.run_folder import RunFolder
@@ -105,7 +105,8 @@ def test_steps_that_were_skipped_or_are_not_finite_are_left_out_and_counted(tmp_
     lines[19]["loss"] = NAN
     lines[29] = {"step": 30, "tokens": 30_000, "passed_over": True}
     lines[99]["val_loss"] = 3.0
-    found = losses_of(RunFolder(write_run(tmp_path, [{"step": 0, "tokens": 0, "val_loss": 9.0}, *lines])), "tokens")
+    lines = [{"step": 0, "tokens": 0, "val_loss": 9.0}, *lines]
+    found = losses_of(RunFolder(write_run(tmp_path, lines)).columns(*NEEDED), "tokens")
     assert [*found.step] == [step for step in range(1, 101) if step not in (10, 20, 30)]
     assert (found.left_out, found.nonfinite) == (1, 1)
     assert found.x[0] == 0 and found.x[-1] == 99_000 and found.tokens[-1] == 100_000
@@ -113,7 +114,7 @@ def test_steps_that_were_skipped_or_are_not_finite_are_left_out_and_counted(tmp_
 
 
 def test_hours_are_those_of_steps(tmp_path):
-    found = losses_of(RunFolder(write_run(tmp_path, records(10))), "hours")
+    found = losses_of(RunFolder(write_run(tmp_path, records(10))).columns(*NEEDED), "hours")
     np.testing.assert_allclose(found.x, np.arange(10) * 2 / 3600)
 
 
