@@ -269,7 +269,8 @@ class TrainConfig:
     """Bitwise reproducible on GPUs too, slower: PyTorch's deterministic algorithms. On a CPU runs always are."""
     val_sequences: int = 2048
     """At most so many held-out sequences, of train.seq_len tokens and always the same: those of a mixture have the
-    shares of its sources' own weights, in every stage, and end where the first source has no more."""
+    shares of its sources' own weights, in every stage, and end where the first source has no more. The loss is that of
+    all of them; of a mixture it is said by source as well, with perplexity and bits per byte."""
 
 
 @dataclass

@@ -221,6 +221,8 @@ def prepare(options: argparse.Namespace) -> int:
             f"{said}{data.num_train_tokens:,} training and {data.num_val_tokens:,} held-out tokens in {data.folder}\n"
             f"{said}tokenizer: {data.tokenizer_path}"
         )
+    for name, data in run.sets.by_name.items():
+        print(f"eval.sets.{name}: {data.num_train_tokens:,} tokens in {data.folder}")
     print("".join(f"{line}\n" for line in run.data.packed(run.config)), end="")
     taken = shares(run.config, run.data)
     print(f"a run of {sum(share.tokens for share in taken):,} tokens takes\n{table(taken)}")

@@ -60,6 +60,10 @@ class Evaluator:
         heart.at(Phase.LOAD)
         tokenizer = data.tokenizer()
         self._table = token_bytes(tokenizer, data.eos_id)
+        measured = {one.name for one in self._own}
+        if without := [name for name in config.data.sources if measured and name not in measured]:
+            said = f"no loss of its own is measured of source {', '.join(without)}, of which the mixture takes none"
+            self._say(f"{said} for the {config.train.val_sequences:,} sequences of a validation", logging.INFO)
         if self._table.inexact and (self._own or self._extra):
             self._say(f"bits per byte are not exact: of this tokenizer, {self._table.inexact}", logging.INFO)
         context = config.model.max_seq_len
