@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -72,6 +73,8 @@ _NOT_RECIPE = {
 }
 # What came later, with the value that runs of before were trained with.
 _BEFORE: dict[str, Any] = {
+    "model.window": None,
+    "model.window_pattern": None,
     "data.sources": {},
     "data.stages": [],
     "data.token_dtype": None,
@@ -123,8 +126,9 @@ def run_name(root: DictConfig) -> str:
     return f"{root.preset}-{corpus}-{fingerprint}"
 
 
+@cache
 def register() -> None:
-    """Make the schema and the `run_name` resolver known to Hydra; may be called again."""
+    """Make the schema and the `run_name` resolver known to Hydra, once in a process."""
     schema = OmegaConf.structured(Config)
     for section in (schema.data.sources, schema.eval.sets):
         OmegaConf.set_struct(section, False)  # its keys are names that the user gives

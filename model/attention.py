@@ -21,13 +21,18 @@ from model.layers import FusedLinears, rotary_tables
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention with rotary positions; `n_kv_heads` makes it multi-head, grouped- or multi-query."""
+    """Causal self-attention with rotary positions; `n_kv_heads` makes it multi-head, grouped- or multi-query.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        config: the model's shape.
+        window: tokens that a query sees, itself included (arXiv 1904.10509, 2004.05150); None for all before it.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None):
         super().__init__()
         d_model, self.d_head = config.d_model, config.d_head
         self.rope_theta, self.max_seq_len = config.rope_theta, config.max_seq_len
-        self.backend, self.kernels = config.attention, config.kernels
+        self.backend, self.kernels, self.window = config.attention, config.kernels, window
         d_q, d_kv = config.n_heads * self.d_head, config.n_kv_heads * self.d_head
         self.qkv = FusedLinears(d_model, q_proj=d_q, k_proj=d_kv, v_proj=d_kv)
         self.o_proj = nn.Linear(config.n_heads * self.d_head, d_model, bias=False)
@@ -44,7 +49,7 @@ class GroupedQueryAttention(nn.Module):
         past = cache if cache is not None and not cache.empty else None
         assert cache is None or documents is None, "a cached sequence is one document"
         positions_BL = documents.positions_BL if documents else past.lengths_B.unsqueeze(1) if past else None
-        num_positions = max(self.max_seq_len, past.size if past else q_BLHK.shape[1])
+        num_positions = max(self.max_seq_len, past.room if past else q_BLHK.shape[1])
         tables = rotary_tables(num_positions, self.d_head, self.rope_theta, q_BLHK.device)
         q_BLHK, k_BLGK = rotary(q_BLHK, k_BLGK, *tables, self.kernels, positions_BL)
         if cache is not None:
@@ -52,5 +57,5 @@ class GroupedQueryAttention(nn.Module):
         if past:
             out_BLHK = cached_attention(q_BLHK, *past.held())
         else:
-            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend, documents)
+            out_BLHK = causal_attention(q_BLHK, k_BLGK, v_BLGK, self.backend, documents, self.window)
         return self.o_proj(out_BLHK.flatten(2))

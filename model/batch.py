@@ -16,8 +16,8 @@ class Batch:
 
     Attributes:
         tokens: int64 (B, L).
-        labels: int64 (B, L), the token after each position; `model.loss.IGNORED` where nothing is predicted. Where single
-            tokens are scored, int64 (2, N): N positions, counted over all sequences, and a token after each.
+        labels: int64 (B, L), the token after each position; `model.loss.IGNORED` where nothing is predicted. Where
+            single tokens are scored, int64 (2, N): N positions, counted over all sequences, and a token after each.
         documents: the documents at whose borders attention and positions stop; None where each sequence is one.
     """
 
@@ -26,9 +26,9 @@ class Batch:
     documents: Documents | None = None
 
     @property
-    def squared_lengths(self) -> int:
-        """The sum of the squares of the documents' lengths; each sequence is one where no documents are given."""
-        return self.documents.squared_lengths if self.documents else self.tokens.numel() * self.tokens.shape[-1]
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the documents in tokens; each sequence is one where no documents are given."""
+        return self.documents.lengths if self.documents else (self.tokens.shape[1],) * self.tokens.shape[0]
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "Batch":
         """The batch on a device; from pinned memory the copy overlaps with the host's work."""

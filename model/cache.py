@@ -1,6 +1,6 @@
 """Keys and values of earlier tokens, so that the next token costs the forward pass of one token.
 
-B sequences, G key/value heads, M positions that are allocated, K head width.
+B sequences, L tokens, G key/value heads, M positions that are allocated, K head width.
 """
 
 import torch
@@ -12,14 +12,19 @@ class KVCache:
     The memory is allocated once, when the first keys come, which tell the number of heads, their width and their dtype:
     where a block is cut over tensor-parallel ranks, each caches its own heads.
 
+    Where the block has a window, only that many of a sequence's last tokens are kept: the token at position p is in
+    place p mod M, where it overwrites the one that has left the window. Attention is a sum over places in any order,
+    and keys have been rotated by their positions.
+
     Args:
-        lengths_B: int64, number of tokens of each sequence that are cached; shared by the caches of all blocks.
+        lengths_B: int64, number of tokens of each sequence that are in the past; shared by the caches of all blocks.
             Whoever runs the blocks counts it up after all of them have added a token.
-        room: M, the most tokens of a sequence.
+        room: the most tokens of a sequence.
+        window: the block's; M is the smaller of the two.
     """
 
-    def __init__(self, lengths_B: torch.Tensor, room: int):
-        self.lengths_B, self.size = lengths_B, room
+    def __init__(self, lengths_B: torch.Tensor, room: int, window: int | None = None):
+        self.lengths_B, self.room, self.size = lengths_B, room, min(room, window or room)
         self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.empty = True
         """Whether nothing has been added."""
@@ -28,22 +33,38 @@ class KVCache:
     def add(self, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> None:
         """Add whole sequences to an empty cache, padded to the longest; afterwards one token of each at a time.
 
-        The padding behind a shorter sequence is overwritten as it grows, and is never attended to.
+        Places that a shorter sequence has not reached yet hold what is written over as it grows, and is never attended
+        to.
         """
         if self.empty:
             B, _, G, K = k_BLGK.shape
             self._k_BGMK = k_BLGK.new_zeros(B, G, self.size, K)
             self._v_BGMK = torch.zeros_like(self._k_BGMK)
             self._longest = k_BLGK.shape[1]
-            self._k_BGMK[:, :, : self._longest] = k_BLGK.transpose(1, 2)
-            self._v_BGMK[:, :, : self._longest] = v_BLGK.transpose(1, 2)
+            if self._longest > self.size:
+                k_BLGK, v_BLGK = self._last(k_BLGK), self._last(v_BLGK)
+            filled = k_BLGK.shape[1]
+            self._k_BGMK[:, :, :filled] = k_BLGK.transpose(1, 2)
+            self._v_BGMK[:, :, :filled] = v_BLGK.transpose(1, 2)
             self.empty = False
         else:
             self._longest += 1
-            self._k_BGMK[self._rows_B, :, self.lengths_B] = k_BLGK[:, 0]
-            self._v_BGMK[self._rows_B, :, self.lengths_B] = v_BLGK[:, 0]
+            place_B = self.lengths_B % self.size
+            self._k_BGMK[self._rows_B, :, place_B] = k_BLGK[:, 0]
+            self._v_BGMK[self._rows_B, :, place_B] = v_BLGK[:, 0]
 
     def held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values, views (B, G, m, K) up to the longest sequence; lengths (B,) with the token just added."""
+        """Keys and values, views (B, G, m, K) up to the longest sequence, and how many of the m are there, int64 (B,).
+
+        The token just added is among them.
+        """
         m = min(self._longest, self.size)
-        return self._k_BGMK[:, :, :m], self._v_BGMK[:, :, :m], self.lengths_B + 1
+        return self._k_BGMK[:, :, :m], self._v_BGMK[:, :, :m], (self.lengths_B + 1).clamp(max=self.size)
+
+    def _last(self, x_BLGK: torch.Tensor) -> torch.Tensor:
+        """The last M tokens of each sequence at their places, (B, M, G, K)."""
+        places_M = torch.arange(self.size, device=x_BLGK.device)
+        # The last position of a sequence that is at a place: as many rounds of M behind it as the sequence has tokens.
+        rounds_BM = (self.lengths_B.unsqueeze(1) - 1 - places_M).div(self.size, rounding_mode="floor")
+        positions_BM = (places_M + self.size * rounds_BM).clamp(min=0)
+        return x_BLGK[self._rows_B.unsqueeze(1), positions_BM]

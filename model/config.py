@@ -3,6 +3,8 @@
 Nothing here needs PyTorch, so that a configuration can be judged before anything heavy is imported.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -67,6 +69,12 @@ class ModelConfig:
     """Longest context in tokens."""
     head_dim: int | None = None
     """Width of a head; null makes it d_model / n_heads."""
+    window: int | None = None
+    """Tokens that a query of a sliding block sees, itself included (sliding_window of Mistral, Gemma and others); the
+    block's KV cache holds no more of them. null: all tokens before it, in every block."""
+    window_pattern: str | None = None
+    """Which blocks slide, a letter each, s (sliding) or f (full), and the same again until all blocks have one: sf is
+    gpt-oss's, sssf OLMo 3's, sssssf Gemma 3's, as their layer_types say it. null: every block slides, as Mistral's."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
@@ -93,6 +101,12 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each block, in order; None where it is full."""
+        pattern = self.window_pattern or "s"
+        return tuple(self.window if pattern[at % len(pattern)] == "s" else None for at in range(self.n_layers))
 
     def problems(self) -> list[str]:
         """Every reason why this shape cannot be built, one sentence each with key, value and what would work."""
@@ -125,6 +139,31 @@ class ModelConfig:
                 f"model.n_kv_heads={self.n_kv_heads}: does not divide model.n_heads={self.n_heads}, and every "
                 f"key/value head serves equally many query heads; {either('model.n_kv_heads', works)} would"
             )
+        return found + self._window_problems()
+
+    def _window_problems(self) -> list[str]:
+        found, window, pattern = [], self.window, self.window_pattern
+        if window is not None and window < 1:
+            found.append(f"model.window={window}: must be at least 1, the token itself, or null for all before it")
+        elif window is not None and window >= self.max_seq_len:
+            found.append(
+                f"model.window={window}: hides nothing in a context of model.max_seq_len={self.max_seq_len}; a smaller "
+                "one would, and model.window=null says that nothing is hidden"
+            )
+        if pattern is None:
+            return found
+        key = f"model.window_pattern={pattern}"
+        if not pattern or set(pattern) - {"s", "f"}:
+            found.append(f"{key}: is no word of s (sliding) and f (full), a letter for each block; sssf would work")
+        elif len(pattern) > self.n_layers:
+            found.append(
+                f"{key}: has {len(pattern)} letters, and model.n_layers={self.n_layers}; {self.n_layers} letters or "
+                "fewer would work"
+            )
+        elif "s" not in pattern:
+            found.append(f"{key}: has no s, so that no block slides; model.window=null says that")
+        elif window is None:
+            found.append(f"{key}: says which blocks slide, and model.window=null gives them no window; a number would")
         return found
 
     # ---- parameters ----
@@ -164,13 +203,18 @@ class ModelConfig:
     def scaling_m(self, seq_len: int) -> int:
         """Non-embedding FLOPs per token of the scaling laws, M = 72 L d^2 + 12 L d s (arXiv 2401.02954, section 3.2).
 
-        It assumes multi-head attention and an 8/3 feed-forward network, and counts causal attention whole.
+        It assumes multi-head attention and an 8/3 feed-forward network, and counts causal attention whole, without
+        windows, since the laws were fitted so: a model with `window` has the M of the same model without.
         """
         return 72 * self.n_layers * self.d_model**2 + 12 * self.n_layers * self.d_model * seq_len
 
-    def block_flops(self, seq_len: int) -> int:
-        """FLOPs of one block's forward pass per token: two per weight, and causal attention, half of its square."""
-        return 2 * (self.attention_params + self.ffn_params) + 2 * self.n_heads * self.d_head * seq_len
+    def block_flops(self, seq_len: int, window: int | None = None) -> int:
+        """FLOPs of one block's forward pass per token, the mean over a sequence's, rounded down.
+
+        They are two per weight, and 4 H K for each pair of a query and a key that it sees (`seen_pairs`).
+        """
+        of_pairs = 2 * self.n_heads * self.d_head * int(2 * seen_pairs(seq_len, window)) // max(seq_len, 1)
+        return 2 * (self.attention_params + self.ffn_params) + of_pairs
 
     @property
     def head_flops(self) -> int:
@@ -179,7 +223,7 @@ class ModelConfig:
 
     def layer_flops(self, seq_len: int) -> list[int]:
         """Forward FLOPs per token of [embedding, block 0, ..., head]; a lookup multiplies nothing."""
-        return [0, *[self.block_flops(seq_len)] * self.n_layers, self.head_flops]
+        return [0, *(self.block_flops(seq_len, window) for window in self.windows), self.head_flops]
 
     def flops_per_token(self, seq_len: int) -> int:
         """True FLOPs per token of forward and backward: aware of grouped queries, the head counted, attention halved.
@@ -191,28 +235,51 @@ class ModelConfig:
     def flops_per_token_whole_attention(self, seq_len: int) -> int:
         """FLOPs per token of forward and backward with causal attention counted whole, though half of it is masked.
 
-        It is the count of torchtitan and KempnerForge; Megatron-LM's is `flops_per_token`.
+        It is the count of torchtitan and KempnerForge; Megatron-LM's is `flops_per_token`. Where a window is shorter
+        than the sequence, each token is counted with a whole window.
         """
-        masked_half = 2 * self.n_heads * self.d_head * seq_len
-        return self.flops_per_token(seq_len) + 3 * self.n_layers * masked_half
+        seen = sum(min(seq_len, window or seq_len) for window in self.windows)
+        return self.flops_per_token(0) + 12 * self.n_heads * self.d_head * seen
 
-    def step_flops(self, tokens: int, squared_lengths: float) -> tuple[float, float]:
-        """FLOPs of forward and backward over documents, each of which attends to itself alone.
+    def attention_flops(self, lengths: Iterable[int]) -> tuple[float, float]:
+        """FLOPs of attention, forward and backward, over documents, each of which attends to itself alone.
 
         Args:
-            tokens: of all documents.
-            squared_lengths: the sum of the squares of their lengths.
+            lengths: of the documents, in tokens.
 
         Returns:
-            With causal attention halved, as `flops_per_token` counts it, and whole. For one document of L tokens they
-            are L times those of a token in a sequence of L.
+            With causal attention halved and whole. Besides `flops_per_token(0)` of each token they are, for one
+            document of L tokens, L times what `flops_per_token` and `flops_per_token_whole_attention` count at L.
         """
-        half = 6 * self.n_layers * self.n_heads * self.d_head * squared_lengths
-        without = tokens * self.flops_per_token(0)
-        return without + half, without + 2 * half
+        halved = whole = 0.0
+        for length, documents in Counter(lengths).items():
+            for window, blocks in Counter(self.windows).items():
+                halved += documents * blocks * seen_pairs(length, window)
+                whole += documents * blocks * length * min(length, window or length)
+        per_pair = 12 * self.n_heads * self.d_head
+        return per_pair * halved, per_pair * whole
 
     # ---- inference ----
 
+    def kv_cache_bytes(self, context: int, bytes_per_value: int = 2) -> int:
+        """Bytes of keys and values of a sequence of so many tokens, over all layers (2 bytes a value: bf16).
+
+        A block keeps those of all tokens, or of its window's.
+        """
+        tokens = sum(min(context, window or context) for window in self.windows)
+        return 2 * self.n_kv_heads * self.d_head * bytes_per_value * tokens
+
     def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of keys and values that each token of context keeps, over all layers (2 bytes a value: bf16)."""
-        return 2 * self.n_layers * self.n_kv_heads * self.d_head * bytes_per_value
+        """Bytes of keys and values that a token of context adds, over all layers, until a window is full."""
+        return self.kv_cache_bytes(1, bytes_per_value)
+
+
+def seen_pairs(length: int, window: int | None = None) -> float:
+    """The pairs of a query and a key that it sees in a sequence of so many tokens, by area.
+
+    Without a window they are half of the square, L^2 / 2, as causal attention is usually counted. With one of W < L
+    tokens they are what of that half is no further than W from the diagonal, W L - W^2 / 2. One by one there are
+    L (L + 1) / 2 and W L - W (W - 1) / 2: counted by area, the diagonal is cut in half.
+    """
+    seen = min(length, window or length)
+    return seen * length - seen * seen / 2

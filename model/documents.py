@@ -33,11 +33,6 @@ class Documents:
         """The length of the longest document."""
         return max(self.lengths)
 
-    @cached_property
-    def squared_lengths(self) -> int:
-        """The sum of the squares of the lengths, to which the FLOPs of attention are proportional."""
-        return sum(length * length for length in self.lengths)
-
     def to(self, device: torch.device, non_blocking: bool = True) -> "Documents":
         """The documents with their tensors on a device."""
         return replace(

@@ -61,7 +61,8 @@ class Decoder:
         weight = next(layers[0].parameters())
         self.lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
         self._layers = [
-            (layer, KVCache(self.lengths_B, room) if isinstance(layer, Block) else None) for layer in layers
+            (layer, KVCache(self.lengths_B, room, layer.attention.window) if isinstance(layer, Block) else None)
+            for layer in layers
         ]
         self.caches = [cache for _, cache in self._layers if cache is not None]
         self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)

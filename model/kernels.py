@@ -12,9 +12,9 @@ B batch, L sequence, H query heads, G key/value heads (H = G x R), K head width.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from model import fused
 from model.config import AttentionBackend, ModelConfig
 from model.documents import Documents, documents_of
 from model.stand_ins import AttentionKernel, stand_ins
-from model.varlen import by_document, varlen, visible
+from model.varlen import by_document, flash_window, in_window, varlen, visible
 
 _16_BITS = (torch.bfloat16, torch.float16)
 
@@ -34,6 +34,7 @@ def causal_attention(
     v_BLGK: torch.Tensor,
     backend: AttentionBackend,
     documents: Documents | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention, scaled by 1/sqrt(K), with each key/value head shared by H/G query heads.
 
@@ -44,6 +45,9 @@ def causal_attention(
         documents: each position attends to earlier positions of the same document only; None where each sequence is one
             document. Their kernels compute what is seen and nothing else; where a GPU has none, and in `reference`,
             there is a mask of B L L bytes.
+        window: each position attends to itself and so many less one before it; None to all before it. flash-attn's and
+            PyTorch's varlen kernels compute what is seen and nothing else, and on a CPU no more than twice that; where
+            a GPU has none, and in `reference`, there is a mask.
 
     Returns:
         (B, L, H, K) in the dtype of the inputs; softmax statistics are fp32 inside.
@@ -52,17 +56,20 @@ def causal_attention(
         RuntimeError: a backend that was asked for by name cannot run here.
     """
     standing = stand_ins() if backend is not AttentionBackend.reference else None
-    kernel = standing.attention if standing else _kernel(backend, q_BLHK.device, q_BLHK.dtype, documents is not None)
-    return kernel(q_BLHK, k_BLGK, v_BLGK, documents)
+    asked = (q_BLHK.device, q_BLHK.dtype, documents is not None, window is not None)
+    kernel = standing.attention if standing else _kernel(backend, *asked)
+    return kernel(q_BLHK, k_BLGK, v_BLGK, documents, window)
 
 
 @cache
-def _kernel(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool) -> AttentionKernel:
-    return KERNELS[chosen(backend, device, dtype, documents)[0]]
+def _kernel(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool, window: bool
+) -> AttentionKernel:
+    return KERNELS[chosen(backend, device, dtype, documents, window)[0]]
 
 
 def chosen(
-    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False, window: bool = False
 ) -> tuple[AttentionBackend, str]:
     """What `auto` means for tensors on a device, and why, in a few words.
 
@@ -70,12 +77,13 @@ def chosen(
         backend: the setting.
         device, dtype: of queries, keys and values.
         documents: whether attention stops at the borders of documents.
+        window: whether it stops at those of a window.
 
     Raises:
         RuntimeError: the backend that was asked for by name cannot run here; the message says why.
     """
     if backend is not AttentionBackend.auto:
-        if reason := obstacle(backend, device, dtype, documents):
+        if reason := obstacle(backend, device, dtype, documents, window):
             raise RuntimeError(f"model.attention={backend.name}: {reason}; model.attention=auto takes what there is")
         return backend, f"model.attention={backend.name}"
     if device.type != "cuda":
@@ -86,7 +94,7 @@ def chosen(
     order = [AttentionBackend.flash3, AttentionBackend.flash4] if hopper else [AttentionBackend.flash2]
     reasons: list[str] = []
     for one in order:
-        reason = obstacle(one, device, dtype, documents)
+        reason = obstacle(one, device, dtype, documents, window)
         if not reason:
             return one, "the fastest that is installed" if not reasons else "; ".join(reasons)
         reasons.append(reason)
@@ -99,27 +107,29 @@ def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype, 
     Raises:
         RuntimeError: a kernel that was asked for by name cannot run here.
     """
-    attention, why = chosen(model.attention, device, dtype, documents)
+    attention, why = chosen(model.attention, device, dtype, documents, model.window is not None)
     between, reason = fused.chosen(model.kernels, device.type)
-    borders = f", documents {_how_documents(attention, device, dtype)}" if documents else ""
+    borders = f", documents {_how(attention, device, dtype, False)}" if documents else ""
+    if model.window is not None:
+        borders += f", a window of {model.window:,} tokens {_how(attention, device, dtype, True)}"
     return f"attention: {attention.name}{borders} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 
-def _how_documents(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
-    """How a backend stops at the borders of documents, in a few words."""
+def _how(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, window: bool) -> str:
+    """How a backend stops at the borders of documents, or of a window, in a few words."""
     if backend in FLASH:
-        return "by its varlen kernel"
+        return "by its own kernel" if window else "by its varlen kernel"
     if backend is AttentionBackend.reference:
         return "by a mask of all pairs"
     if device.type != "cuda":
-        return "one after another"
-    reason = _no_varlen(device, dtype)
+        return "a piece of the sequence at a time" if window else "one after another"
+    reason = _no_varlen(device, dtype, window)
     return f"by a mask of all pairs, since PyTorch's varlen kernel {reason}" if reason else "by PyTorch's varlen kernel"
 
 
 @cache
 def obstacle(
-    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, documents: bool = False, window: bool = False
 ) -> str | None:
     """Why a backend cannot run on this device and dtype; None if it has just run there, forward and backward."""
     if backend not in FLASH:
@@ -134,7 +144,7 @@ def obstacle(
     try:
         if find_spec(module) is None:
             return f"{title} is not installed"
-        _run_once(KERNELS[backend], device, dtype, documents)
+        _run_once(KERNELS[backend], device, dtype, documents, window)
     except Exception as error:  # whatever a build for another PyTorch or GPU does
         return f"{title} is installed and fails ({_said(error)})"
     finally:
@@ -143,22 +153,22 @@ def obstacle(
 
 
 @cache
-def _no_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+def _no_varlen(device: torch.device, dtype: torch.dtype, window: bool) -> str | None:
     """Why PyTorch's own varlen kernel cannot run on a GPU; None if it has just run there, forward and backward."""
     if dtype not in _16_BITS:
         return f"computes in 16 bits, and the tensors are {str(dtype).removeprefix('torch.')}"
     try:
-        _run_once(lambda q, k, v, documents: varlen(q, k, v, cast(Documents, documents)), device, dtype, True)
+        _run_once(lambda q, k, v, of, w: varlen(q, k, v, cast(Documents, of), w), device, dtype, True, window)
     except Exception as error:  # of a PyTorch without it, or of a GPU that it was not built for
         return f"fails ({_said(error)})"
     return None
 
 
-def _run_once(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, documents: bool) -> None:
+def _run_once(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, documents: bool, window: bool) -> None:
     with torch.inference_mode(False), torch.enable_grad():  # it may be an evaluation that asks first
         q = torch.randn(1, 128, 2, 64, device=device, dtype=dtype, requires_grad=True)
         two = documents_of(torch.arange(128).unsqueeze(0) == 100).to(device) if documents else None
-        kernel(q, q[:, :, :1], q[:, :, :1], two).sum().backward()
+        kernel(q, q[:, :, :1], q[:, :, :1], two, 64 if window else None).sum().backward()
 
 
 def _said(error: Exception) -> str:
@@ -166,21 +176,27 @@ def _said(error: Exception) -> str:
 
 
 def flash2(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
+    q_BLHK: torch.Tensor,
+    k_BLGK: torch.Tensor,
+    v_BLGK: torch.Tensor,
+    documents: Documents | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """flash-attn 2 (arXiv 2307.08691); its backward pass is deterministic where PyTorch's algorithms must be."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    how: dict[str, Any] = {
+        "causal": True,
+        "window_size": flash_window(window),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
     if documents is None:
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, causal=True, deterministic=deterministic)
+        return flash_attn_func(q_BLHK, k_BLGK, v_BLGK, **how)
     from flash_attn import flash_attn_varlen_func
 
     q_THK, k_TGK, v_TGK = (x.flatten(0, 1) for x in (q_BLHK, k_BLGK, v_BLGK))
     borders, longest = documents.borders, documents.longest
-    out_THK = flash_attn_varlen_func(
-        *(q_THK, k_TGK, v_TGK, borders, borders, longest, longest), causal=True, deterministic=deterministic
-    )
+    out_THK = flash_attn_varlen_func(q_THK, k_TGK, v_TGK, borders, borders, longest, longest, **how)
     return out_THK.view_as(q_BLHK)
 
 
@@ -188,13 +204,17 @@ def _flash_in_pytorch(name: str) -> AttentionKernel:
     """A newer flash-attn, which PyTorch calls in the place of its own once it has been told to."""
 
     def attention(
-        q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
+        q_BLHK: torch.Tensor,
+        k_BLGK: torch.Tensor,
+        v_BLGK: torch.Tensor,
+        documents: Documents | None,
+        window: int | None = None,
     ) -> torch.Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         _activate(name)
-        if documents:
-            return varlen(q_BLHK, k_BLGK, v_BLGK, documents)
+        if documents or window is not None:
+            return varlen(q_BLHK, k_BLGK, v_BLGK, documents or _whole_sequences(q_BLHK), window)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on Hopper PyTorch would take cuDNN's
             return _pytorchs(q_BLHK, k_BLGK, v_BLGK)
 
@@ -217,22 +237,44 @@ def _activate(name: str | None) -> None:
         activate_flash_attention_impl(name)
 
 
-def sdpa(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None) -> torch.Tensor:
+def sdpa(
+    q_BLHK: torch.Tensor,
+    k_BLGK: torch.Tensor,
+    v_BLGK: torch.Tensor,
+    documents: Documents | None,
+    window: int | None = None,
+) -> torch.Tensor:
     """PyTorch's scaled dot-product attention; on a GPU it runs a flash kernel of its own, or cuDNN's."""
     if q_BLHK.is_cuda:
         _activate(None)  # a newer flash-attn may have run before
-    if documents is None:
+    if documents is None and window is None:
         return _pytorchs(q_BLHK, k_BLGK, v_BLGK)
     if not q_BLHK.is_cuda:
-        return by_document(q_BLHK, k_BLGK, v_BLGK, documents)
-    if _no_varlen(q_BLHK.device, q_BLHK.dtype):
-        return sdpa_masked(q_BLHK, k_BLGK, v_BLGK, documents)
-    return varlen(q_BLHK, k_BLGK, v_BLGK, documents)
+        if documents is None:
+            return in_window(q_BLHK, k_BLGK, v_BLGK, window)
+        return by_document(q_BLHK, k_BLGK, v_BLGK, documents, window)
+    documents = documents or _whole_sequences(q_BLHK)
+    if _no_varlen(q_BLHK.device, q_BLHK.dtype, window is not None):
+        return sdpa_masked(q_BLHK, k_BLGK, v_BLGK, documents, window)
+    return varlen(q_BLHK, k_BLGK, v_BLGK, documents, window)
 
 
-def sdpa_masked(q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents) -> torch.Tensor:
+def _whole_sequences(q_BLHK: torch.Tensor) -> Documents:
+    """Each sequence as one document, for kernels that take windows where documents are."""
+    return _documents_of_whole(q_BLHK.shape[0], q_BLHK.shape[1], q_BLHK.device)
+
+
+@lru_cache(maxsize=8)
+def _documents_of_whole(number: int, length: int, device: torch.device) -> Documents:
+    with torch.inference_mode(False):  # a backward pass may save what an evaluation has asked for first
+        return documents_of(torch.zeros(number, length, dtype=torch.bool)).to(device, non_blocking=False)
+
+
+def sdpa_masked(
+    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents, window: int | None = None
+) -> torch.Tensor:
     """`sdpa` by a mask of all pairs, which computes what is hidden as well: where there is no kernel for documents."""
-    return _pytorchs(q_BLHK, k_BLGK, v_BLGK, visible(documents.positions_BL).unsqueeze(1))
+    return _pytorchs(q_BLHK, k_BLGK, v_BLGK, visible(documents.positions_BL, window).unsqueeze(1))
 
 
 def _pytorchs(
@@ -279,7 +321,11 @@ def cached_attention(
 
 
 def reference(
-    q_BLHK: torch.Tensor, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor, documents: Documents | None
+    q_BLHK: torch.Tensor,
+    k_BLGK: torch.Tensor,
+    v_BLGK: torch.Tensor,
+    documents: Documents | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The definition, written out slowly; the other backends are tested against it."""
     B, L, H, K = q_BLHK.shape
@@ -287,7 +333,7 @@ def reference(
     q_BLGRK = q_BLHK.unflatten(2, (G, H // G))  # R query heads read each of the G key/value heads
     scores_BGRLM = torch.einsum("blgrk,bmgk->bgrlm", q_BLGRK, k_BLGK).float() / math.sqrt(K)
     whole_BL = torch.arange(L, device=q_BLHK.device).expand(B, L)
-    seen_BLM = visible(documents.positions_BL if documents else whole_BL)
+    seen_BLM = visible(documents.positions_BL if documents else whole_BL, window)
     hidden_B11LM = ~seen_BLM.unsqueeze(1).unsqueeze(1)
     weights_BGRLM = scores_BGRLM.masked_fill(hidden_B11LM, float("-inf")).softmax(-1).to(v_BLGK.dtype)
     return torch.einsum("bgrlm,bmgk->blgrk", weights_BGRLM, v_BLGK).reshape(B, L, H, K)

@@ -15,8 +15,8 @@ import torch
 
 from model.documents import Documents
 
-AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None], torch.Tensor]
-"""From queries (B, L, H, K), keys and values (B, L, G, K) and documents or None to (B, L, H, K)."""
+AttentionKernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents | None, int | None], torch.Tensor]
+"""From queries (B, L, H, K), keys and values (B, L, G, K), documents or None, window or None to (B, L, H, K)."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ B batch, L sequence, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,12 +28,17 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward network, each behind a norm and added to the residual stream."""
+    """Attention, then the feed-forward network, each behind a norm and added to the residual stream.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+        config: the model's shape.
+        window: the block's own of `ModelConfig.windows`.
+    """
+
+    def __init__(self, config: ModelConfig, window: int | None):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
-        self.attention = GroupedQueryAttention(config)
+        self.attention = GroupedQueryAttention(config, window)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, config.kernels)
         self.ffn = SwiGLU(config.d_model, config.d_ff, config.kernels)
 
@@ -64,7 +70,7 @@ def layer_builders(config: ModelConfig) -> dict[str, Callable[[], nn.Module]]:
     A parameter's full name, the same in every layout, is the layer's name, a dot, and its name inside the layer:
     ``blocks.17.attention.qkv.k_proj.weight``.
     """
-    blocks = {f"blocks.{i}": lambda: Block(config) for i in range(config.n_layers)}
+    blocks = {f"blocks.{i}": partial(Block, config, window) for i, window in enumerate(config.windows)}
     return {"embedding": lambda: Embedding(config), **blocks, "head": lambda: Head(config)}
 
 
@@ -83,7 +89,7 @@ class Transformer(nn.Module):
             raise ValueError("\n".join(problems))
         self.config = config
         self.embedding = Embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, window) for window in config.windows)
         self.head = Head(config)
 
     def forward(self, tokens_BL: torch.Tensor, context: Context = EMPTY_CONTEXT) -> torch.Tensor:

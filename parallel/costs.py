@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ def layer_costs(
     if dist.get_rank() == 0:
         measured = [_measure(model, seq_len, micro_batch, device, dtype)]
     dist.broadcast_object_list(measured, src=0, device=device if device.type == "cuda" else None)
-    embedding, block, head = measured[0]
-    return [embedding, *[block] * model.n_layers, head]
+    embedding, blocks, head = measured[0]
+    return [embedding, *(blocks[window] for window in model.windows), head]
 
 
 def _measure(
     model: ModelConfig, seq_len: int, micro_batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float, float]:
+) -> tuple[float, dict[int | None, float], float]:
+    """Return the seconds of the embedding, of a block with each of the model's windows, and of the head."""
     tokens_BL = torch.randint(model.vocab_size, (micro_batch, seq_len), device=device)
     x_BLD = torch.randn(micro_batch, seq_len, model.d_model, device=device, dtype=dtype)
 
@@ -59,4 +61,5 @@ def _measure(
             times.append(time.perf_counter() - begin)
         return sorted(times)[len(times) // 2]
 
-    return seconds(Embedding, tokens_BL), seconds(Block, x_BLD), seconds(Head, x_BLD, with_loss=True)
+    blocks = {window: seconds(partial(Block, window=window), x_BLD) for window in set(model.windows)}
+    return seconds(Embedding, tokens_BL), blocks, seconds(Head, x_BLD, with_loss=True)

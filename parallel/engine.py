@@ -83,8 +83,9 @@ class StepResult:
         loss: the mean loss over all labels that count of the global batch, in nats.
         grad_norm: the norm over all ranks of the gradient of that mean, before clipping.
         skipped: whether loss or norm were not finite or above the step's limits, so that no weight was updated.
-        squared_lengths: the sum over the global batch of the squares of the documents' lengths, by which the FLOPs of
-            attention are counted; sequences count as documents where attention does not stop at their borders.
+        attention_flops: the FLOPs of the model's attention, forward and backward, over the documents of the global
+            batch, with causal attention halved and whole (`ModelConfig.attention_flops`); sequences count as documents
+            where attention does not stop at their borders.
         spans: the passes of this rank, in seconds since `began`.
         began: the wall-clock time at which this rank began the step.
     """
@@ -92,7 +93,7 @@ class StepResult:
     loss: float
     grad_norm: float
     skipped: bool
-    squared_lengths: float
+    attention_flops: tuple[float, float]
     spans: list[Span]
     began: float
 
@@ -137,6 +138,7 @@ class Engine:
     ):
         from parallel.deepspeed_engine import StageEngine
 
+        self._model = model
         self._micro_batch, self._accumulation = settings.micro_batch, settings.accumulation
         self.layers: Mapping[str, nn.Module] = {layer.name: layer.module for layer in stages.in_order()}
         self.zero, self.pipeline, self.ranks = zero, pipeline, ranks
@@ -194,15 +196,15 @@ class Engine:
         heart.at(Phase.REDUCE)
         own_squares = self.zero.reduce()
         heart.at(Phase.AGREE)
-        total, count, squares, lengths = self._over_all_ranks(loss, own_squares)
+        total, count, squares, *flops = self._over_all_ranks(loss, own_squares)
         heart.at(Phase.UPDATE)
         mean, norm = total / count, squares.sqrt() / count
         # Of figures that all ranks have alike, so that each decides as the others do; the host learns of it below.
         sound = mean.isfinite() & norm.isfinite() & (mean <= self._limits.loss) & (norm <= self._limits.grad_norm)
         self.zero.update(self._rate, norm, count, sound)
-        mean_loss, grad_norm, updated, squared_lengths = torch.stack([mean, norm, sound.double(), lengths]).tolist()
+        mean_loss, grad_norm, updated, halved, whole = torch.stack([mean, norm, sound.double(), *flops]).tolist()
         return StepResult(
-            mean_loss, grad_norm, not updated, squared_lengths, self.pipeline.spans(), self.pipeline.began
+            mean_loss, grad_norm, not updated, (halved, whole), self.pipeline.spans(), self.pipeline.began
         )
 
     def _evaluate(self, batches: Iterator[Batch], micro_batches: int) -> EvalResult:
@@ -214,21 +216,21 @@ class Engine:
 
     @torch.no_grad()
     def _over_all_ranks(self, loss: SummedLoss, squares: torch.Tensor | None) -> torch.Tensor:
-        """Sum over all ranks in one collective: the loss, its labels, and the squares of gradients and of lengths.
+        """Sum over all ranks in one collective: the loss, its labels, the squares of gradients, attention's FLOPs.
 
         Tensor-parallel ranks all have the same loss, and all ranks of a pipeline the same documents.
 
         Returns:
-            fp64 (4,).
+            fp64 (5,).
         """
         counted = self.ranks.tp_rank == 0
-        lengths = self.pipeline.squared_lengths if counted and self.pipeline.loss is not None else 0
+        flops = self._model.attention_flops(self.pipeline.lengths if counted and self.pipeline.loss is not None else ())
         sums = torch.stack(
             [
                 loss.total * counted,
                 loss.count.double() * counted,
                 torch.zeros_like(loss.total) if squares is None else squares,
-                torch.full_like(loss.total, lengths),
+                *(torch.full_like(loss.total, number) for number in flops),
             ]
         )
         if self.ranks.layout.world_size > 1:

@@ -92,8 +92,8 @@ class Pipeline:
         self.rank, self.ranks, self.links = rank, ranks, links
         self.began = 0.0
         """The wall-clock time at which this rank began its last step."""
-        self.squared_lengths = 0
-        """The sum over the micro-batches of its last step of the squares of the documents' lengths."""
+        self.lengths: list[int] = []
+        """The lengths of the documents of all micro-batches of its last step, in tokens."""
         self.around: Callable[[Action], AbstractContextManager] = _span
         """Gives the context that each pass is run in; by default the span of a profiler's trace."""
         self.under_way: tuple[Marks, Program, tuple[int, int]] = ([], Program([], [], {}), heart.place)
@@ -117,7 +117,7 @@ class Pipeline:
         self.began, self._begin = time.time(), self._now()
         done = _Training(self, self._program(True, micro_batches), batches).run()
         self._marks = done.marks
-        self.squared_lengths = sum(batch.squared_lengths for batch in done.batches.values())
+        self.lengths = [length for batch in done.batches.values() for length in batch.lengths]
         return done.summed_loss()
 
     @torch.no_grad()

@@ -148,7 +148,8 @@ def as_record(
         )
         record["bubble_expected"] = constants.bubble_expected[size.global_batch]
     # Of what was computed: with causal attention halved, as Megatron-LM counts, and whole, as torchtitan does.
-    halved, whole = constants.model.step_flops(size.tokens, result.squared_lengths)
+    others = size.tokens * constants.model.flops_per_token(0)
+    halved, whole = (others + attention for attention in result.attention_flops)
     record["flops_per_token"] = halved / size.tokens
     if constants.peak_flops:
         record["mfu"] = halved / seconds / constants.peak_flops

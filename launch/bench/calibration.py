@@ -62,10 +62,10 @@ def tensor_parallel_sizes(model: ModelConfig, most: int) -> list[int]:
 
 
 def layers_for(config: Config, tp: int, bf16: bool) -> Layers:
-    """Return what a rank's layers compute under tensor parallelism over so many ranks, or alone."""
+    """Return what a rank's layers compute under tensor parallelism over so many ranks, or alone; the first block's."""
     layout = Layout(1, 1, tp, tp > 1)
     settings = replace(engine_settings(config, layout, bf16=bf16, global_batch=1), seq_len=config.train.seq_len)
-    return layers_of(shape_of(Job(config.model, layout, settings)))
+    return layers_of(shape_of(Job(config.model, layout, settings), config.model.windows[0]))
 
 
 def measured_products(

@@ -80,7 +80,8 @@ def measure(overrides: Sequence[str], rounds: int = 3) -> dict[str, Any]:
         "documents": {
             "number": len(documents.lengths),
             "mean": tokens / len(documents.lengths),
-            "attended": documents.squared_lengths / whole.squared_lengths,
+            "attended": config.model.attention_flops(packed.lengths)[0]
+            / config.model.attention_flops(whole.lengths)[0],
         },
         "rows": rows,
     }

@@ -28,8 +28,10 @@ def stand_ins_for(record: Record) -> StandIns:
     def compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: _run(formula, arguments, results, record)
 
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None) -> torch.Tensor:
-        return _Flash.apply(q, k, v, documents, record)
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, window: int | None
+    ) -> torch.Tensor:
+        return _Flash.apply(q, k, v, documents, window, record)
 
     return StandIns(compiled, attention)
 
@@ -81,25 +83,38 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents | None, record: Record
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        documents: Documents | None,
+        window: int | None,
+        record: Record,
     ) -> torch.Tensor:
         B, L, H, _ = q.shape
         out, sums = q.new_empty(q.shape), q.new_empty((B, H, L), dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, sums)
-        ctx.documents, ctx.record = documents, record
-        _note(q, k, documents, record, backward=False)
+        ctx.documents, ctx.window, ctx.record = documents, window, record
+        _note(q, k, documents, window, record, backward=False)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, k, v, _, _ = ctx.saved_tensors
-        _note(q, k, ctx.documents, ctx.record, backward=True)
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), None, None
+        _note(q, k, ctx.documents, ctx.window, ctx.record, backward=True)
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), None, None, None
 
 
-def _note(q: torch.Tensor, k: torch.Tensor, documents: Documents | None, record: Record, backward: bool) -> None:
+def _note(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    documents: Documents | None,
+    window: int | None,
+    record: Record,
+    backward: bool,
+) -> None:
     (B, L, H, K), kv_heads = q.shape, k.shape[2]
     lengths = documents.lengths if documents else (L,) * B
     for length in sorted(set(lengths)):
         batch = lengths.count(length)
-        record.operation(Attention(batch, length, H, kv_heads, K, backward, q.element_size()))
+        record.operation(Attention(batch, length, H, kv_heads, K, backward, q.element_size(), window))

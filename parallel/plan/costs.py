@@ -2,7 +2,8 @@
 
 - A matrix product is cut into tiles that run in waves over the multiprocessors, and the last wave is seldom full; it
   takes no less than its bytes take in memory. Where shapes have been measured, the nearest gives the rate.
-- Attention reaches its best rate with long sequences: n / (n + half_length) of it with n tokens.
+- Attention reaches its best rate with long sequences: n / (n + half_length) of it with n tokens. Within a window n is
+  the sequence whose queries see as many keys on average, which nothing has been measured for.
 - A kernel that is bound by memory takes its bytes over the bandwidth.
 - A message is a ring over the ranks of its group: its steps have a latency, within or between machines, and its bytes
   cross the slowest link, which between machines is the network of all ranks of the group in a machine. NCCL chooses
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import log
 
+from model.config import seen_pairs
 from parallel.layout import Layout
 from parallel.plan.cluster import Cluster
 from parallel.plan.operations import Attention, GroupKind, Message, Operation, Product, Traffic, Wait
@@ -117,7 +119,8 @@ class Prices:
         """Return the seconds of a flash attention kernel."""
         cluster = self.cluster
         share = cluster.attention_backward_share if one.backward else cluster.attention_forward_share
-        share *= one.length / (one.length + cluster.attention_half_length)
+        length = 2 * seen_pairs(one.length, one.window) / one.length
+        share *= length / (length + cluster.attention_half_length)
         share *= min(1.0, one.d_head / _HEAD_WIDTH) ** 0.25
         return one.flops / (self._peak * share) + self.launch
 

@@ -7,6 +7,8 @@ runs beside it until its `Wait`.
 from dataclasses import dataclass
 from enum import Enum
 
+from model.config import seen_pairs
+
 
 class GroupKind(Enum):
     """The ranks that a message goes between."""
@@ -54,6 +56,7 @@ class Attention:
         heads, kv_heads, d_head: of this rank.
         backward: whether it is the gradient.
         bytes_per_value: of queries, keys and values.
+        window: the tokens that a query sees, itself included; None for all before it.
     """
 
     batch: int
@@ -63,12 +66,13 @@ class Attention:
     d_head: int
     backward: bool = False
     bytes_per_value: int = 2
+    window: int | None = None
 
     @property
     def flops(self) -> float:
-        """Those of the causal half: two products forward, and five backward, where the scores are recomputed."""
-        pair = 2.0 * self.batch * self.heads * self.length**2 * self.d_head / 2
-        return (5 if self.backward else 2) * pair
+        """Those of the pairs that are seen: two products forward, and five backward, where scores are recomputed."""
+        product = 2.0 * self.batch * self.heads * self.d_head * seen_pairs(self.length, self.window)
+        return (5 if self.backward else 2) * product
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The time of a training step of a job on a cluster, and where it goes."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,6 @@ from parallel.plan.steps import StageTime, Step, StepTime, step_seconds, step_ti
 from parallel.plan.work import Shape, layers_of, shape_of
 from parallel.schedules import orders, splits_backward
 from parallel.simulation import Costs, Timeline, simulate
-from parallel.stages import Stage
 
 ERROR = 0.08
 """The mean relative error against published steps (docs/planner.md): layouts that are closer than that are equal."""
@@ -115,9 +115,10 @@ def predict(job: Job, cluster: Cluster) -> Prediction:
     settings, placement, shape = job.settings, job.placement, shape_of(job)
     prices = Prices(cluster, shape.bytes_per_value)
     where = reaches(job.layout, cluster.gpus_per_node)
-    layers = _layer_times(shape, prices, where)
-    per_layer = [layers[0], *[layers[1]] * job.model.n_layers, layers[2]]
-    stages = [_stage_time(layers, stage, job.model.n_layers + 2) for stage in job.stages]
+    kinds = {window: _layer_times(shape_of(job, window), prices, where) for window in job.model.windows}
+    embedding, _, head = next(iter(kinds.values()))
+    per_layer = [embedding, *(kinds[window][1] for window in job.model.windows), head]
+    stages = [_stage_time(per_layer[stage.start : stage.stop]) for stage in job.stages]
     hop = shape.micro_batch * shape.seq_len * job.model.d_model * shape.bytes_per_value
     hop //= job.layout.tp if job.layout.sequence_parallel else 1
     links = [prices.message("send", hop, reach) for reach in _link_reaches(job, cluster.gpus_per_node)]
@@ -163,10 +164,10 @@ _LAYER_TIMES: dict[tuple[Shape, Reach, str], Sequence[LayerTime]] = {}
 _MOST_KEPT = 4096
 
 
-def _stage_time(layers: Sequence[LayerTime], stage: Stage, num_layers: int) -> StageTime:
-    embedding, head = stage.start == 0, stage.stop == num_layers
-    blocks = stage.stop - stage.start - embedding - head
-    return stage_time(list(zip(layers, (int(embedding), blocks, int(head)), strict=True)))
+def _stage_time(layers: Sequence[LayerTime]) -> StageTime:
+    """Return the time of a stage's passes, of which layers of one kind are one object."""
+    kinds, numbers = {id(layer): layer for layer in layers}, Counter(map(id, layers))
+    return stage_time([(layer, numbers[at]) for at, layer in kinds.items()])
 
 
 def _link_reaches(job: Job, gpus_per_node: int) -> list[Reach]:

@@ -65,6 +65,7 @@ class Shape:
         bytes_per_value: of weights and activations.
         recompute: the activations that blocks recompute.
         head_pieces: the number of pieces of the logits.
+        window: the tokens that a query of the block sees, itself included; None for all before it.
     """
 
     model: tuple[int, int, int, int, int, int]
@@ -75,10 +76,11 @@ class Shape:
     bytes_per_value: int
     recompute: Recompute
     head_pieces: int
+    window: int | None = None
 
 
-def shape_of(job: Job) -> Shape:
-    """Return the shape of a job's work."""
+def shape_of(job: Job, window: int | None = None) -> Shape:
+    """Return the shape of a job's work, its block one with this window of `ModelConfig.windows`."""
     model, layout, settings = job.model, job.layout, job.settings
     return Shape(
         (model.d_model, model.n_heads, model.n_kv_heads, model.d_head, model.d_ff, model.vocab_size),
@@ -89,6 +91,7 @@ def shape_of(job: Job) -> Shape:
         2 if settings.bf16 else _FP32,
         settings.recompute,
         settings.head_pieces,
+        window,
     )
 
 
@@ -262,7 +265,8 @@ class RankLayers:
         """Make causal attention of the rank's heads."""
         shape = self.shape
         return Attention(
-            shape.micro_batch, shape.seq_len, self.heads, self.kv_heads, self.d_head, backward, bytes_per_value=self.b
+            *(shape.micro_batch, shape.seq_len, self.heads, self.kv_heads, self.d_head),
+            *(backward, self.b, shape.window),
         )
 
     def _again(self) -> list[Operation]:

@@ -192,4 +192,4 @@ def test_gpu_backends_repeat_their_bits_where_algorithms_must_be_deterministic(b
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_a_kernel_is_tried_backward_whoever_asks(without):
     with without():
-        kernels._run_once(kernels.sdpa, torch.device("cpu"), torch.float32, True)
+        kernels._run_once(kernels.sdpa, torch.device("cpu"), torch.float32, True, True)

@@ -52,12 +52,13 @@ def test_flops_per_token_are_those_that_a_forward_and_backward_pass_makes(kv_hea
     with FlopCounterMode(display=False) as by_document:
         for length in (24, 40):
             model(tokens[:, :length]).sum().backward()
-    assert by_document.get_total_flops() == config.step_flops(seq_len, 24**2 + 40**2)[1]
+    without = seq_len * config.flops_per_token(0)
+    assert by_document.get_total_flops() == without + config.attention_flops([24, 40])[1]
     attention_other_half = 3 * config.n_layers * 2 * config.n_heads * config.d_head * seq_len
     assert counter.get_total_flops() == seq_len * (config.flops_per_token(seq_len) + attention_other_half)
     assert counter.get_total_flops() == seq_len * config.flops_per_token_whole_attention(seq_len)
     in_sequence = config.flops_per_token(seq_len), config.flops_per_token_whole_attention(seq_len)
-    assert config.step_flops(seq_len, seq_len**2) == tuple(seq_len * flops for flops in in_sequence)
+    assert config.attention_flops([seq_len]) == tuple(seq_len * flops - without for flops in in_sequence)
 
 
 def test_grouped_queries_leave_flops_and_cache_out():

@@ -54,6 +54,8 @@ class Case:
     d_model: int | None = None
     documents: bool = True
     """Whether attention stops at the borders of documents."""
+    window: int | None = None
+    """Tokens that every other block sees, the first one among them."""
     bucket: int = 1000
     """Elements: many buckets, as a large model has."""
     tolerance: float = 1e-5
@@ -70,7 +72,8 @@ class Case:
     @property
     def model(self):
         wide = {"d_model": self.d_model, "d_ff": 3 * self.d_model} if self.d_model else {}
-        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size, **wide)
+        slides = {"window": self.window, "window_pattern": "sf"} if self.window else {}
+        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size, **wide, **slides)
 
 
 def both(**case):
@@ -118,6 +121,8 @@ CASES = {
         *both(pp=2, tp=2, recompute="selective", head_pieces=2),
         *both(pp=2, tp=2, recompute="ffn"),
         Case(pp=2, tp=2, sequence_parallel=True, recompute="full", n_layers=2, micro_batch=4),
+        # Windows shorter than documents and prompts; the second stage begins with a block that has none.
+        Case(pp=2, tp=2, sequence_parallel=True, recompute="selective", n_layers=3, micro_batch=3, window=6),
     ],
     "4 ranks, schedules": [
         # 12 micro-batches over 4 ranks, 6 over 2; 7 and 11 layers, which no stages divide.
@@ -148,6 +153,7 @@ GPU_CASES = {
     1: [
         *[Case(bf16=True, recompute=how, micro_batch=3) for how in ("none", *RECOMPUTED)],
         Case(bf16=True, head_pieces=3, micro_batch=3),
+        Case(bf16=True, window=6, micro_batch=3),
         Case(micro_batch=3, tolerance=1e-4),
     ],
     2: [
@@ -252,12 +258,12 @@ def train(case):
         for name, parameter in module.named_parameters()
     }
     start = {name: p.detach().clone().cpu() for name, p in parameters.items()}
-    curve, digests, squared_lengths = [], [], []
+    curve, digests, attention_flops = [], [], []
     for step in range(STEPS):
         read = micro_batches(case, step)
         result = engine.step(iter(read), OPTIMIZER.lr, len(read))
         curve.append((result.loss, result.grad_norm))
-        squared_lengths.append(result.squared_lengths)
+        attention_flops.append(result.attention_flops)
         engine.wait()
         digests.append({name: digest(p) for name, p in parameters.items()})
     evaluated = engine.evaluate(iter(micro_batches(case, 99)), accumulation).mean
@@ -274,7 +280,7 @@ def train(case):
     return {
         "case": asdict(case),
         "curve": torch.tensor(curve),
-        "squared_lengths": squared_lengths,
+        "attention_flops": attention_flops,
         "start": start,
         "digests": digests,
         "weights": weights,

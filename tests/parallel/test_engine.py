@@ -48,7 +48,7 @@ every_run = pytest.mark.parametrize("run", [param.values for param in ALL], indi
 
 
 def reference(case):
-    shape = ("kv_heads", "n_layers", "vocab_size", "clip", "d_model", "documents")
+    shape = ("kv_heads", "n_layers", "vocab_size", "clip", "d_model", "documents", "window")
     return plain_loop(Case(**{key: getattr(case, key) for key in shape}))
 
 
@@ -80,8 +80,8 @@ def test_loss_and_gradient_norm_are_those_of_a_plain_loop_on_every_rank(run):
     else:
         torch.testing.assert_close(reports[0]["curve"][:, 0], expected[:, 0], rtol=2e-3, atol=0)
         torch.testing.assert_close(reports[0]["curve"][:, 1], expected[:, 1], rtol=3e-2, atol=0)
-    lengths = [batch(case, step).squared_lengths for step in range(STEPS)]
-    assert all(report["squared_lengths"] == lengths for report in reports)
+    flops = [case.model.attention_flops(batch(case, step).lengths) for step in range(STEPS)]
+    assert all(report["attention_flops"] == flops for report in reports)
 
 
 @every_run

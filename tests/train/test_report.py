@@ -17,6 +17,7 @@ from train.length import StepSize
 from train.report import RunConstants, StepReport, as_record, own_report
 
 LAYOUT = Layout(dp=1, pp=2)
+MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64, max_seq_len=100)
 SPANS = [
     [Span(Action(Pass.F, 0, 0), 0.0, 1.0), Span(Action(Pass.B, 0, 0), 6.0, 8.0)],
     [Span(Action(Pass.F, 1, 0), 1.5, 2.5), Span(Action(Pass.B, 1, 0), 2.5, 5.5)],
@@ -24,7 +25,8 @@ SPANS = [
 
 
 def result(spans=(), skipped=False):
-    return StepResult(2.0, 0.5, skipped=skipped, squared_lengths=800 * 25, spans=list(spans), began=0.0)
+    flops = MODEL.attention_flops([25] * 32)
+    return StepResult(2.0, 0.5, skipped=skipped, attention_flops=flops, spans=list(spans), began=0.0)
 
 
 def opened(rank, *, asked=None, due=False, busy=False, layout=LAYOUT):
@@ -89,7 +91,6 @@ def test_reports_of_a_real_group_of_one(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-MODEL = ModelConfig(n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, d_ff=32, vocab_size=64, max_seq_len=100)
 CONSTANTS = RunConstants(model=MODEL, peak_flops=4e7, bubble_expected={8: 0.25, 16: 0.125})
 SIZE = StepSize(samples_before=48, tokens_before=4800, global_batch=8, seq_len=100, stage=0)
 

@@ -40,7 +40,7 @@ def test_without_a_mask_the_same_tokens_and_labels_have_no_documents():
     with_mask, without = (batch_of(given, eos_id=EOS, document_mask=mask) for mask in (True, False))
     assert without.documents is None and with_mask.documents.lengths == (1, 2)
     assert torch.equal(without.tokens, with_mask.tokens) and torch.equal(without.labels, with_mask.labels)
-    assert (without.squared_lengths, with_mask.squared_lengths) == (9, 5)
+    assert (without.lengths, with_mask.lengths) == ((3,), (1, 2))
 
 
 @pytest.mark.parametrize(("eos_id", "end"), [(None, IGNORED), (EOS, EOS)])
