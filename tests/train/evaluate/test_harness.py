@@ -12,6 +12,7 @@ from launch.cli import main
 from model.generate import Sampling
 from model.problems import BadInput
 from parallel.layout import Layout
+from parallel.scoring import Score
 from tests.faults.tokenizer_kinds import KINDS as FOREIGN
 from tests.model.test_huggingface import Drawn
 from tests.ranks import run_ranks
@@ -177,13 +178,22 @@ def test_examples_and_the_limit_are_those_of_lm_eval(models, own):
     ]
 
 
-def test_an_evaluation_reads_and_writes_nothing_again_and_draws_nothing(own, monkeypatch):
+class Sure:
+    """What asks a model that is sure of all it is asked."""
+
+    def score(self, requests):
+        return [Score(0.0, True) for _ in requests]
+
+
+def test_an_evaluation_reads_and_writes_nothing_again_draws_nothing_and_keeps_no_answers(own, monkeypatch):
     _, tasks, speech, leader = own
-    task = opened("own_choice", tasks, speech, shots=1)
+    task = opened("own_cloze", tasks, speech)
     first = task.evaluate(leader)
     before = random.getstate(), np.random.get_state()[1].tolist()
     monkeypatch.setattr("datasets.load_dataset", refuse)
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.fewshot_context", refuse)
+    monkeypatch.setattr(HarnessModel, "tok_encode", refuse)
+    assert task.evaluate(Sure()) == {"acc": 1.0, "perplexity": 1.0} != first
     assert task.evaluate(leader) == first
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
