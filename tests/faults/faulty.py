@@ -7,13 +7,14 @@ import shutil
 import sys
 import time
 
+import psutil
 import torch
 import wandb
 
 from model import generate
 from parallel import pipeline, zero
 from parallel.engine import Engine
-from train import farewell, profiling, run, spikes, timeline
+from train import profiling, run, sample, spikes, timeline
 from train.checkpoint.saver import Saver
 from train.checkpoint.storage import Writer
 from train.pretrain import main
@@ -114,7 +115,9 @@ def losses(first):
     over_all_ranks = Engine._over_all_ranks
 
     def spoilt(self, *arguments):
-        return over_all_ranks(self, *arguments) * (math.nan if STEPS[0] + 1 > int(first) else 1.0)
+        sums = over_all_ranks(self, *arguments)
+        sums[0] *= math.nan if STEPS[0] + 1 > int(first) else 1.0
+        return sums
 
     Engine._over_all_ranks = spoilt
     after_step(lambda engine, step: None)
@@ -127,7 +130,7 @@ def fails(*named):
         raise RuntimeError("as the test asks")
 
     where = {
-        "samples": (farewell, "sample_text"),
+        "samples": (sample, "sample_text"),
         "draw": (generate.Decoder, "prefill"),
         "timeline": (timeline, "draw"),
         "profile": (profiling, "write"),
@@ -180,6 +183,17 @@ def deleted(folder, step):
             shutil.rmtree(folder)
 
     after_step(delete)
+
+
+def wandb_stops(step):
+    """W&B's process is stopped after a step, and stays so."""
+
+    def stop(engine, taken):
+        if taken == int(step):
+            (core,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+            core.suspend()
+
+    after_step(stop)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conf.validate import Machine, validate
+from tests.launch.wandb_parts import logged_steps
 from tests.ranks import nursery
 from tests.shapes import preset
 from tests.train.checkpoint import runs
@@ -69,7 +70,8 @@ def diverged(overrides, tmp_path_factory):
     def of_case(case):
         fault, asked, num, *_ = DIVERGENCES[case]
         folder = tmp_path_factory.mktemp("diverged")
-        return folder, run(folder, fault, *overrides, "checkpoint.keep_last=2", *asked, num=num, code=DIVERGED)
+        more = ["checkpoint.keep_last=2", f"alerts.command=[tee,-a,'{folder}/told']"]
+        return folder, run(folder, fault, *overrides, *more, *asked, num=num, code=DIVERGED)
 
     return of_case
 
@@ -86,6 +88,10 @@ def test_a_run_that_diverges_stops_says_so_and_keeps_what_is_finite(case, diverg
     assert max(steps_saved(folder), default=None) == newest
     assert (f"train.skip_steps=[{ends - 5}-{ends}] passes over it" in said) is ("6 steps in a row" in why)
     assert ("no checkpoint is finite" if newest is None else f"goes on from step {newest}") in said
+    told = [json.loads(one) for one in (folder / "told").read_text().replace("}{", "}\n{").splitlines()]
+    titles = [alert["title"] for alert in told]
+    assert titles[-1] == "diverged" and ("steps skipped" in titles) is ("6 steps in a row" in why)
+    assert told[-1]["step"] == ends and why in told[-1]["text"]
 
 
 @pytest.mark.launch
@@ -195,9 +201,21 @@ def test_text_that_has_no_utf8_form_is_refused(override, key):
 
 
 @pytest.mark.launch
+def test_a2_a_wandb_process_that_is_stopped_costs_no_step_and_no_record(overrides, tmp_path):
+    """Its client would wait for it for good: for room in a socket (tests/train/test_wandb_log.py), and at the end."""
+    steps, wandb = 6, ["wandb.mode=offline", "wandb.finish_seconds=10"]
+    more = ["checkpoint.enabled=false", f"train.max_steps={steps}"]
+    said = run(tmp_path, ["wandb_stops", "3"], *overrides, *more, *wandb)
+    assert said.count("W&B has not taken all records within 10 s (wandb.finish_seconds)") == 1
+    assert summary(tmp_path)["complete"] and list(runs.curve(tmp_path)) == list(range(1, steps + 1))
+    assert logged_steps(tmp_path / "wandb") == list(range(1, steps + 1))
+    assert summary(tmp_path)["wandb"]["parts"] == 2 and "lacks_records" not in summary(tmp_path)["wandb"]
+
+
+@pytest.mark.launch
 def test_a3_a_disk_that_stays_full_costs_no_step_and_the_exit_code_tells(overrides, tmp_path):
     more = ["checkpoint.enabled=false", "wandb.mode=offline", "train.log_every=1"]
-    said = run(tmp_path, ["full", "3000"], *overrides, *more, code=LOST)
+    said = run(tmp_path, ["full", "4200"], *overrides, *more, code=LOST)  # the output of the rank is a file as well
     assert said.count("metrics.jsonl cannot be written ([Errno 27] File too large)") == 1
     assert "Traceback" not in said and "Logging error" not in said and f"step {STEPS}/{STEPS}" in said
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -117,18 +117,20 @@ from tests.shapes import preset
 from train.tracking import Tracker
 
 config = preset("tiny", "wandb.mode=offline", "wandb.finish_seconds=2")
-tracker = Tracker(config, Path(sys.argv[1]), steps=2, facts={})
+tracker = Tracker(config, Path(sys.argv[1]), steps=500, facts={})
 figures = {"loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "seconds": 1.0, "tokens_per_second": 1.0}
 tracker.step({"step": 1, "tokens": 8, **figures})
 assert tracker.wandb.wait(20.0)
 (core,) = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
 core.suspend()
+for step in range(2, 402):  # its socket has room for 150
+    tracker.step({"step": step, "tokens": 8 * step, **figures, "wait_seconds": [0.1] * 30})
 print(core.pid)
 raise SystemExit("as the test asks")
 """
 
 
-def test_python_ends_though_wandbs_process_is_stopped(tmp_path):
+def test_steps_are_taken_and_python_ends_though_wandbs_process_is_stopped(tmp_path):
     ran = subprocess.run([sys.executable, "-c", FAILS, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1 and "as the test asks" in ran.stderr, ran.stderr
     assert "W&B does not answer, and its process is ended; metrics.jsonl has what it misses" in ran.stderr
