@@ -110,3 +110,36 @@ def test_the_command_has_the_same_numbers(evaluated, capsys, tmp_path):
     assert ranks.wait(120) == [0] * 4, (tmp_path / "rank0.log").read_text()
     assert found_after(json.loads((tmp_path / "found.json").read_text())) == pytest.approx(expected, rel=1e-5)
     assert not any((tmp_path / f"rank{rank}.log").read_text() for rank in range(1, 4))
+
+
+def test_what_cannot_be_measured_is_said_at_once(evaluated, capsys, tmp_path):
+    run = str(evaluated.root / "pp1")
+    asked = ["--tasks", "nothing", "--sets", "d", "--sets", f"e={tmp_path}/e", "--limit", "0", "--pp", "9"]
+    assert main(["eval", run, *asked]) == 2
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        *["--pp=9", "--limit=0", "--tasks=nothing", "--sets=d", f"--sets.e.path={tmp_path}/e"],
+    ]
+    assert main(["eval", run, "--tasks", "{path: [}"]) == 2
+    assert "cannot be read; {path: FILE} would work" in capsys.readouterr().err
+
+
+def test_weights_from_elsewhere_are_measured_on_what_is_named(evaluated, corpus, capsys, monkeypatch, tmp_path):
+    """An exported model: no run is known of it, and text stands behind whatever its tokenizer puts there, nothing."""
+    monkeypatch.setenv("DEEPNARROW_CACHE", str(tmp_path / "cache"))
+    exported = str(tmp_path / "exported")
+    assert main(["export", str(evaluated.root / "pp1"), exported]) == 0
+    capsys.readouterr()
+    assert main(["eval", exported]) == 2
+    assert "says nothing that is to be measured; --tasks or --sets would" in capsys.readouterr().err
+    assert main(["eval", exported, "--tasks", "continuation"]) == 2
+    assert "made of the held-out documents of a run" in capsys.readouterr().err
+    words = str(evaluated.root / "words.jsonl")
+    given = ["--tasks", words, "--sets", f"c={{path: '{corpus}/c[a-m]*.py', source: files}}", "--json"]
+    assert main(["eval", exported, *given]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(evaluated.root / "pp1"), *given]) == 0
+    of_run = json.loads(capsys.readouterr().out)
+    assert found["tasks"]["words"] != of_run["tasks"]["words"]
+    # All of the text, in longer sequences whose documents see each other, and not the run's nine sequences.
+    mine, other = found["val_sets"]["c"], of_run["val_sets"]["c"]
+    assert mine != other and mine["loss"] == pytest.approx(other["loss"], rel=0.02) and found["step"] is None
