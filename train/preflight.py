@@ -250,7 +250,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         BadInput: another process holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / LOCK, timeout=0.5)  # `deepnarrow runs` holds it for an instant to see whether it is held
+    lock = FileLock(run_dir / LOCK, timeout=1.0)  # `deepnarrow runs` holds it for an instant to see whether it is held
     try:
         lock.acquire()
     except Timeout:

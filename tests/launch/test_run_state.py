@@ -144,7 +144,7 @@ def test_a_look_at_the_lock_holds_nobody_up(tmp_path):
     def look():
         with held(tmp_path, fcntl.LOCK_SH):
             began.set()
-            time.sleep(0.1)
+            time.sleep(0.05)
 
     looking = threading.Thread(target=look)
     looking.start()
