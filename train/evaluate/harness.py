@@ -42,15 +42,6 @@ def problems(spec: TaskSpec, asked: Asked) -> list[str]:
     return []
 
 
-def open_task(spec: TaskSpec, asked: Asked, speech: Speech) -> "HarnessTask":
-    """Open a task, a group or a tag of lm-eval: read its data, and write down what will be asked.
-
-    Raises:
-        BadInput: it is not there, its data cannot be read, or it asks for what cannot be answered here.
-    """
-    return HarnessTask(spec, asked, speech)
-
-
 class HarnessTask:
     """A task, a group or a tag of lm-eval, with its questions written.
 
@@ -61,6 +52,9 @@ class HarnessTask:
     Attributes:
         name: of its figures.
         notes: what is to be said of it, in a clause each.
+
+    Raises:
+        BadInput: it is not there, its data cannot be read, or it asks for what cannot be answered here.
     """
 
     def __init__(self, spec: TaskSpec, asked: Asked, speech: Speech):
@@ -146,7 +140,7 @@ def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:
         What lm-eval's `TaskManager.load` returns: `tasks` by name, `groups` by name, `group_map`.
 
     Raises:
-        BadInput: see `open_task`.
+        BadInput: see `HarnessTask`.
     """
     said, name = f"{spec.key}={spec.given}", spec.given.removeprefix(LM_EVAL)
     if importlib.util.find_spec("lm_eval") is None:

@@ -145,7 +145,7 @@ def check(specs: Sequence[TaskSpec], asked: Asked) -> list[str]:
             from train.evaluate import harness
 
             problems += harness.problems(spec, asked)
-    return problems
+    return [*dict.fromkeys(problems)]  # a folder of tasks that is not there is what keeps each of them
 
 
 def open_task(spec: TaskSpec, asked: Asked, speech: Speech) -> Task:
@@ -161,7 +161,7 @@ def open_task(spec: TaskSpec, asked: Asked, speech: Speech) -> Task:
     if spec.given.startswith(LM_EVAL):
         from train.evaluate import harness
 
-        return harness.open_task(spec, asked, speech)
+        return harness.HarnessTask(spec, asked, speech)
     from train.evaluate.file_task import FileTask
 
     return FileTask(spec, asked, speech)

@@ -14,9 +14,8 @@ from tests.ranks import report
 from tests.train.evaluate.local_tasks import NAMES
 from train.agreement import control_group
 from train.data.tokenizer import Encoder, eos_id, load_tokenizer
-from train.evaluate.harness import HarnessTask, open_task
 from train.evaluate.lead import Leader, led
-from train.evaluate.tasks import Asked, Speech
+from train.evaluate.tasks import Asked, Speech, Task, open_task
 from train.pretrained import open_source
 
 
@@ -32,7 +31,7 @@ def scorer_of(checkpoint: Path, layout: Layout) -> Scorer:
     return load_scorer(open_source(checkpoint).weights, layout, torch.device("cpu"), torch.float32)
 
 
-def opened(name: str, tasks: Path, speech: Speech, **asked: Any) -> HarnessTask:
+def opened(name: str, tasks: Path, speech: Speech, **asked: Any) -> Task:
     (spec,), problems = task_specs([f"lm_eval/{name}"])
     assert not problems
     return open_task(spec, Asked(include_path=str(tasks), **asked), speech)

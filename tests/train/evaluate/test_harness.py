@@ -16,7 +16,7 @@ from parallel.scoring import Score
 from tests.faults.tokenizer_kinds import KINDS as FOREIGN
 from tests.model.test_huggingface import Drawn
 from tests.ranks import run_ranks
-from tests.shapes import small
+from tests.shapes import preset, small
 from tests.train.evaluate.local_tasks import COMPLETED, PROMPTS, TALES, write_tasks
 from train.data.tokenizer import size, train_tokenizer
 from train.pretrained import Source, open_source, write_checkpoint
@@ -31,7 +31,7 @@ from tests.train.evaluate.harnessed import by_lm_eval, opened, ours, scorer_of, 
 from train.evaluate import harness
 from train.evaluate.harness_model import Generation, HarnessModel
 from train.evaluate.lead import Leader
-from train.evaluate.tasks import Asked
+from train.evaluate.tasks import Asked, check, open_task
 
 
 def _own():
@@ -205,12 +205,11 @@ def refuse(*arguments, **settings):
 def test_a_task_that_was_checked_is_not_loaded_again(own, monkeypatch):
     _, tasks, speech, _ = own
     (spec,), _ = task_specs(["lm_eval/own_text"])
-    asked = Asked(include_path=str(tasks))
-    assert harness.problems(spec, asked) == []
+    asked = Asked.of(preset(f"eval.include_path={tasks}", "eval.tasks=[lm_eval/own_text]"))
+    assert check([spec], asked) == []
     with monkeypatch.context() as during:
         during.setattr("datasets.load_dataset", refuse)
-        assert harness.open_task(spec, asked, speech).name == "lm_eval/own_text"
-    assert harness.problems(spec, asked) == []
+        assert open_task(spec, asked, speech).name == "lm_eval/own_text"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_what_cannot_be_asked_is_said_before_a_process_starts(name, said, own, m
     (spec,), _ = task_specs([f"lm_eval/{name}"])
     (problem,) = harness.problems(spec, Asked(include_path=str(tasks)))
     assert problem.startswith("eval.tasks=" + said.replace("TASKS", str(tasks)))
-    (problem,) = harness.problems(spec, Asked(include_path=str(tasks / "none")))
+    (problem,) = check([spec, *task_specs(["lm_eval/own_text"])[0]], Asked(include_path=str(tasks / "none")))
     assert problem.startswith(f"eval.include_path={tasks / 'none'}: is no folder; one with the YAML files")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (problem,) = harness.problems(spec, Asked())
