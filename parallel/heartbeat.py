@@ -56,7 +56,7 @@ class Phase(IntEnum):
 OF_ALL = (Phase.START, Phase.LOAD, Phase.AGREE, Phase.REPORT, Phase.EVALUATE, Phase.SAVE, Phase.SAMPLE, Phase.END)
 """Phases that end when all ranks have come to them."""
 PATIENT = (Phase.START, Phase.LOAD, Phase.KEEP, Phase.TASKS, Phase.SAVE, Phase.SAMPLE, Phase.END)
-"""Phases that may take long: they read or write a whole checkpoint, a corpus, tasks or a trace, or take leave of W&B."""
+"""Phases that may take long: they read or write a whole checkpoint, a corpus, tasks or a trace, or leave W&B."""
 _ISSUED = (Phase.PASS, Phase.REDUCE, Phase.AGREE, Phase.UPDATE, Phase.EVALUATE)
 """Phases in which a host may have told its device to do what that has not come to."""
 SAID = {
