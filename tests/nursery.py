@@ -11,21 +11,31 @@ from pathlib import Path
 
 
 def main():
-    import functorch.compile  # noqa: F401 - this and the next are DeepSpeed's, when an engine is made
-    import torch._dynamo.testing  # noqa: F401
+    talk = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what imports or forks print must not look like an answer
 
+    import deepspeed.module_inject.auto_ep_layer  # noqa: F401 - this and the next two are DeepSpeed's, in an engine
+    import fsspec  # noqa: F401
+    import functorch.compile  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.pyplot  # noqa: F401 - for the timeline of a step, as rank 0 of every pipeline draws it
+    import torch._dynamo.testing  # noqa: F401
+    from hydra.core.plugins import Plugins
+
+    import conf.schema
     import parallel.deepspeed_engine
     import train.data.build
+    import train.like
     import train.loop
     import train.pretrain  # noqa: F401 - a rank runs it anew, and finds what it imports
 
+    conf.schema.register()
+    Plugins.instance()
     # A rank asks for it, and each would ask the compiler anew what this machine can build.
     parallel.deepspeed_engine.deepspeed.ops.__compatible_ops__  # noqa: B018
     gc.collect()
     gc.freeze()  # a rank that collects garbage would go through all of this, and copy the pages it lies on
 
-    talk = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what imports or forks print must not look like an answer
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)

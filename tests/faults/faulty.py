@@ -14,8 +14,8 @@ import wandb
 from model import generate
 from parallel import pipeline, zero
 from parallel.engine import Engine
+from tests.train.checkpoint.patient import saves_are_waited_for
 from train import profiling, run, sample, spikes, timeline
-from train.checkpoint.saver import Saver
 from train.checkpoint.storage import Writer
 from train.pretrain import main
 
@@ -34,17 +34,6 @@ def after_step(act):
         return result
 
     Engine.step = stepped
-
-
-def saves_are_waited_for():
-    """No save is left out since the one before is still being written, however slow the machine is."""
-    save = Saver.save
-
-    def save_at_once(self, *arguments, **more):
-        save(self, *arguments, **more)
-        self._thread.join()
-
-    Saver.save = save_at_once
 
 
 def gradients(first, last):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -131,15 +132,18 @@ class NoSignals:
     first = fatal = None
 
 
-def start_by_fork(faults: list[dict], num: int, folder: Path, pids: list[int], look_too: Callable[[], object]):
-    """Make what `Persistence.run` starts a run with, once; `look_too` is called whenever it looks."""
+def start_by_fork(faults: list[dict], num: int, folder: Path, left: list[int], look_too: Callable[[], object]):
+    """Make what `Persistence.run` starts a run with, once; `look_too` is called whenever it looks.
+
+    The ids of ranks that are there when a start has ended are added to `left`.
+    """
+    starts = count(1)
 
     def start(arguments, environment, look) -> int:
-        module, before = ("tests.faults.held_up", [json.dumps(faults)]) if faults else ("train.pretrain", [])
-        logs = folder.parent / f"{folder.name}-start-{len(pids) // num + 1}"
+        module, before = ("tests.faults.held_up", [json.dumps(faults)]) if faults else (runs.PATIENT, [])
+        logs = folder.parent / f"{folder.name}-start-{next(starts)}"
         logs.mkdir()
         ranks = nursery().start(module, num, [*before, *arguments], logs, **environment)
-        pids.extend(ranks.pids)
         while None in ranks.codes and not any(ranks.codes):
             if look():
                 ranks.signal(signal.SIGKILL)
@@ -148,6 +152,7 @@ def start_by_fork(faults: list[dict], num: int, folder: Path, pids: list[int], l
         look()
         first = next((code for code in ranks.codes if code), 0)
         ranks.wait(1.0)
+        left.extend(filter(psutil.pid_exists, ranks.pids))  # at once: the system uses process ids again
         look_too()
         return 128 - first if first < 0 else first
 
@@ -162,14 +167,14 @@ def run(
     settings: LaunchConfig,
     look_too: Callable[[], object] = lambda: None,
 ) -> tuple[int, list[int]]:
-    """Run to the end, kept going; the exit code and the process ids of all ranks there were."""
+    """Run to the end, kept going; the exit code and the process ids of ranks that a start has left."""
     grid, more = LAYOUTS[layout]
     folder.mkdir(parents=True, exist_ok=True)
     given = [*runs.DEFAULTS, *OVERRIDES, *overrides, *more, f"hydra.run.dir={folder}"]
     given = list({word.partition("=")[0]: word for word in given}.values())  # the last of each key
-    pids: list[int] = []
-    start = start_by_fork(faults, grid.world_size, folder, pids, look_too)
-    return Persistence(grid, folder, settings, given).run(start, given, NoSignals()), pids
+    left: list[int] = []
+    start = start_by_fork(faults, grid.world_size, folder, left, look_too)
+    return Persistence(grid, folder, settings, given).run(start, given, NoSignals()), left
 
 
 def undisturbed_in(home: Path, overrides: list[str]) -> Callable[..., Path]:
@@ -235,8 +240,8 @@ def inject(
         passes = [f"train.skip_steps=[{fault.plant['step']}]"] if fault.ending.weights == "passed over" else []
         alone = undisturbed(fault.layout, *(more if fault.needs == "tokens" else []), *fault.more, *passes)
         given = [*overrides, *more, *fault.more]
-        code, pids = run(given, fault.layout, folder, [plant], LaunchConfig(3, stall), watched.look)
-        return judged(fault, code, pids, folder, alone, watched)
+        code, left = run(given, fault.layout, folder, [plant], LaunchConfig(3, stall), watched.look)
+        return judged(fault, code, left, folder, alone, watched)
 
 
 @contextmanager
@@ -274,7 +279,7 @@ def tokens_of(run: Path, cache: Path) -> Path:
     return token_file(cache / manifest.read(newest_first(run / CHECKPOINTS)[0]).data, 0, "train")
 
 
-def judged(fault: Fault, code: int, pids: list[int], folder: Path, undisturbed: Path, watched: Watched) -> Outcome:
+def judged(fault: Fault, code: int, left: list[int], folder: Path, undisturbed: Path, watched: Watched) -> Outcome:
     """Compare what came of a fault with what is to come of it."""
     ending, outcome = fault.ending, Outcome(code)
     events, failed = folder / "events.jsonl", []
@@ -297,7 +302,7 @@ def judged(fault: Fault, code: int, pids: list[int], folder: Path, undisturbed: 
         f"it was noticed after {outcome.noticed} s, not {WITHIN:g}": outcome.noticed is None
         or outcome.noticed > WITHIN,
         "it has never happened": watched.planted is None,
-        "ranks are left": any(psutil.pid_exists(pid) for pid in pids),
+        f"ranks are left: {left}": bool(left),
     }
     outcome.wrong = [text for text, so in wrong.items() if so]
     if not outcome.wrong:

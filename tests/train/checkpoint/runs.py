@@ -10,9 +10,11 @@ from tests.ranks import nursery
 from train.checkpoint import manifest
 
 STEPS = 12
+PATIENT = "tests.train.checkpoint.patient"
+"""The module of a run that makes all saves that are due: else one is left out while another is still being written."""
 DEFAULTS = [
     *["sample.tokens=0", "train.val_every=4", "train.val_sequences=4", f"train.max_steps={STEPS}"],
-    *["checkpoint.keep_last=100", "checkpoint.every_steps=2", "wandb.mode=disabled"],
+    *["checkpoint.keep_last=100", "checkpoint.every_steps=2", "wandb.mode=disabled", "train.timeline_at=[]"],
 ]
 
 
@@ -25,9 +27,9 @@ def start(folder, num, *overrides, module="train.pretrain", before=(), **environ
     return nursery().start(module, num, arguments, folder, **environment)
 
 
-def finish(folder, num, *overrides, code=0):
+def finish(folder, num, *overrides, code=0, module="train.pretrain"):
     """The same, to its end; what was said."""
-    codes = start(folder, num, *overrides).wait(120)
+    codes = start(folder, num, *overrides, module=module).wait(120)
     said = "".join((folder / f"rank{rank}.log").read_text() for rank in range(num))
     assert codes == [code] * num, f"{codes}\n{said[-4000:]}"
     return said

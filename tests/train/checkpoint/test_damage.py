@@ -11,6 +11,7 @@ from tests.train.checkpoint import runs
 from tests.train.checkpoint.runs import STEPS
 from train.checkpoint import manifest
 
+BUSY = "is not saved: the save before is still being written"
 FILES = ["manifest.json", "tokenizer.json", "rank00000.safetensors", "rank00001.safetensors"]
 
 
@@ -87,15 +88,23 @@ def hindered(folder, how, *overrides):
     return runs.start(folder, 2, *overrides, "parallel.pp=2", module="tests.train.checkpoint.hindered", before=how)
 
 
+def failed_or_left_out(said, failure, saves):
+    """Whether so many saves were due, of which each has failed or came while the one before was still being tried."""
+    failed, left_out = said.count(failure), said.count(BUSY)
+    return failed >= 2 and failed + left_out == saves
+
+
 @pytest.mark.launch
 def test_a_full_disk_costs_no_step_and_no_checkpoint(overrides, undisturbed, tmp_path):
-    runs.finish(tmp_path, 2, *overrides, "parallel.pp=2", "train.max_steps=4")
+    runs.finish(tmp_path, 2, *overrides, "parallel.pp=2", "train.max_steps=4", module=runs.PATIENT)
     assert (tmp_path / "checkpoints" / "latest").resolve() == runs.saved(tmp_path, 4)
     # One rank of the two can write no file beyond 100 kB.
     ranks = hindered(tmp_path, ["1", "limit", "100000"], *overrides, "wandb.mode=offline")
     assert 1 in ranks.wait(60)
     said = (tmp_path / "rank0.log").read_text()
-    assert said.count("could not be saved (OSError on rank 1: [Errno 27] File too large)") == (STEPS - 4) // 2
+    assert failed_or_left_out(
+        said, "could not be saved (OSError on rank 1: [Errno 27] File too large)", (STEPS - 4) // 2
+    )
     assert "goes on from the save before" not in said and "done" in said
     assert runs.curve(tmp_path) == runs.curve(undisturbed)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -119,7 +128,7 @@ def test_a_folder_that_takes_nothing_costs_no_step(overrides, undisturbed, tmp_p
     told = json.loads(failure_of(beats, 0).read_text())  # to whoever may start the run again
     assert told["reason"].startswith(f"step {STEPS} could not be saved (")
     said = (tmp_path / "rank0.log").read_text()
-    assert said.count("could not be saved") == STEPS // 2
+    assert failed_or_left_out(said, "could not be saved", saves=STEPS // 2)
     assert runs.curve(tmp_path) == runs.curve(undisturbed)
 
 
@@ -132,7 +141,7 @@ def test_a_slow_disk_has_one_save_at_a_time_and_training_goes_on(overrides, undi
         time.sleep(0.01)
     assert ranks.wait(60) == [0, 0] and most == 1
     said = (tmp_path / "rank0.log").read_text()
-    skipped = said.count("is not saved: the save before is still being written")
+    skipped = said.count(BUSY)
     saved = len(list((tmp_path / "checkpoints").glob("step-*")))
     assert skipped >= 3 and saved >= 2 and skipped + saved == STEPS
     assert runs.curve(tmp_path) == runs.curve(undisturbed)

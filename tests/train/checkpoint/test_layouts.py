@@ -6,7 +6,8 @@ import torch
 from tests.train.checkpoint import runs
 
 # Seven layers, which no layout divides evenly; two key/value heads, which four ranks hold twice; a vocabulary of 403.
-SHAPE = ["model.n_layers=7", "model.vocab_size=403", "checkpoint.every_steps=4"]
+STEPS = 8
+SHAPE = ["model.n_layers=7", "model.vocab_size=403", f"train.max_steps={STEPS}"]
 WIDE = ["parallel.pp=2", "parallel.tp=2", "parallel.dp=2", "parallel.schedule=zbv"]
 OTHERS = {
     "one process": (1, []),
@@ -24,14 +25,14 @@ def base(overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(base, tmp_path_factory):
-    """Eight processes, twelve steps, saved after four and eight."""
+    """Eight processes, saved after four steps among others."""
     folder = tmp_path_factory.mktemp("wide")
-    runs.finish(folder, 8, *base, *WIDE)
+    runs.finish(folder, 8, *base, *WIDE, module=runs.PATIENT)
     return folder
 
 
 def go_on(folder, num, base, layout, checkpoint):
-    runs.finish(folder, num, *base, *layout, f"resume={checkpoint}")
+    runs.finish(folder, num, *base, *layout, f"resume={checkpoint}", module=runs.PATIENT)
 
 
 def assert_same_curve(folder, other, steps, tolerance=1e-4):
@@ -51,8 +52,8 @@ def assert_same_tensors(checkpoint, other):
 @pytest.mark.launch
 def test_the_same_layout_goes_on_to_the_last_bit(uninterrupted, base, tmp_path):
     go_on(tmp_path, 8, base, WIDE, runs.saved(uninterrupted, 4))
-    assert_same_curve(tmp_path, uninterrupted, range(5, 13), tolerance=0)
-    assert runs.digests(runs.saved(tmp_path, 12)) == runs.digests(runs.saved(uninterrupted, 12))
+    assert_same_curve(tmp_path, uninterrupted, range(5, STEPS + 1), tolerance=0)
+    assert runs.digests(runs.saved(tmp_path, STEPS)) == runs.digests(runs.saved(uninterrupted, STEPS))
 
 
 @pytest.mark.launch
@@ -60,17 +61,17 @@ def test_the_same_layout_goes_on_to_the_last_bit(uninterrupted, base, tmp_path):
 def test_another_layout_goes_on_within_rounding(name, uninterrupted, base, tmp_path):
     num, layout = OTHERS[name]
     go_on(tmp_path, num, base, layout, runs.saved(uninterrupted, 4))
-    assert_same_curve(tmp_path, uninterrupted, range(5, 13))
-    assert_same_tensors(runs.saved(tmp_path, 12), runs.saved(uninterrupted, 12))
+    assert_same_curve(tmp_path, uninterrupted, range(5, STEPS + 1))
+    assert_same_tensors(runs.saved(tmp_path, STEPS), runs.saved(uninterrupted, STEPS))
 
 
 @pytest.mark.launch
 def test_and_back_again(uninterrupted, base, tmp_path):
     narrow, wide = tmp_path / "narrow", tmp_path / "wide"
     go_on(narrow, 3, base, ["parallel.pp=3"], runs.saved(uninterrupted, 4))
-    go_on(wide, 8, base, WIDE, runs.saved(narrow, 8))
-    assert_same_curve(wide, uninterrupted, range(9, 13))
-    assert_same_tensors(runs.saved(wide, 12), runs.saved(uninterrupted, 12))
+    go_on(wide, 8, base, WIDE, runs.saved(narrow, 6))
+    assert_same_curve(wide, uninterrupted, range(7, STEPS + 1))
+    assert_same_tensors(runs.saved(wide, STEPS), runs.saved(uninterrupted, STEPS))
 
 
 @pytest.mark.launch
