@@ -54,7 +54,7 @@ def test_what_a_run_has_done_and_will_is_listed(folder):
 
 def test_without_a_checkpoint_the_pace_is_that_of_the_last_steps(tmp_path):
     write_run(tmp_path / "a", records(400), {**ELSEWHERE, **OPEN})
-    write_run(tmp_path / "b", records(400), {**ELSEWHERE, **OPEN}, checkpoints={"step-00000395": 20})  # too near
+    write_run(tmp_path / "b", records(400), {**ELSEWHERE, **OPEN}, checkpoints={"step-00000395": 500})  # too near
     write_run(tmp_path / "c", records(400), {**ELSEWHERE, **OPEN}, checkpoints={"step-00000100": 4000})  # earlier start
     assert [one.seconds_left for one in list_runs([tmp_path], NOW)] == [pytest.approx(600 * 2.0)] * 3
 
