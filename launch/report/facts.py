@@ -201,7 +201,12 @@ def differences(runs: Sequence[ShownRun]) -> list[Row]:
 
 
 def _setting(settings: dict[str, Any], key: str) -> str:
-    return str(getattr(settings[key], "name", settings[key])) if key in settings else "(no such key)"
+    return setting(settings[key]) if key in settings else "(no such key)"
+
+
+def setting(value: Any) -> str:
+    """Write the value of a setting: an enum by its name, a float without the digits that it cannot have had."""
+    return f"{value:.12g}" if isinstance(value, float) else str(getattr(value, "name", value))
 
 
 def notes(run: ShownRun) -> list[str]:

@@ -57,9 +57,13 @@ class History:
         return dict(sorted(found.items(), key=lambda one: int(one[0]) if one[0].isdigit() else -1))
 
     @cached_property
-    def hours(self) -> Floats:
-        """The seconds of the steps up to each, in hours: without validations, saves and restarts between them."""
-        return np.asarray(np.nancumsum(self["seconds",]) / 3600)
+    def against(self) -> dict[str, Floats]:
+        """What curves can be drawn against, by name: step, tokens, and hours.
+
+        Hours are the seconds of the steps up to each, without validations, saves and restarts between them.
+        """
+        hours = np.asarray(np.nancumsum(self["seconds",]) / 3600)
+        return {"step": self["step",], "tokens": self["tokens",], "hours": hours}
 
 
 def history_of(chunks: Iterable[Columns]) -> History:

@@ -54,6 +54,12 @@ function bars(plot) {
   }));
 }
 
+// The range of all curves together, so that what lies above one another happened at the same time.
+function whole() {
+  const [low, high] = DATA.extents[state.axis];
+  return state.log ? [Math.log10(low), Math.log10(high)] : [0, high * 1.02];
+}
+
 function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
@@ -83,7 +89,7 @@ function layout(plot) {
     },
     xaxis: { ...grid },
   };
-  if (plot.percent) made.yaxis.tickformat = ".3~p";
+  if (plot.percent) Object.assign(made.yaxis, { tickformat: ".3~p", autorangeoptions: { minallowed: 0, maxallowed: 1 } });
   // Without a format, plotly.js writes a lone 2 or 5 between powers of ten.
   if (plot.log) Object.assign(made.yaxis, { tickformat: ".3~g", dtick: plot.decades > 5 ? 1 : plot.decades > 1 ? "D2" : undefined });
   else if (plot.small) made.yaxis.tickformat = ".3~g"; // not 300µ
@@ -92,9 +98,10 @@ function layout(plot) {
     made.xaxis.type = state.log ? "log" : "linear";
     made.xaxis.exponentformat = "B";
     if (state.log) made.xaxis.nticks = 8;
-    if (state.range) made.xaxis.range = [...state.range];
+    made.xaxis.range = state.range ? [...state.range] : whole();
   } else {
-    made.xaxis.type = "category";
+    Object.assign(made.xaxis, { type: "category", title: { text: plot.across, standoff: 6 } });
+    if (plot.top) made.yaxis.range = [0, plot.top]; // the same of all runs
   }
   return made;
 }
@@ -102,7 +109,6 @@ function layout(plot) {
 const CONFIG = {
   displaylogo: false,
   responsive: true,
-  displayModeBar: "hover",
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
   toImageButtonOptions: { format: "svg" },
 };
@@ -111,7 +117,8 @@ function draw(plot) {
   const box = document.getElementById(plot.id);
   box.closest("figure").hidden = plot.run !== undefined && state.hidden.has(plot.run);
   const traces = plot.kind === "curves" ? curves(plot) : bars(plot);
-  return Plotly.react(box, traces, layout(plot), CONFIG).then(() => {
+  const config = { ...CONFIG, displayModeBar: plot.kind === "shares" ? false : "hover" }; // where the legend is
+  return Plotly.react(box, traces, layout(plot), config).then(() => {
     if (plot.kind === "curves" && !box.dataset.listens) {
       box.dataset.listens = "yes";
       box.on("plotly_relayout", (change) => zoomed(plot, change));
@@ -127,7 +134,7 @@ function zoomed(from, change) {
   state.range = range[0] === undefined ? null : range;
   following = true;
   const others = DATA.plots.filter((plot) => plot.kind === "curves" && plot !== from);
-  const update = state.range ? { "xaxis.range": [...state.range] } : { "xaxis.autorange": true };
+  const update = { "xaxis.range": state.range ? [...state.range] : whole() };
   Promise.all(others.map((plot) => Plotly.relayout(plot.id, update))).finally(() => { following = false; });
 }
 
@@ -137,6 +144,7 @@ async function drawAll() {
   const mine = ++turn;
   for (const mark of document.querySelectorAll("[data-color]")) {
     mark.style.setProperty("--run", color(Number(mark.dataset.color)));
+    mark.classList.toggle("again", Number(mark.dataset.color) >= COLORS.light.length);
   }
   for (const plot of DATA.plots) {
     await draw(plot);

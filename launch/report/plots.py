@@ -76,7 +76,15 @@ class Plots:
         """
         plots = [plot for section in self.sections for plot in section["plots"]]
         names = [run.name for run in self.runs]
-        return {"runs": names, "axes": AXES, "axis": axis, "positions": self.positions, "plots": plots}
+        extents = {name: self._extent(name) for name in AXES}
+        facts = {"runs": names, "axes": AXES, "axis": axis, "extents": extents}
+        return {**facts, "positions": self.positions, "plots": plots}
+
+    def _extent(self, axis: str) -> list[float]:
+        """Return the lowest position above zero and the highest of all runs on an axis."""
+        columns = [run.history.against[axis] for run in self.runs]
+        found = np.concatenate([column[column > 0] for column in columns] or [np.empty(0)])
+        return [float(found.min()), float(found.max())] if len(found) else [1.0, 1.0]
 
     def _plots(self, panel: Panel) -> Iterator[Json]:
         if panel.shape is Shape.timelines:
@@ -124,15 +132,14 @@ class Plots:
                 if panel.marked and not turn:
                     traces += self._marks(index, path)
         if traces:
-            said = "; ".join(
-                [f"bold: the mean of up to {widest:,} steps"] * (widest > 1)
-                + ([f"solid: {panel.labels[0]}, dashed: {panel.labels[1]}"] if panel.labels else [])
-            )
+            said = [f"bold: the mean of up to {widest:,} steps"] if widest > 1 else []
+            if any(trace["dash"] for trace in traces):  # colours are the runs'
+                said.append(f"solid: {panel.labels[0]}, dashed: {panel.labels[1]}")
             size = {
                 "decades": math.log10(high / low) if low > 0 else 9.0,
                 "small": bool(max(abs(low), abs(high)) < 0.01),
             }
-            plot = {**self._kind("curves", panel), **size, "title": title or panel.title, "said": said}
+            plot = {**self._kind("curves", panel), **size, "title": title or panel.title, "said": "; ".join(said)}
             yield {**plot, "traces": traces}
 
     def _per_name(self, panel: Panel) -> Iterator[Json]:
@@ -149,26 +156,28 @@ class Plots:
             parts = run.history.parts(pattern)
             if parts:
                 lasts = [_last(run.history[path]) for path in parts.values()]
-                named = [f"stage {part}" if part.isdigit() else part for part in parts]
-                traces.append({"run": index, "label": "", "names": named, "y": lasts})
+                traces.append({"run": index, "label": "", "names": [*parts], "y": lasts})
+                across = "stage" if all(part.isdigit() for part in parts) else ""
         if traces:
-            yield {**self._kind("bars", panel), "traces": traces}
+            yield {**self._kind("bars", panel), "across": across, "traces": traces}
 
     def _shares(self, panel: Panel) -> Iterator[Json]:
+        made: list[Json] = []
         for index, run in enumerate(self.runs):
             traces = []
             for turn, path in enumerate(panel.paths()):
                 parts = run.history.parts(path)
                 if parts:
                     medians = [_latest_median(run.history[part]) for part in parts.values()]
-                    names = [f"stage {part}" for part in parts]
                     traces.append(
-                        {"run": index, "label": panel.labels[turn], "pass": turn, "names": names, "y": medians}
+                        {"run": index, "label": panel.labels[turn], "pass": turn, "names": [*parts], "y": medians}
                     )
             if traces:
                 of = f"{panel.title}: {run.name}" if len(self.runs) > 1 else panel.title
                 said = f"medians of the last {min(LATEST, len(run.history)):,} steps"
-                yield {**self._kind("shares", panel), "title": of, "run": index, "said": said, "traces": traces}
+                made.append({**self._kind("shares", panel), "title": of, "run": index, "said": said, "traces": traces})
+        highest = max((sum(column) for plot in made for column in _columns(plot)), default=0.0)
+        yield from ({**plot, "top": 1.05 * highest, "across": "stage"} for plot in made)
 
     def _kind(self, kind: str, panel: Panel) -> Json:
         return {
@@ -207,8 +216,7 @@ class Plots:
         self.points[1] += len(places)
         key = index, places.tobytes()
         if key not in self._known:
-            history = self.runs[index].history
-            against = {"step": history["step",], "tokens": history["tokens",], "hours": history.hours}
+            against = self.runs[index].history.against
             self.positions.append({name: encoded(column[places]) for name, column in against.items()})
             self._known[key] = len(self.positions) - 1
         return {"at": self._known[key], "y": encoded(values[places])}
@@ -229,6 +237,11 @@ def _places_of(asked: Iterable[int], steps: Floats) -> tuple[NDArray[np.int64], 
 def encoded(values: Floats) -> Json:
     """Encode numbers as plotly.js reads them: base64 of little-endian float32, a third of their length as text."""
     return {"dtype": "f4", "bdata": base64.b64encode(values.astype("<f4").tobytes()).decode("ascii")}
+
+
+def _columns(plot: Json) -> list[tuple[float, ...]]:
+    """Return what the traces of a plot have for each name."""
+    return [*zip(*([value or 0.0 for value in trace["y"]] for trace in plot["traces"]), strict=False)]
 
 
 def _last(values: Floats) -> float:

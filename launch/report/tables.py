@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from launch.report.facts import Row, differences, notes, rows
+from launch.report.facts import Row, differences, notes, rows, setting
 from launch.report.plots import ShownRun
 from launch.run_folder import flat
 from train.records import records
@@ -28,9 +28,7 @@ def settings(runs: Sequence[ShownRun]) -> str:
         parts.append(_by_run(runs, found, "setting") if found else "<p>All settings of these runs are the same.</p>")
     for index, run in enumerate(runs):
         if run in known:
-            lines = "\n".join(
-                f"{key}={getattr(value, 'name', value)}" for key, value in flat(run.folder.config).items()
-            )
+            lines = "\n".join(f"{key}={setting(value)}" for key, value in flat(run.folder.config).items())
             parts.append(_folded(f"all settings of {run.name}", f"<pre>{escape(lines)}</pre>", index))
     return "".join(parts)
 
@@ -123,9 +121,8 @@ def _table(headings: Sequence[str], lines: Sequence[tuple[int, Sequence[str]]], 
         f'<tr data-of-run="{index}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for index, cells in lines
     )
     left = f'<p class="pale">{len(lines):,} of {total:,} are shown.</p>' if total > len(lines) else ""
-    return (
-        f'<div class="card wide scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{left}</div>'
-    )
+    inner = f'<table class="lines"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{left}'
+    return f'<div class="card wide scroll">{inner}</div>'
 
 
 def _mark(runs: Sequence[ShownRun], index: int) -> str:

@@ -45,6 +45,7 @@ addEventListener("unhandledrejection", (event) => found.errors.push(String(event
     return [own, document.getElementById(loss)._fullData.find((one) => one.name === DATA.runs[run]).line.color, mark];
   });
   click('[data-axis="hours"]'); await settled();
+  found.alike = [loss, val, norm].map((one) => shown(one).xaxis.range.join());
   found.hours = [shown(loss).xaxis.title.text, shown(loss).xaxis.range[1]];
   click('[data-axis="step"]'); await settled();
   await Plotly.relayout(loss, { "xaxis.range[0]": 20, "xaxis.range[1]": 30 });
@@ -100,7 +101,8 @@ def test_a_run_has_one_colour_everywhere(seen):
 def test_the_axis_the_zoom_and_the_runs_are_changed_for_all_plots(seen):
     found, _ = seen
     assert found["axis"] == "tokens trained on" and found["hours"][0].startswith("hours")
-    assert found["hours"][1] < 0.01  # 60 steps of half a second
+    assert found["hours"][1] == pytest.approx(60 / 7200 * 1.02, rel=1e-3)  # 60 steps of half a second
+    assert len(set(found["alike"])) == 1
     assert found["zoomed"] == [20, 30] and found["log"] == ["log", "log"]
     assert found["means"] == 2 and found["alone"] == [1, True]
 

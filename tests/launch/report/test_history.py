@@ -15,7 +15,7 @@ def test_figures_that_come_and_go_stand_beside_the_steps_that_have_them(tmp_path
     np.testing.assert_array_equal(history["val_sets", "web", "loss"], [np.nan, 2.0, np.nan, np.nan])
     np.testing.assert_array_equal(history["slow_ranks", "7"], [np.nan, np.nan, 1.5, np.nan])
     assert np.isnan(history["no", "such"]).all() and len(history["no", "such"]) == 4
-    assert history.hours.tolist() == [0.5 / 3600, 1 / 3600, 1.5 / 3600, 2 / 3600]
+    assert history.against["hours"].tolist() == [0.5 / 3600, 1 / 3600, 1.5 / 3600, 2 / 3600]
 
 
 def test_parts_are_found_by_what_stands_in_their_place(tmp_path):
