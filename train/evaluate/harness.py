@@ -27,8 +27,6 @@ _NEAR = 3
 """Names that are offered in place of one that lm-eval does not know."""
 _ALL = "none"
 """lm-eval's name for answers as they come, in place of a filter of them."""
-
-
 _checked: dict[tuple[TaskSpec, Asked], Mapping[str, Any]] = {}
 """What `problems` has loaded and found sound, until it is opened."""
 
@@ -81,7 +79,7 @@ class HarnessTask:
         if found:
             raise BadInput(found)
         self.notes += [
-            f"{task.task_name}: {shots} examples before each question, as the task itself says; eval.shots changes none"
+            f"{task.task_name}: {shots} examples before each question, as the task itself says, whatever is asked for"
             for task in self._loaded["tasks"].values()
             if asked.shots and (shots := task.get_config("num_fewshot")) != asked.shots
         ]

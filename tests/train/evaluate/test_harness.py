@@ -174,7 +174,7 @@ def test_examples_and_the_limit_are_those_of_lm_eval(models, own):
     assert figures["acc"] == pytest.approx(theirs["results"]["own_group"]["acc,none"])
     assert task.notes == [
         "own_choice: 3 of 8 texts are cut from the left to the model's context of 96 tokens, as lm-eval cuts them",
-        "own_first: 0 examples before each question, as the task itself says; eval.shots changes none",
+        "own_first: 0 examples before each question, as the task itself says, whatever is asked for",
     ]
 
 
