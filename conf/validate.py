@@ -68,6 +68,12 @@ def warnings(config: Config, layout: Layout, machine: Machine) -> list[str]:
         )
     if config.parallel.sequence_parallel and layout.tp == 1:
         found.append("parallel.sequence_parallel=true: ignored, it needs parallel.tp above 1")
+    longest = max([stage.seq_len or config.train.seq_len for stage in config.data.stages] or [config.train.seq_len])
+    if config.model.window is not None and config.model.window >= longest:
+        found.append(
+            f"model.window={config.model.window}: no sequence of the run is longer than {longest} tokens, so that it "
+            "trains as without a window; a smaller one, or a larger train.seq_len, would be felt"
+        )
     return found + mixtures.warnings(config)
 
 

@@ -61,7 +61,8 @@ def facts(config: Config) -> dict[str, Any]:
     """Return the numbers of `deepnarrow describe --json`.
 
     The keys are: preset; attention (MHA, GQA or MQA); seq_len; parameters and parameters_by_part; M and flops_per_token
-    at seq_len; kv_cache_bytes_per_token (bf16); stages, a list with stage, rank, layers, blocks, parameters and
+    at seq_len; kv_cache_bytes_per_token (bf16), until a window is full, and kv_cache_bytes_per_sequence of seq_len;
+    window and sliding_layers, how many have it; stages, a list with stage, rank, layers, blocks, parameters and
     cost_share; pipeline, the bubble and activations of its schedule, null for one stage; memory, the bytes of each rank
     of the pipeline, in bf16 unless train.precision=fp32: state, activations (what is held between passes when the most
     bytes are allocated), workspace (of the pass at that time) and peak; scaling_laws, what they give for this compute,
@@ -79,6 +80,9 @@ def facts(config: Config) -> dict[str, Any]:
         "M": model.scaling_m(seq_len),
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
+        "kv_cache_bytes_per_sequence": model.kv_cache_bytes(seq_len),
+        "window": model.window,
+        "sliding_layers": sum(window is not None for window in model.windows),
         "stages": stage_rows(model, job.stages, job.placement),
         "length": _length(config),
         "sources": _sources(config),
@@ -173,7 +177,7 @@ def _choice(config: Config, n_kv_heads: int) -> dict[str, Any]:
         "parameters": model.num_params,
         "flops_per_token": model.flops_per_token(seq_len),
         "kv_cache_bytes_per_token": model.kv_cache_bytes_per_token(),
-        "kv_cache_bytes_per_sequence": model.kv_cache_bytes_per_token() * seq_len,
+        "kv_cache_bytes_per_sequence": model.kv_cache_bytes(seq_len),
     }
 
 
@@ -192,6 +196,7 @@ def as_text(config: Config) -> str:
             f"{name}: {model.n_layers} layers, d_model {model.d_model}, {model.n_heads} query and "
             f"{model.n_kv_heads} key/value heads of {model.d_head} ({found['attention']}), d_ff {model.d_ff}, "
             f"vocabulary {model.vocab_size}, context {model.max_seq_len}"
+            + (f", {found['sliding_layers']} layers with a window of {model.window}" if model.window else "")
         )
         parts = Table("part", "parameters", "share", title="parameters", title_justify="left")
         for part, count in found["parameters_by_part"].items():
@@ -203,6 +208,9 @@ def as_text(config: Config) -> str:
         costs.add_row("M = 72 L d² + 12 L d s (non-embedding FLOPs)", f"{found['M']:,}")
         costs.add_row("true FLOPs, forward and backward, up to", f"{found['flops_per_token']:,}")
         costs.add_row("KV cache, bf16 bytes", f"{found['kv_cache_bytes_per_token']:,}")
+        if model.window:
+            grown = model.kv_cache_bytes(model.window + 1) - model.kv_cache_bytes(model.window)
+            costs.add_row("KV cache beyond the window, bf16 bytes", f"{grown:,}")
         console.print(costs)
         title = f"with other key/value heads; a sequence is {found['seq_len']} tokens"
         columns = ("attention", "parameters", "FLOPs per token", "KV cache per token", "per sequence", "of MHA's")

@@ -163,7 +163,10 @@ class ModelConfig:
         elif "s" not in pattern:
             found.append(f"{key}: has no s, so that no block slides; model.window=null says that")
         elif window is None:
-            found.append(f"{key}: says which blocks slide, and model.window=null gives them no window; a number would")
+            found.append(
+                f"{key}: says which blocks slide, and model.window=null gives them no window; a number would, and "
+                "model.window_pattern=null needs none"
+            )
         return found
 
     # ---- parameters ----

@@ -1,5 +1,8 @@
 """Hugging Face's Llama format: what its files call our parameters, and which of its models are ours.
 
+Llama has no sliding windows there. Mistral is Llama where every layer slides, and Ministral where some do and some are
+full; a window is the same number there and here, the token itself counted.
+
 A weight is the same matrix there and here, rows and columns in the same order: rotary positions turn (x[i], x[i + K/2])
 in both, so that nothing is permuted.
 """
@@ -14,6 +17,7 @@ import torch
 
 from model.config import ModelConfig
 from model.huggingface_files import FLOATS, INDEX, SINGLE, Place, beside, chosen_files, headers, read_object, shown, tie
+from model.problems import either
 from model.transformer import full_shapes
 from model.weights import HEAD, StoredWeights, Weights, entries, few, shards, write_safetensors
 
@@ -47,9 +51,18 @@ _WHOLE: dict[str, tuple[str, Any]] = {
     "head_dim": ("head_dim", None),
     "max_seq_len": ("max_position_embeddings", 2048),
 }
+_MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", _MISTRAL),
+    "ministral": ("MinistralForCausalLM", _MISTRAL),
+}
+"""The architecture of each model_type, and what it takes for keys that are absent where that is not Llama's."""
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _POSITIVE = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
 _NOT_KEPT = ("dtype", "rope_parameters", "transformers_weights", "quantization_config", "auto_map")
-"""Of a config.json: what is written under another key, is of the source's files alone, or names code."""
+_NOT_KEPT += ("sliding_window", "layer_types")
+"""Of a config.json: what is written under another key or anew, is of the source's files alone, or names code."""
 
 
 def name_there(name: str) -> str:
@@ -65,10 +78,15 @@ def name_there(name: str) -> str:
 
 
 def config_there(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: int) -> dict[str, Any]:
-    """config.json of a `LlamaForCausalLM` of this shape."""
+    """config.json of this shape: a `LlamaForCausalLM`, or with windows a `MistralForCausalLM` or Ministral."""
+    full = [window is None for window in config.windows]
+    kind = "llama" if all(full) else "ministral" if any(full) else "mistral"
+    slides: dict[str, Any] = {} if all(full) else {"sliding_window": config.window}
+    if kind == "ministral":
+        slides["layer_types"] = [_FULL if one else _SLIDING for one in full]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_KINDS[kind][0]],
+        "model_type": kind,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
         "num_hidden_layers": config.n_layers,
@@ -89,6 +107,7 @@ def config_there(config: ModelConfig, dtype: torch.dtype, bos_id: int, eos_id: i
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        **slides,
     }
 
 
@@ -107,8 +126,11 @@ def config_here(theirs: dict[str, Any], where: str) -> ModelConfig:
     """
     problems = []
     kind = theirs.get("model_type")
-    if kind != "llama":
-        problems.append(f"model_type={shown(kind)}: not Llama's architecture; model_type=llama would work")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        works = either("model_type", [*_KINDS])
+        problems.append(f"model_type={shown(kind)}: not Llama's architecture; {works} would work")
+    else:
+        theirs = {**_KINDS[kind][1], **theirs}
     for key, plain in _PLAIN.items():
         if theirs.get(key, plain[0]) not in plain:
             problems.append(f"{key}={shown(theirs[key])}: is not implemented; {key}={plain[0]} would work")
@@ -131,6 +153,7 @@ def config_here(theirs: dict[str, Any], where: str) -> ModelConfig:
         values[ours] = theirs.get(key, default)
         if not _is_positive(values[ours]):
             problems.append(f"{key}={shown(values[ours])}: must be a number above 0; {key}={default} is usual")
+    problems += [] if problems else _slide(theirs, values)
     if problems:
         raise ValueError("\n".join(f"{where}: {problem}" for problem in problems))
     values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
@@ -196,6 +219,9 @@ def open_huggingface(folder: Path) -> StoredWeights:
     if theirs.get("rope_theta", config.rope_theta) != config.rope_theta:
         said = f"rope_theta={shown(theirs['rope_theta'])}"
         notes.append(f"{folder / 'config.json'}: {said}: its rope_parameters say {config.rope_theta}, which is taken")
+    if config.window is None and theirs.get("sliding_window") is not None:
+        said = f"sliding_window={shown(theirs['sliding_window'])}"
+        notes.append(f"{folder / 'config.json'}: {said}: hides nothing from any layer of {config.max_seq_len} tokens")
     return StoredWeights(config, folder, tensors, tuple(notes))
 
 
@@ -263,6 +289,24 @@ def _rotary(theirs: dict[str, Any]) -> tuple[float, list[str]]:
     if not _is_positive(theta):
         problems.append(f"rope_theta={shown(theta)}: must be a number above 0; rope_theta=10000.0 is usual")
     return float(theta) if _is_positive(theta) else 0.0, problems
+
+
+def _slide(theirs: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Add the window and its pattern to the values of a configuration; return what is wrong with them."""
+    window, layers = theirs.get("sliding_window"), values["n_layers"]
+    if theirs["model_type"] == "llama" or window is None:  # Llama's code there reads neither of the two keys
+        return []
+    if not _is_whole(window):
+        return [f"sliding_window={shown(window)}: must be a whole number from 1, or null"]
+    types = theirs.get("layer_types")  # a Mistral that has them is taken for a Ministral there
+    types = [_SLIDING] * layers if types is None else types
+    if not isinstance(types, list) or len(types) != layers or not all(one in (_SLIDING, _FULL) for one in types):
+        return [f"layer_types={shown(types)}: is no list of {_SLIDING} and {_FULL} for each of {layers} layers"]
+    letters = "".join("f" if one == _FULL else "s" for one in types)
+    if "s" in letters and window < values["max_seq_len"]:
+        period = next(n for n in range(1, layers + 1) if all(letters[at] == letters[at % n] for at in range(layers)))
+        values["window"], values["window_pattern"] = window, None if "f" not in letters else letters[:period]
+    return []
 
 
 def _and_others(places: list[Place]) -> str:

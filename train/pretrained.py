@@ -200,6 +200,8 @@ def write_checkpoint(weights: Weights, source: Source, folder: Path, max_shard_b
 def export(weights: Weights, source: Source, folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """Write a Hugging Face directory, its tokenizer included, that `transformers` and vLLM load as Llama.
 
+    With windows it is a Mistral, or a Ministral where some layers have none (`model.huggingface.config_there`).
+
     Args:
         weights: to write.
         source: what they were made from.

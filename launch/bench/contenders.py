@@ -61,7 +61,12 @@ def _transformers(config: ModelConfig, device: torch.device, dtype: torch.dtype)
         return model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
 
     attention = model.config._attn_implementation
-    return Contender(model, loss, f"LlamaForCausalLM with {attention} attention, its own loss")
+    return Contender(model, loss, f"{type(model).__name__} with {attention} attention, its own loss")
+
+
+def _without_window(config: ModelConfig) -> None:
+    if config.window is not None:
+        raise ValueError(f"is built here without model.window={config.window}; model.window=null would compare it")
 
 
 def _litgpt(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Contender:
@@ -70,6 +75,7 @@ def _litgpt(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Co
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
 
+    _without_window(config)
     theirs = Config(
         name="deepnarrow",
         block_size=config.max_seq_len,
@@ -110,6 +116,7 @@ def _torchtitan(config: ModelConfig, device: torch.device, dtype: torch.dtype) -
     from torchtitan.models.llama3.model import Llama3TransformerBlock
     from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 
+    _without_window(config)
     width, none = config.d_model, {"weight": nn.init.zeros_}  # weights are loaded
 
     def norm() -> Any:

@@ -61,8 +61,16 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
     assert same == folder("model=7b", "parallel.pp=8", "train.micro_batch=4", "wandb.mode=offline", "train.max_steps=9")
     assert same == folder("model=7b", "train.profile=[10]", "train.profile_ranks=[1]", "train.timeline_at=[]")
     assert same == folder("model=7b", "train.log_every=10", "train.deterministic=true")
-    assert str(same).startswith("runs/7b-stdlib-")
-    for other in ("train.seed=2", "optimizer.lr=1e-3", "model.n_layers=31", "data.val_fraction=0.1", "schedule=cosine"):
+    assert str(same) == "runs/7b-stdlib-f9f1c76"  # as before there were windows: the same command finds its run again
+    assert same == folder("model=7b", "model.window=null", "model.window_pattern=null")
+    for other in (
+        "model.window=64",
+        "train.seed=2",
+        "optimizer.lr=1e-3",
+        "model.n_layers=31",
+        "data.val_fraction=0.1",
+        "schedule=cosine",
+    ):
         assert folder("model=7b", other) != same
     assert str(folder("name=mine")) == "runs/mine"
     assert str(folder("hydra.run.dir=/tmp/there")) == "/tmp/there"

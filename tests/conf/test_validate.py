@@ -130,6 +130,19 @@ def test_tensor_parallel_ranks_count_and_may_not_span_machines_in_silence():
     assert "ignored" in warnings(ignored, validate(ignored, CPU)[0], CPU)[0]
 
 
+def test_a_window_that_no_sequence_feels_is_warned_of():
+    def said(*overrides):
+        config = preset("tiny", "train.seq_len=128", *overrides)
+        layout, found = validate(config, CPU)
+        assert found == []
+        return warnings(config, layout, CPU)
+
+    (line,) = said("model.window=128")
+    assert line.startswith("model.window=128: no sequence of the run is longer than 128 tokens")
+    assert said("model.window=127") == []
+    assert said("model.window=128", "data.stages=[{until: 1e5}, {until: 1e13, seq_len: 256}]") == []
+
+
 def test_more_processes_than_gpus():
     four = Machine(gpus=4)
     assert problems("tiny", "parallel.pp=4", machine=four) == []

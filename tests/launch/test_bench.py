@@ -178,7 +178,7 @@ def test_our_loss_is_that_of_the_drawn_weights(compared):
     assert compared["dtype"] == "float32" and compared["tokens"] == [2, 32]
 
 
-@pytest.mark.parametrize("change", [{"rope_theta": 100.0}, {"norm_eps": 0.1}, {"n_kv_heads": 4}])
+@pytest.mark.parametrize("change", [{"rope_theta": 100.0}, {"norm_eps": 0.1}, {"n_kv_heads": 4}, {"window": 5}])
 def test_a_peer_that_is_another_model_is_found_out(change, monkeypatch):
     def other(config, device, dtype):
         return contenders._transformers(replace(config, **change), device, dtype)

@@ -72,6 +72,26 @@ def test_describe_sets_attention_side_by_side(capsys):
     assert [choice["n_kv_heads"] for choice in choices] == [6, 3, 1]
 
 
+def test_describe_says_what_windows_leave_of_flops_and_cache(capsys):
+    slides = ["model.window=1024", "model.window_pattern=sssssf"]
+    assert cli.main(["describe", "67b", *slides, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    full, layers = 95 // 6, 95
+    assert (found["window"], found["sliding_layers"]) == (1024, layers - full)
+    own = next(choice for choice in found["attention_choices"] if choice["attention"] == "GQA-8")
+    held = 2 * 8 * 128 * 2 * (full * 4096 + (layers - full) * 1024)
+    assert own["kv_cache_bytes_per_sequence"] == found["kv_cache_bytes_per_sequence"] == held
+    matrices = found["parameters"] - 102400 * 8192 - 191 * 8192
+    seen = full * 4096**2 / 2 + (layers - full) * (1024 * 4096 - 1024**2 / 2)
+    assert found["flops_per_token"] == 6 * matrices + 12 * 64 * 128 * seen / 4096
+    assert found["M"] == 72 * 95 * 8192**2 + 12 * 95 * 8192 * 4096
+    assert cli.main(["describe", "67b", *slides]) == 0
+    said = capsys.readouterr().out
+    assert "80 layers with a window of 1024" in said and f"{2 * 8 * 128 * 2 * full:,}" in said
+    assert cli.main(["describe", "67b", "model.window=4096"]) == 2
+    assert "model.window=4096: hides nothing" in capsys.readouterr().err
+
+
 def test_describe_for_people_takes_presets_and_overrides(capsys):
     assert cli.main(["describe", "7b", "model.n_kv_heads=8", "parallel.pp=2"]) == 0
     said = capsys.readouterr().out

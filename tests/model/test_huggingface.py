@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,8 @@ SHAPES = {
     "MQA": small(1),
     "12 heads on 3": small(3, n_heads=12, d_model=96),
     "wide heads": small(2, head_dim=24),
+    "windows": small(2, window=9),
+    "windows in some layers": small(2, n_layers=4, window=9, window_pattern="ssf", rope_theta=5e5),
 }
 
 
@@ -50,6 +53,7 @@ def test_transformers_loads_what_is_written_and_computes_and_generates_the_same(
     weights = Drawn(SHAPES[shape])
     theirs = AutoModelForCausalLM.from_pretrained(written(weights, tmp_path / "out"), dtype=torch.float32)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    theirs.set_attn_implementation("eager")
     ours = Transformer(weights.config)
     ours.load_state_dict({name: weights.read(name) for name in full_shapes(weights.config)})
     tokens_BL = tokens(weights.config)
@@ -137,6 +141,61 @@ def test_what_is_not_implemented_is_refused_by_name(changes, said, tmp_path):
     with pytest.raises(ValueError) as error:
         open_huggingface(folder)
     assert said in str(error.value)
+
+
+KINDS = {"windows": "mistral", "windows in some layers": "ministral", "GQA": "llama"}
+
+
+@pytest.mark.parametrize("shape", KINDS)
+def test_a_window_decides_the_architecture_and_comes_back_as_it_was(shape):
+    theirs = config_there(SHAPES[shape], torch.float32, 0, 0)
+    assert theirs["model_type"] == KINDS[shape] and hasattr(transformers, theirs["architectures"][0])
+    assert ("sliding_window" in theirs) == (shape != "GQA")
+    assert config_here(theirs, "") == SHAPES[shape]
+
+
+def test_windows_are_read_as_transformers_reads_them():
+    theirs = config_there(small(2, n_layers=4, window=9), torch.float32, 0, 0)
+    sliding, full = "sliding_attention", "full_attention"
+
+    def read(**changes):
+        read = config_here({key: value for key, value in {**theirs, **changes}.items() if value is not ...}, "")
+        return read.window, read.window_pattern
+
+    assert read(layer_types=[full, full, sliding, sliding]) == (9, "ffss")
+    assert read(layer_types=[sliding, full] * 2) == (9, "sf") and read(layer_types=[sliding] * 4) == (9, None)
+    assert read(sliding_window=None) == read(sliding_window=64) == read(layer_types=[full] * 4) == (None, None)
+    assert read(model_type="llama") == (None, None)  # whose code has no windows
+    # What an absent key means: a window of 4,096 tokens, a context of 131,072, and 8 key/value heads.
+    absent = dict(sliding_window=..., max_position_embeddings=..., num_key_value_heads=...)
+    assert read(**absent, num_attention_heads=8) == (4096, None)
+    mistral = transformers.MistralConfig()
+    assert (mistral.sliding_window, mistral.max_position_embeddings, mistral.num_key_value_heads) == (4096, 131072, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(sliding_window=0), "sliding_window=0: must be a whole number"),
+        (dict(layer_types=["sliding_attention"]), "layer_types=['sliding_attention']: is no list of sliding_attention"),
+        (dict(layer_types=["chunked_attention"] * 2), "layer_types=['chunked_attention', 'chunked_attention']: is no"),
+        (dict(model_type="qwen2"), "model_type=llama or model_type=mistral or model_type=ministral would work"),
+        (dict(model_type=["mistral"]), "model_type=['mistral']: not Llama's architecture"),
+    ],
+)
+def test_windows_that_are_none_are_refused_by_name(changes, said):
+    theirs = config_there(small(2, window=9), torch.float32, 0, 0) | changes
+    with pytest.raises(ValueError) as error:
+        config_here(theirs, "config.json")
+    assert said in str(error.value)
+
+
+def test_a_window_that_hides_nothing_is_said(tmp_path):
+    folder = written(Drawn(small(2, window=9)), tmp_path / "out")
+    edit(folder, sliding_window=64)
+    read = open_huggingface(folder)
+    assert read.config.window is None
+    assert read.notes == (f"{folder / 'config.json'}: sliding_window=64: hides nothing from any layer of 64 tokens",)
 
 
 def test_every_problem_of_a_configuration_is_said_at_once():

@@ -94,6 +94,9 @@ def test_without_a_share_the_weights_give_shape_and_tokenizer_and_the_command_th
     assert now.optimizer.lr == preset("7b").optimizer.lr and now.train.skip_samples == 0
     assert now.data.tokenizer == "/weights/tokenizer.json"
     assert composed(source(tokenizer=None)).data.tokenizer is None
+    slides = source("model.window=64", "model.window_pattern=ffsss")
+    assert composed(slides).model.windows == slides.weights.config.windows == (None, None, 64, 64, 64, None)
+    assert composed(slides, "model.window=32").model.window == 32  # as a context, it may become another
 
 
 def test_another_shape_and_a_share_of_nothing_are_problems():

@@ -232,6 +232,7 @@ def _differences(config: Config, path: Path, found: Manifest) -> list[str]:
         section, _, name = key.partition(".")
         here, there = now[section][name], then[section].get(name)
         if here != there and key not in _MAY_DIFFER:
+            here, there = ("null" if value is None else value for value in (here, there))
             problems.append(f"{key}={here}: the checkpoint {path} has {there}; {key}={there} would work{_OR_ELSE}")
     return problems
 

@@ -15,9 +15,10 @@ from train.checkpoint.resume import Start, check, find, trained_with_document_ma
 
 
 def checkpoint(run_dir, step, config, origin=None, older_than=()):
-    """A checkpoint without weights; `older_than` names keys of the data that its configuration lacks."""
+    """A checkpoint without weights; `older_than` names keys of data and model that its configuration lacks."""
     settings = to_jsonable(asdict(config))
-    settings["data"] = {key: value for key, value in settings["data"].items() if key not in older_than}
+    for section in ("data", "model"):
+        settings[section] = {key: value for key, value in settings[section].items() if key not in older_than}
     path = run_dir / "checkpoints" / name_of(step)
     path.mkdir(parents=True)
     (path / "tokenizer.json").write_text("{}")
@@ -108,6 +109,9 @@ def test_another_model_is_refused_with_every_key_that_differs(run_dir):
         "train.skip_samples",
     ]
     assert "model.n_layers=9: the checkpoint" in problems[0] and "has 8; model.n_layers=8 would work" in problems[0]
+    slides = check(preset("tiny", "model.window=64", "model.window_pattern=sf"), find("auto", run_dir))
+    assert "model.window=64: the checkpoint" in slides[0] and "has null; model.window=null would work" in slides[0]
+    assert slides[1].startswith("model.window_pattern=sf: ") and len(slides) == 2
     for changes in (
         ["model.attention=reference", "model.init_std=0.1", "parallel.pp=4", "optimizer.lr=1"],
         OTHER_COURSE,
@@ -137,7 +141,7 @@ def test_what_is_left_to_train_is_counted_from_what_was_trained_on(run_dir, tmp_
     [
         (["data.document_mask=true"], (), True),
         (["data.document_mask=false"], (), False),
-        ([], ("document_mask", "sources", "stages"), False),
+        ([], ("document_mask", "sources", "stages", "window", "window_pattern"), False),
     ],
 )
 def test_documents_stay_apart_or_together_as_the_run_was_trained(settings, older_than, mask, tmp_path):
