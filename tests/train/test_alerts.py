@@ -117,13 +117,13 @@ def test_a_program_that_fails_is_said_once_with_its_last_line(made):
         (["true"], None),  # reads nothing of more than a pipe holds
         (by_shell("yes | head -c 1000000 >&2"), None),
         (by_shell("kill -9 $$"), "was ended by signal 9"),
-        (by_shell("sleep 5 >&2 & echo gone >&2; exit 1"), "ended with exit code 1 (gone)"),
+        (by_shell("sleep 10 >&2 & echo gone >&2; exit 1"), "ended with exit code 1 (gone)"),
         (["/no/such/program"], "could not be started ("),
     ],
     ids=["silent", "loud", "killed", "a child that stays", "not there"],
 )
 def test_programs_of_all_kinds(made, command, failure):
-    alerts, _, said = made(command)
+    alerts, _, said = made(command, timeout_seconds=5.0)
     alerts.send("a", "x" * 200_000 if command == ["true"] else "", ERROR, 1)
     alerts.close()
     assert [line.startswith(f"alerts.command {failure}") for line in said] == ([True] if failure else []), said

@@ -80,11 +80,14 @@ def test_what_finds_no_room_is_given_later_in_order(slow):
 
 def test_what_finds_no_room_at_the_end_is_given_then(slow):
     log, run, record, _, _ = slow
-    for step in range(1, 21):
+    run.held_up()
+    for number in range(3):
+        log.alert(f"alert {number}", "", "WARN")
+    for step in range(2, 6):
         record(step)
     threading.Timer(0.2, run.goes_on.set).start()
     log.finish({})
-    assert run.logged == [*range(1, 21), "finish"]
+    assert run.logged == [1, "alert 0", "alert 1", "alert 2", *range(2, 6), "finish"]
 
 
 def test_alerts_and_tables_that_find_no_room_are_counted(slow):
