@@ -237,10 +237,8 @@ def _alike(found: Comparison) -> list[str]:
     same = [called for group, called in GROUPS.items() if group not in found.differ]
     lines = [f"the same in all: {', '.join(same)}"] if same else []
     if found.unknown:
-        lines.append(
-            f"{len(found.unknown):,} settings that are newer than some of the runs, and as they are by default in the "
-            "others, are left out (--json lists them)"
-        )
+        count = "1 setting" if len(found.unknown) == 1 else f"{len(found.unknown):,} settings"
+        lines.append(f"left out: {count} that some runs are too old for, and the others have by default (--json)")
     changed = [
         letter
         for letter, folder in zip(LETTERS, found.folders, strict=False)
@@ -310,7 +308,7 @@ def said(found: Comparison) -> list[str]:
         way = "above" if parting.end > 0 else "below"
         lines.append(
             f"{indent}in the end {letter} is {abs(parting.end):.4f} ± {parting.end_error:.4f} nats {way} {first}; "
-            f"a single {'difference' if parting.paired else 'pair of losses'} varies by {parting.noise:.4f}"
+            f"a single difference varies by {parting.noise:.4f}"
         )
         lower, higher = (index, 0) if parting.end < 0 else (0, index)
         clear = abs(parting.end) > 3 * parting.end_error

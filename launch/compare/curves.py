@@ -1,11 +1,13 @@
 """Losses of runs side by side: the first step at which they differ, where they part beyond their noise, by how much.
 
 A loss is that of a batch under the weights before the step, so it stands at what was trained on before it. Runs of
-different batches have no steps in common: each curve is averaged over windows of the x axis (the integral of the line
-through its points), and the windows are compared. How far two averages may be apart by chance follows from the noise of
-single steps, told by second differences, to which a trend adds next to nothing: for points y with independent noise of
-variance s², y[i-1] - 2 y[i] + y[i+1] has the variance 6 s². Where both runs have had the same batches, the noise that
-they share cancels: it is that of the difference which counts then.
+different batches have no steps in common. So each step of the run that has fewer is set against the mean of what the
+other has had of the same stretch, less what the slope of the curve makes of the later places of those steps. Runs with
+the same seed have had the same samples there, whatever their batches, and the noise that they share cancels.
+
+These differences are averaged over windows of as many steps each, and how far an average may be off by chance follows
+from their noise. It is told by second differences, to which a trend adds next to nothing: for points y with independent
+noise of variance s², y[i-1] - 2 y[i] + y[i+1] has the variance 6 s².
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,7 +67,7 @@ class Parting:
         parts_at_step: the step of this run there.
         end: the difference over the last tenth of the windows, in nats.
         end_error: its standard error.
-        noise: the standard deviation of the noise of a single difference, in nats.
+        noise: the standard deviation of the noise of a single difference, of a step of the run that has fewer, in nats.
     """
 
     paired: bool
@@ -139,22 +141,19 @@ def part(one: Losses, other: Losses) -> Parting:
     paired = rows is not None
     alike = None if rows is None else _alike(one, other, *rows)
     first, last = max(_first(one), _first(other)), min(_last(one), _last(other))
-    inside = [(each.x >= first) & (each.x <= last) for each in (one, other)]
-    fewest = min(int(part.sum()) for part in inside)
-    count = min(WINDOWS, fewest // LEAST_POINTS)
-    if count < IN_A_ROW or not last > first:
+    few, many = sorted((one, other), key=lambda each: int(((each.x >= first) & (each.x <= last)).sum()))
+    at, single = _single_differences(few, many, first, last)
+    count = min(WINDOWS, len(at) // LEAST_POINTS)
+    if count < IN_A_ROW:
         none = np.empty(0)
         return Parting(paired, alike, none, none, none, None, None, None, None, None)
-    borders = np.linspace(first, last, count + 1)
-    means = [averages(each.x, each.loss, borders) for each in (one, other)]
-    difference = means[0] - means[1]
-    if rows is not None and np.array_equal(one.x[rows[0]], other.x[rows[1]]):
-        of = [(one.x[rows[0]], one.loss[rows[0]] - other.loss[rows[1]])]
-    else:
-        of = [(one.x, one.loss), (other.x, other.loss)]
-    variances = [_variance(x, y, borders) for x, y in of]
-    error = np.sqrt(sum(variance / points for variance, points in variances))
-    noise = float(np.sqrt(sum(np.median(variance) for variance, _ in variances)))
+    single = single if few is one else -single
+    begins = np.linspace(0, len(at), count + 1).astype(np.int64)
+    points = np.diff(begins)
+    difference = np.add.reduceat(single, begins[:-1]) / points
+    variance = _variance(single, begins)
+    error, noise = np.sqrt(variance / points), float(np.sqrt(np.median(variance)))
+    borders = np.append(at[begins[:-1]], at[-1])
     start = _departure(difference, error)
     tail = slice(-max(1, count // 10), None)
     return Parting(
@@ -192,22 +191,44 @@ def _alike(one: Losses, other: Losses, rows: NDArray[np.int64], others: NDArray[
     return int(one.step[rows[same - 1]]) if same else 0
 
 
-def _variance(x: Floats, y: Floats, borders: Floats) -> tuple[Floats, Floats]:
-    """Estimate the variance of the noise of single points about each window, and count the points of each.
+def _single_differences(few: Losses, many: Losses, first: float, last: float) -> tuple[Floats, Floats]:
+    """Set each step of the run that has fewer against the other's mean over the same stretch.
+
+    Args:
+        few, many: the losses of both.
+        first, last: of the part of the x axis that both have been through.
+
+    Returns:
+        Where each step begins, and the difference of the losses there.
+    """
+    inside = (few.x >= first) & (few.x <= last)
+    at, loss = few.x[inside], few.loss[inside][:-1]  # where the last one ends is not known
+    if len(at) < 2 or len(many.x) < 2:
+        return np.empty(0), np.empty(0)
+    widths = np.diff(at)
+
+    def mean(of: Floats) -> Floats:
+        """Average values that hold from each step of the other run to its next over the stretches."""
+        summed = np.concatenate([[0.0], np.cumsum(of[:-1] * np.diff(many.x))])
+        return np.asarray(np.diff(np.interp(at, many.x, summed)) / widths)
+
+    later = mean(many.x) - at[:-1]  # of the places at which its losses were taken
+    x, y = smooth(many, (last - first) / WINDOWS)
+    slope = np.interp(at[:-1], x, np.gradient(y, x)) if len(x) > 1 else 0.0
+    return at[:-1], loss - (mean(many.loss) - slope * later)
+
+
+def _variance(y: Floats, begins: NDArray[np.int64]) -> Floats:
+    """Estimate the variance of the noise of single points in windows that begin at some of them.
 
     The noise is averaged over five windows: the few points of one would tell it badly.
     """
-    count = len(borders) - 1
     squares = (y[:-2] - 2 * y[1:-1] + y[2:]) ** 2 / 6
-    window = np.clip(np.searchsorted(borders, x, side="right") - 1, 0, count - 1)
-    inside = (x >= borders[0]) & (x <= borders[-1])
-    points = np.bincount(window[inside], minlength=count)
-    inner, window = inside[1:-1], window[1:-1]
-    sums = np.bincount(window[inner], weights=squares[inner], minlength=count)
-    counts = np.bincount(window[inner], minlength=count)
-    near = np.ones(min(5, count))
-    variance = np.convolve(sums, near, mode="same") / np.maximum(np.convolve(counts, near, mode="same"), 1)
-    return variance, np.maximum(points, 1).astype(np.float64)
+    window = np.searchsorted(begins, np.arange(1, len(y) - 1), side="right") - 1
+    sums = np.bincount(window, weights=squares, minlength=len(begins) - 1)
+    counts = np.bincount(window, minlength=len(begins) - 1)
+    near = np.ones(min(5, len(begins) - 1))
+    return np.convolve(sums, near, mode="same") / np.maximum(np.convolve(counts, near, mode="same"), 1)
 
 
 def _departure(difference: Floats, error: Floats) -> int | None:
