@@ -5,9 +5,9 @@ is held between passes: the activations that forward passes save for backward, w
 its weight gradients, messages on their way, token ids. And the workspace of a pass (`parallel/layer_memory.py`): the
 gradients of the head's logits, for instance, or a block that is recomputed. The peak is over all passes of the step.
 
-Documents add nothing to them: a varlen kernel saves the same for a token of a document as of a sequence. Not counted
-are each token's position in its document, of 8 bytes, and the copy of attention's output that a CPU keeps, where
-documents are computed one after another.
+Documents add nothing to them, and windows take nothing from them: a flash kernel saves the same for a token whatever
+that sees. Not counted are each token's position in its document, of 8 bytes, and what a CPU keeps: a copy of
+attention's output where documents are computed one after another, and one of keys and values within a window.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -99,9 +99,10 @@ def test_as_many_heads_as_before_are_the_same_bit_for_bit(method):
 
 
 def test_grouped_queries_become_multi_query_and_what_is_no_key_or_value_stays():
-    source = Drawn(small(2))
+    source = Drawn(small(2, window=5, window_pattern="fs"))
     fewer = Regrouped(source, 1, Method.mean)
     assert fewer.config.n_kv_heads == 1 and fewer.config.n_heads == 4
+    assert fewer.config.windows == source.config.windows == (None, 5)
     for name in full_shapes(source.config):
         if name.endswith(("k_proj.weight", "v_proj.weight")):
             assert fewer.read(name).shape == (K, 64)

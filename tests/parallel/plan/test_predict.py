@@ -1,5 +1,7 @@
 """Predictions of whole jobs: what they consist of, and what they say of layouts whose order is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from conf.clusters import cluster_of
@@ -60,6 +62,23 @@ def test_what_is_known_of_layouts_holds():
     # A bubble of (p - 1) / m of 1f1b, for stages that are nearly even.
     found = predict(job(1, 8, micro_batches=32), CLUSTER)
     assert found.waiting / (found.seconds - found.waiting) == pytest.approx(7 / 32, rel=0.2)
+
+
+def test_windows_leave_attention_out_block_by_block():
+    def attention(**slides):
+        planned = job(4, 8)
+        return predict(replace(planned, model=replace(MODEL, **slides)), CLUSTER).compute["attention"]
+
+    full, sliding = attention(), attention(window=512)
+    seen = (512 * 4096 - 512**2 / 2) / (4096**2 / 2)
+    assert seen * full < sliding < 2 * seen * full  # a short window is worked through at a lower rate
+    slides = 95 - 95 // 6
+    mixed = (slides * sliding + (95 - slides) * full) / 95
+    assert attention(window=512, window_pattern="sssssf") == pytest.approx(mixed, rel=1e-6)
+    assert attention(window=4095) == pytest.approx(full, rel=1e-3)
+    # A stage has more layers where they cost less: the last sixth of the model is full here.
+    stages = replace(job(1, 8), model=replace(MODEL, window=128, window_pattern="s" * 79 + "f" * 16)).stages
+    assert stages[0].stop - stages[0].start > stages[-2].stop - stages[-2].start
 
 
 def test_a_prediction_is_that_of_the_cluster_that_it_is_asked_for():

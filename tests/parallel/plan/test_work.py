@@ -1,5 +1,6 @@
 """The operations that the plan counts by formula, against those that a dry run records from the code itself."""
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -17,19 +18,22 @@ from tests.shapes import small
 MODEL = small(n_layers=6, d_model=256, n_heads=8, n_kv_heads=2, d_ff=768, vocab_size=1000, max_seq_len=128)
 
 
-def job(tp=1, pp=1, dp=1, schedule="1f1b", recompute="none", head_pieces=1, micro_batch=1, sequence_parallel=True):
+def job(
+    tp=1, pp=1, dp=1, schedule="1f1b", recompute="none", head_pieces=1, micro_batch=1, sequence_parallel=True, **slides
+):
     """A job of the model above, with buckets that span some layers."""
     settings = EngineSettings(
         micro_batch, 2 * pp, 1.0, True, 1, 128, Recompute[recompute], head_pieces, Schedule[schedule],
         placement_of(Schedule[schedule], pp, None), bucket=10**6,
     )  # fmt: skip
-    return Job(MODEL, Layout(dp, pp, tp, sequence_parallel and tp > 1), settings)
+    return Job(replace(MODEL, **slides), Layout(dp, pp, tp, sequence_parallel and tp > 1), settings)
 
 
 def of_layers(planned, action, split):
     """The operations of a pass by formula."""
     layers = layers_of(shape_of(planned))
-    kinds = [layers.embedding, *[layers.block] * MODEL.n_layers, layers.head]
+    blocks = [layers_of(shape_of(planned, window)).block for window in planned.model.windows]
+    kinds = [layers.embedding, *blocks, layers.head]
     stage = planned.stages[action.stage]
     own = kinds[stage.start : stage.stop]
     if action.what is Pass.F:
@@ -65,6 +69,7 @@ JOBS = {
     "whole blocks again": dict(tp=2, recompute="full"),
     "split": dict(tp=2, pp=2, schedule="zero_bubble"),
     "split, whole blocks again": dict(pp=2, schedule="zbv", recompute="full"),
+    "windows, but for every third block": dict(pp=2, tp=2, recompute="full", window=48, window_pattern="ssf"),
     "split here and there": dict(tp=2, pp=2, dp=2, schedule="dualpipev", head_pieces=2),
 }
 
