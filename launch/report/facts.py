@@ -150,9 +150,8 @@ def _last_start(run: ShownRun) -> str:
 
 def _failures(run: ShownRun) -> str:
     failed = sum(event.get("event") == "failed" for event in run.folder.events)
-    skipped = len(run.folder.skipped)
-    said = [f"{failed:,} failures"] if failed else []
-    return ", ".join([*said, *([f"{skipped:,} skipped steps"] if skipped else [])])
+    counts = {"failure": failed, "skipped step": len(run.folder.skipped)}
+    return ", ".join(f"{count:,} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
 def _checkpoints(run: ShownRun) -> str:
