@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,22 +16,30 @@ EVERY = 5.0
 """Seconds from one look at the hosts to the next."""
 
 
-def absent(slots: Mapping[str, int], reach: Callable[[str, list[str]], list[str]]) -> list[str]:
-    """Return the hosts that do not answer, in their order.
+def absent(slots: Mapping[str, int], reach: Callable[[str, list[str]], list[str]]) -> dict[str, str]:
+    """Return the hosts that do not answer, in their order, each with the reason: what the command last said of it.
 
     Args:
         slots: of all hosts, by name.
         reach: makes the command that starts another one on a host.
     """
 
-    def answers(name: str) -> bool:
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with suppress(OSError, subprocess.TimeoutExpired):
-            return subprocess.run(reach(name, ["true"]), timeout=ANSWER, **quiet).returncode == 0  # type: ignore[call-overload]
-        return False
+    def why(name: str) -> str:
+        program, *words = reach(name, ["true"])
+        # A file, not a pipe: an ssh that stays in the background for others (ControlPersist) holds it open.
+        with tempfile.TemporaryFile("w+", errors="replace") as said:
+            try:
+                to = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+                code = subprocess.run([program, *words], timeout=ANSWER, **to).returncode  # type: ignore[call-overload]
+            except subprocess.TimeoutExpired:
+                return f"{program}: not within {ANSWER:g} s"
+            except OSError as error:
+                return f"{program}: {error.strerror}"
+            said.seek(0)
+            return (said.read().strip().splitlines() or [f"{program}: exit code {code}"])[-1] if code else ""
 
     with ThreadPoolExecutor(32) as pool:
-        return [name for name, there in zip(slots, pool.map(answers, slots), strict=True) if not there]
+        return {name: reason for name, reason in zip(slots, pool.map(why, slots), strict=True) if reason}
 
 
 def wait_for_all(
@@ -52,7 +61,8 @@ def wait_for_all(
     Returns:
         The hosts as they were at the last look, and those of them that did not answer.
     """
-    begin, said = time.monotonic(), None
+    begin = time.monotonic()
+    said: dict[str, str] | None = None
     while True:
         slots = dict(hosts())
         missing = absent(slots, reach)
@@ -60,10 +70,11 @@ def wait_for_all(
         if not missing and said:
             _say(f"all hosts answer, after {waited:.0f} s: {', '.join(slots)}")
         if not missing or signals.fatal is not None or waited > 60 * minutes:
-            return slots, missing
+            return slots, list(missing)
         if missing != said:
+            reasons = list(dict.fromkeys(missing.values()))
             _say(f"{', '.join(missing)}: no answer; waiting for that, or for another in its place in the hostfile, "
-                 f"{minutes:g} minutes at most (launch.host_wait_minutes)")  # fmt: skip
+                 f"{minutes:g} minutes at most (launch.host_wait_minutes); {'; '.join(reasons[:4])}")  # fmt: skip
             said = missing
         end = time.monotonic() + every
         while time.monotonic() < end and signals.fatal is None:

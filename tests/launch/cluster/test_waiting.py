@@ -50,6 +50,7 @@ def test_a_host_that_comes_back_is_waited_for_and_the_layout_stays(played, tmp_p
     assert run.wait(KILLED) is None and list(run.cluster.slots) == ["a", "b", "c"] and len(run.looked) == 3
     said = capsys.readouterr().err
     assert said.count("b: no answer; waiting for that, or for another in its place in the hostfile, 7 minutes") == 1
+    assert said.count("(launch.host_wait_minutes); test: exit code 1\n") == 1
     assert "all hosts answer, after 0 s: a, b, c" in said
 
 
@@ -100,9 +101,14 @@ def test_a_host_that_was_left_out_stays_so_whatever_the_hostfile_says(played, tm
 
 
 def test_a_command_that_hangs_or_is_not_there_is_no_answer(monkeypatch):
-    monkeypatch.setattr(waiting, "ANSWER", 0.2)
+    monkeypatch.setattr(waiting, "ANSWER", 3.0)
     words = {"a": ["true"], "b": ["sleep", "60"], "c": ["/no/such/command"], "d": ["false"]}
-    assert waiting.absent(dict.fromkeys(words, 1), lambda name, command: words[name]) == ["b", "c", "d"]
+    words["e"] = ["sh", "-c", "echo a banner >&2; echo ssh: no route to e >&2; exit 255"]
+    words["f"] = ["sh", "-c", "sleep 6 & echo it stays in the background >&2"]
+    assert waiting.absent(dict.fromkeys(words, 1), lambda name, command: words[name]) == {
+        **{"b": "sleep: not within 3 s", "c": "/no/such/command: No such file or directory"},
+        **{"d": "false: exit code 1", "e": "ssh: no route to e"},
+    }
 
 
 @pytest.mark.parametrize("minutes", [-1.0, float("inf"), float("nan")])
