@@ -188,8 +188,9 @@ class Sure:
 def test_an_evaluation_reads_and_writes_nothing_again_draws_nothing_and_keeps_no_answers(own, monkeypatch):
     _, tasks, speech, leader = own
     task = opened("own_cloze", tasks, speech)
-    first = task.evaluate(leader)
+    random.seed(7), np.random.seed(7)
     before = random.getstate(), np.random.get_state()[1].tolist()
+    first = task.evaluate(leader)
     monkeypatch.setattr("datasets.load_dataset", refuse)
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.fewshot_context", refuse)
     monkeypatch.setattr(HarnessModel, "tok_encode", refuse)
