@@ -30,8 +30,10 @@ from train.wandb_run import kept_id
 
 MARKS = (STARTED, METRICS, SUMMARY, ".hydra")
 """What a folder has one of that is a run's."""
+LATE = 64
+"""Records by which it is told how a run is of late."""
 _TAIL = 2**16
-"""Bytes of a file's end that are read for its last records: at least thirty."""
+"""Bytes of a file's end that are read for them."""
 _LOOK_BACK = 2**20
 """Bytes of its end in which the last validation is looked for."""
 
@@ -151,31 +153,28 @@ class RunFolder:
     @cached_property
     def first(self) -> dict[str, Any] | None:
         """The first record of metrics.jsonl; None where there is none."""
-        return next(iter(self.head()), None)
+        return next(iter(self._parsed(self._lines(0, _TAIL)[:LATE])), None)
 
     @cached_property
     def last(self) -> dict[str, Any] | None:
         """The last record of metrics.jsonl; None where there is none."""
         return self.tail[-1] if self.tail else None
 
-    def head(self, num_bytes: int = _TAIL) -> list[dict[str, Any]]:
-        """Return the first records of metrics.jsonl, as many as there are in so many bytes."""
-        return self._read_records(0, num_bytes)
-
     @cached_property
     def tail(self) -> list[dict[str, Any]]:
-        """The last records of metrics.jsonl, thirty or more where there are as many."""
-        found = self._read_records(-_TAIL, _TAIL)
-        return found or self._read_records(-_LOOK_BACK, _LOOK_BACK)
+        """The last records of metrics.jsonl, `LATE` of them at most."""
+        found = self._parsed(self._lines(-_TAIL, _TAIL)[-LATE:])
+        return found or self._parsed(self._lines(-_LOOK_BACK, _LOOK_BACK)[-LATE:])
 
     @cached_property
     def val_loss(self) -> float | None:
         """The validation loss last measured, in nats; None where none was, or none lately."""
         if self.summary:
-            ended = self.summary.get("val_loss")
-            return float(ended) if isinstance(ended, int | float) else None
+            of_end = self.summary.get("val_loss")
+            return float(of_end) if isinstance(of_end, int | float) else None
         for size in (_TAIL, _LOOK_BACK):
-            for record in reversed(self.tail if size == _TAIL else self._read_records(-size, size)):
+            validated = [line for line in self._lines(-size, size) if b'"val_loss"' in line]
+            for record in reversed(self._parsed(validated)):
                 if isinstance(value := record.get("val_loss"), int | float):
                     return float(value)
         return None
@@ -243,8 +242,8 @@ class RunFolder:
             self._fault_of_lines(torn)
             yield columns
 
-    def _read_records(self, start: int, num_bytes: int) -> list[dict[str, Any]]:
-        """Read the whole records in a part of metrics.jsonl; a negative start counts from its end."""
+    def _lines(self, start: int, num_bytes: int) -> list[bytes]:
+        """Read the whole lines in a part of metrics.jsonl; a negative start counts from its end."""
         try:
             with open(self.path / METRICS, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -255,7 +254,9 @@ class RunFolder:
         except OSError as error:
             self._fault(self.path / METRICS, str(error.strerror))
             return []
-        lines = part.split(b"\n")[1 if at else 0 : -1]  # the first may have begun before, the last is not ended
+        return part.split(b"\n")[1 if at else 0 : -1]  # the first may have begun before, the last is not ended
+
+    def _parsed(self, lines: Sequence[bytes]) -> list[dict[str, Any]]:
         found, torn = [], 0
         for line in lines:
             try:

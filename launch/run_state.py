@@ -73,11 +73,11 @@ def state_of(run: RunFolder, now: float | None = None) -> State:
         now: seconds since 1970; the present by default.
     """
     now = time.time() if now is None else now
-    locked, started = is_locked(run.path), run.started
-    here = started.get("boot") is not None and started["boot"] == boot()
-    over = locked is not True and (bool(started.get("ended")) or (locked is False and here))
     if (ended := _by_summary(run)) and not _stale(run):
         return ended
+    locked, started = is_locked(run.path), run.started
+    here = started.get("boot") is not None and started["boot"] == boot()
+    over = bool(started.get("ended")) or (locked is False and here)
     if locked:
         return _moving(run, now)
     if (failure := _failure(run)) is not None:

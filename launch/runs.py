@@ -32,8 +32,6 @@ READERS = 32
 PIPE_WIDTH = 10_000
 """Characters of a line that no terminal breaks."""
 _GAP = 2
-LATE = 64
-"""The last records, by which the pace and the speed of late are told."""
 _FEWEST = 10
 """Steps since a checkpoint by which a pace is told."""
 _STYLES = {
@@ -201,8 +199,7 @@ def _whole(value: Any) -> int | None:
 
 def _mean(folder: RunFolder, key: str) -> float | None:
     """Average a figure over the last records, by the seconds that their steps took."""
-    late = folder.tail[-LATE:]
-    of = [(one[key], one["seconds"]) for one in late if _number(one.get(key)) and _number(one.get("seconds"))]
+    of = [(one[key], one["seconds"]) for one in folder.tail if _number(one.get(key)) and _number(one.get("seconds"))]
     seconds = sum(took for _, took in of)
     return sum(value * took for value, took in of) / seconds if seconds else None
 
@@ -212,8 +209,7 @@ def _seconds_left(folder: RunFolder, tokens: float | None, whole: float | None) 
     last, changed = folder.last, folder.changed
     if tokens is None or whole is None or last is None or changed is None:
         return None
-    late = folder.tail[-LATE:]
-    steps = [one for one in late if all(_number(one.get(key)) for key in ("step", "seconds", "tokens"))]
+    steps = [one for one in folder.tail if all(_number(one.get(key)) for key in ("step", "seconds", "tokens"))]
     if len(steps) < 2 or steps[-1]["step"] <= steps[0]["step"] or steps[-1]["tokens"] <= steps[0]["tokens"]:
         return None
     per_step = (steps[-1]["tokens"] - steps[0]["tokens"]) / (steps[-1]["step"] - steps[0]["step"])

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) else None
 
 
+@cache
 def boot() -> str | None:
     """Read which start of which machine's system this is: two processes with the same one share their file locks."""
     try:
