@@ -5,7 +5,7 @@ each, so that the loss over all of them is that of the mixture.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from conf.schema import Config
@@ -141,8 +141,3 @@ def requests_of(batch: Batch) -> Iterator[Request]:
             whole = [tokens[begin], *(label for label in labels[begin:end] if label != IGNORED)]
             if len(whole) > 1:
                 yield Request(whole, 1)
-
-
-def figures(losses: Mapping[str, Loss]) -> dict[str, dict[str, float]]:
-    """Return the figures of sets, by name."""
-    return {name: loss.figures() for name, loss in losses.items()}
