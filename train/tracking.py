@@ -146,7 +146,8 @@ class Tracker:
         elif line:
             log.info("%s", line)
         if "val_loss" in record:
-            self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}")
+            bits = f", {record['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in record else ""
+            self.say(f"step {record['step']}: validation loss {record['val_loss']:.4f}{bits}")
 
     def passed_over(self, record: dict[str, Any]) -> None:
         """Log a step that was not taken: its record has no loss."""
