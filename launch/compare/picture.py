@@ -35,6 +35,7 @@ def _draw(names: Sequence[str], losses: Sequence[Losses], partings: Sequence[Par
 
     matplotlib.use("Agg")  # no screen is needed
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     with pyplot.style.context("tableau-colorblind10"):
         figure, (above, below) = pyplot.subplots(
@@ -65,6 +66,8 @@ def _draw(names: Sequence[str], losses: Sequence[Losses], partings: Sequence[Par
         below.axhline(0, color="black", linewidth=0.8)
         below.set_ylabel(f"loss less that of\n{names[0]}, ±2 errors")
         below.set_xlabel(UNITS[axis])
+        if axis != "hours":
+            below.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k, 2T
         for axes in (above, below):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)

@@ -86,10 +86,10 @@ def test_steep_curves_of_other_batches_are_no_difference():
     def steep(tokens):
         return 2 + 8 * np.exp(-tokens / 3e4)
 
-    found = part(losses(500, 4000, noise=0.02, curve=steep), losses(2000, 1000, noise=0.02, seed=5, curve=steep))
+    found = part(losses(500, 4000, noise=0.0, curve=steep), losses(2000, 1000, noise=0.0, curve=steep))
     assert len(found.windows) > 20
     later = found.windows > 3e4
-    assert np.abs(found.difference[later]).max() < 0.1
+    assert np.abs(found.difference[later]).max() < 0.03
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 100), (1, 100), (5, 100), (20, 20)])
@@ -233,7 +233,8 @@ def test_what_is_said_of_two_runs(tmp_path, capsys):
         assert re.search(rf"^{line}$", text, re.MULTILINE), line
     assert "\x1b" not in text and all(len(line) <= 118 for line in text.splitlines())
     drawn = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(drawn, axis=0)) > 20  # curves of two colours, and not a blank page
+    for color in ((0, 107, 164), (255, 128, 14)):  # the averaged curve of each, which nothing shines through
+        assert (drawn == color).all(axis=1).sum() > 500
 
 
 def test_json_has_the_figures_of_every_window(tmp_path, capsys):
