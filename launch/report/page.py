@@ -96,7 +96,7 @@ def _sections(runs: Sequence[ShownRun], plots: Plots) -> list[str]:
         if section["title"] == "Pipeline" and drawn:
             inner += f'<div class="plots timelines">{"".join(drawn)}</div>'
         parts.append(_section(section["title"], inner))
-    parts.append(_section("Failures and restarts", tables.events(runs)))
+    parts.append(_section("Failures, restarts, alerts", tables.events(runs)))
     parts.append(_section("Skipped steps", tables.skipped(runs)))
     parts.append(_section("Samples", tables.samples(runs)))
     parts.append(_section("What is missing", tables.missing(runs, plots.absent, said)))

@@ -98,6 +98,13 @@ FAILED = {
     "step": 60,
     "restart_in_seconds": 1.0,
 }
+ALERT = {
+    "time": "2026-01-02T03:04:06+00:00",
+    "event": "alert",
+    "title": "disk nearly full",
+    "text": "3.2 GiB are free",
+    "level": "WARN",
+}
 RECOVERED = {
     "time": "2026-01-02T03:05:05+00:00",
     "event": "recovered",

@@ -10,7 +10,17 @@ import pytest
 
 from launch.cli import main
 from launch.report.panels import panels
-from tests.launch.report.folders import FAILED, RECOVERED, SETTINGS, SKIPPED, record, records, write_run, write_timeline
+from tests.launch.report.folders import (
+    ALERT,
+    FAILED,
+    RECOVERED,
+    SETTINGS,
+    SKIPPED,
+    record,
+    records,
+    write_run,
+    write_timeline,
+)
 from train.names import GROUPED
 
 
@@ -62,7 +72,7 @@ def two(tmp_path_factory):
     """Two runs, of which the first was skipped a step and failed once, the second has another rate and batch."""
     folder = tmp_path_factory.mktemp("two")
     made = [one if one["step"] != 40 else {**one, "loss": 9.0, "skipped": "loss"} for one in records(100)]
-    events = [FAILED, RECOVERED]
+    events = [FAILED, RECOVERED, ALERT]
     texts = [{"step": 50, "prompt": "def ", "text": "<b>f</b>(x):"}]
     one = write_run(folder / "one", made, skipped_jsonl=[SKIPPED], events_jsonl=events, samples_jsonl=texts)
     for step in (10, 20, 90):
@@ -100,6 +110,8 @@ def test_skipped_steps_and_failures_are_marked_with_their_cause(two):
         assert mark["text"] == [why] and mark["run"] == 0
         assert decoded(two.data["positions"][mark["at"]]["step"]).tolist() == [step]
     assert "was killed by SIGKILL" in two.text and "node7" in two.text and "lost 33" in two.text
+    order = [two.text.index(one) for one in ("by SIGKILL, rank 1", "disk nearly full", "restarts 1")]
+    assert order == sorted(order) and "3.2 GiB are free" in two.text
     assert "320 to 327" in two.text  # its samples
 
 
