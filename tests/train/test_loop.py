@@ -66,7 +66,7 @@ class Played(SimpleNamespace):
         if number == self.stop_after:
             self.signals.asked = 15
         lost = number in self.nonfinite
-        return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, 0.0, [], 0.0)
+        return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, (0.0, 0.0), [], 0.0)
 
     def evaluated(self, step):
         if not Evaluator.validates_after(SimpleNamespace(_config=self.config, _steps=self.length.steps), step):
@@ -196,7 +196,7 @@ def test_whoever_watches_the_rank_hears_of_a_timeline_before_that_is_drawn(monke
     monkeypatch.setattr(loop.timeline, "gather", lambda *told: [[]])
     monkeypatch.setattr(loop.timeline, "write", lambda measured, run_dir: "a picture")
     played.tracker.picture = lambda name, picture: at.append(picture)
-    loop._keep_timeline(played, 2, StepResult(2.0, 1.0, False, 0.0, [], 0.0))
+    loop._keep_timeline(played, 2, StepResult(2.0, 1.0, False, (0.0, 0.0), [], 0.0))
     assert at == [Phase.KEEP, "a picture"]
 
 
