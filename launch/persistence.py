@@ -65,7 +65,7 @@ class Persistence:
         try:
             return self._keep_going(start, arguments, signals)
         finally:
-            self._alerts.close()
+            self._alerts.close(at_once=signals.fatal is not None)
             if lacking := self._events.close():
                 _say(f"{self.run_dir / EVENTS} lacks {lacking} lines: its disk has not taken them")
 

@@ -75,6 +75,7 @@ class Alerts:
         self._background = Background("alerts", ROOM, clock)
         self._under_way: subprocess.Popen[bytes] | None = None
         self._failures = self._dropped = 0
+        self._is_closed = False
 
     def send(self, title: str, text: str, level: AlertLevel, step: int) -> str | None:
         """Write an alert to events.jsonl, and have the command run with it, unless one of its title was just sent.
@@ -106,9 +107,14 @@ class Alerts:
                 self._dropped += 1
         return text
 
-    def close(self) -> None:
-        """Wait for alerts under way as long as the command may take, and say what of them has come to nothing."""
-        if not self._background.wait(self._settings.timeout_seconds):
+    def close(self, at_once: bool = False) -> None:
+        """Wait for alerts under way, and say what of them has come to nothing.
+
+        Args:
+            at_once: whether this does not wait; else it does as long as the command may take for one alert.
+        """
+        if not self._background.wait(0.0 if at_once else self._settings.timeout_seconds):
+            self._is_closed = True
             self._dropped += self._background.clear()
             if (process := self._under_way) is not None:
                 _kill(process)
@@ -143,6 +149,8 @@ class Alerts:
         except (OSError, ValueError) as error:
             return f"could not be started ({error})"
         self._under_way = process
+        if self._is_closed:  # while it was started
+            _kill(process)
         said: deque[bytes] = deque(maxlen=1)
         talk = threading.Thread(target=_talk, args=(process, json.dumps(alert).encode(), said), daemon=True)
         talk.start()

@@ -127,8 +127,8 @@ class Starts:
         return next(self.codes)
 
 
-def kept_going(tmp_path, starts, signals=Signals, restarts=10):
-    alerting = AlertsConfig(["tee", "-a", str(tmp_path / "told")])
+def kept_going(tmp_path, starts, signals=Signals, restarts=10, alerting=None):
+    alerting = alerting or AlertsConfig(["tee", "-a", str(tmp_path / "told")])
     persistence = Persistence(Layout(1, 1, 1), tmp_path, LaunchConfig(restarts), ["again"], alerting=alerting)
     return persistence.run(starts, ["first"], signals)
 
@@ -260,7 +260,8 @@ def test_a_signal_ends_it_whatever_the_code_is_and_while_it_waits(tmp_path, monk
             self.asked += 1
             return signal.SIGINT if self.asked > 2 else None
 
-    assert kept_going(tmp_path, Starts(137), WhileItWaits()) == 130
+    hangs = AlertsConfig(["sleep", "600"], timeout_seconds=600.0)
+    assert kept_going(tmp_path, Starts(137), WhileItWaits(), alerting=hangs) == 130
 
 
 @pytest.mark.usefixtures("at_once")

@@ -13,6 +13,7 @@ from tests.shapes import preset
 from train.farewell import closing
 from train.job import job_of
 from train.length import StepSize, length_of
+from train.log_lines import Cost, Pace
 from train.predicted import Expected, cluster_here, predicted_terms, problems
 from train.preflight import preflight
 
@@ -155,3 +156,19 @@ def test_the_closing_lines_have_the_prediction_under_the_speed(tmp_path):
     lines = closing(summary, 5, [], tmp_path, None, ["1.2 s a step", "most off: forward"]).splitlines()
     at = lines.index("prediction       1.2 s a step")
     assert lines[at - 1].startswith("speed ") and lines[at + 1] == " " * 17 + "most off: forward"
+
+
+def test_the_price_of_a_cluster_is_that_of_all_ranks_and_stands_in_the_closing_lines(tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: h100\nprice_per_gpu_hour: 2.5\n")
+    hourly = expected(replace(CONFIG, cluster=str(tmp_path / "mine.yaml"))).price_per_hour
+    assert hourly == 10.0 and expected().price_per_hour is None
+    now = [0.0]
+    pace = Pace(5, Cost(hourly), lambda: now[0])
+    for step in (1, 5):
+        now[0] = 864.0 * step
+        pace.step({"step": step, "tokens": 1e6 * step, "seconds": 800.0})
+    summary = dict.fromkeys(["diverged", "loss_first", "skipped_steps", "val_loss", "missing_records"])
+    summary |= {"complete": True, "steps": 5, "tokens_per_second": 1250.0, "wandb": {"mode": "disabled"}}
+    lines = closing(summary, 5, [], tmp_path, None, pace=pace).splitlines()
+    assert "speed            1,250 tokens/s in steps, 100 million tokens/day with evaluation and saves" in lines
+    assert "cost             12.00: 01:12:00 since this start, at 10.00 an hour" in lines
