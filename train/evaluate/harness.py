@@ -7,6 +7,7 @@ are written, when a task is opened, before the first step; an evaluation does ne
 import importlib.util
 import logging
 import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -155,11 +156,23 @@ def _loaded(spec: TaskSpec, asked: Asked) -> Mapping[str, Any]:
                             "on the exported model (deepnarrow export)"])  # fmt: skip
         if getattr(task, "MULTIMODAL", False):
             raise BadInput([f"{said}: shows pictures or sound; a task of text would work"])
+        if task.get_config("output_type") == "generate_until":
+            _check_completions(said, task)
         own = task.get_config("num_fewshot")
         if own is None or (asked.shots and own):  # a task that says 0 means it
             task.set_config(key="num_fewshot", value=asked.shots)
         task.set_fewshot_seed(seed=_lm_eval_seeds()[1])
     return loaded
+
+
+def _check_completions(said: str, task: Any) -> None:
+    """Raise `BadInput` for completions that are not made here; whether the context holds them is seen later."""
+    from train.evaluate.harness_model import Generation
+
+    try:
+        Generation.of(task.get_config("generation_kwargs") or {}, context=sys.maxsize, end="")
+    except BadInput as error:
+        raise BadInput([f"{said}: {task.task_name}: {problem}" for problem in error.problems]) from None
 
 
 def _manager_of(spec: TaskSpec, name: str, include_path: str | None) -> "TaskManager":

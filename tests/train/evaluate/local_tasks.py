@@ -65,8 +65,8 @@ def write_tasks(folder: Path, answers: dict[str, str]) -> Path:
     strict = {"name": "strict", "filter": [{"function": "take_first"}]}
     lower = {"name": "lower", "filter": [{"function": "lowercase"}, {"function": "take_first"}]}
     _write(folder, "own_filtered", prompts, {**answer, "filter_list": [strict, lower]})
-    kwargs = {"num_beams": 4, "max_gen_toks": 96}
-    _write(folder, "own_beams", prompts, {**answer, "generation_kwargs": kwargs})
+    _write(folder, "own_beams", prompts, {**answer, "generation_kwargs": {"num_beams": 4}})
+    _write(folder, "own_far", prompts, {**answer, "generation_kwargs": {"max_gen_toks": 96}})
     _write(folder, "own_code", prompts, {**answer, "unsafe_code": True})
     _write(folder, "own_long", [{"start": "It", "end": LONG * 2}], {"output_type": "loglikelihood", **cloze})
     _write(folder, "own_lost", prompts, answer)

@@ -218,6 +218,7 @@ def test_a_task_that_was_checked_is_not_loaded_again(own, monkeypatch):
     [
         ("own_tekst", "lm_eval/own_tekst: lm-eval knows no such task in TASKS or of its own; lm_eval/own_text "),
         ("own_lost", "lm_eval/own_lost: cannot be loaded (FileNotFoundError: Unable to find 'TASKS/own_lost.json'"),
+        ("own_beams", "lm_eval/own_beams: own_beams: generation_kwargs: num_beams=4: no completion is made so here; "),
         ("own_code", "lm_eval/own_code: runs code that the model writes, which is not done here; lm-eval itself would"),
     ],
 )
@@ -235,16 +236,17 @@ def test_what_cannot_be_asked_is_said_before_a_process_starts(name, said, own, m
     assert problem == f"eval.tasks=lm_eval/{name}: lm-eval is not installed; pip install 'deepnarrow[eval]' would work"
 
 
-def test_completions_that_are_not_made_so_here_are_refused_as_the_task_is_opened(own):
+def test_completions_that_the_context_does_not_hold_are_refused_as_the_task_is_opened(own):
     _, tasks, speech, _ = own
     with pytest.raises(BadInput) as refused:
-        opened("own_beams", tasks, speech)
+        opened("own_far", tasks, speech)
     assert refused.value.problems == [
-        "eval.tasks=lm_eval/own_beams: own_beams: generation_kwargs: max_gen_toks=96: the model's context of 96 tokens "
-        "holds what is asked as well; from 1 to 95 would work",
-        "eval.tasks=lm_eval/own_beams: own_beams: generation_kwargs: num_beams=4: no completion is made so here; "
-        "num_beams=1 would work",
+        "eval.tasks=lm_eval/own_far: own_far: generation_kwargs: max_gen_toks=96: the model's context of 96 tokens "
+        "holds what is asked as well; from 1 to 95 would work"
     ]
+
+
+def test_completions_are_made_as_a_task_wants_them():
     plain = Generation.of({"until": "\n", "num_beams": 1, "temperature": 0, "max_new_tokens": 5}, 64, "</s>")
     assert plain == Generation(5, ("\n", "</s>"), Sampling(temperature=0))
     drawn = Generation.of({"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}, 512, "</s>")
