@@ -122,7 +122,7 @@ def _how(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, wi
     if backend is AttentionBackend.reference:
         return "by a mask of all pairs"
     if device.type != "cuda":
-        return "a piece of the sequence at a time" if window else "one after another"
+        return "in pieces of a sequence" if window else "one after another"
     reason = _no_varlen(device, dtype, window)
     return f"by a mask of all pairs, since PyTorch's varlen kernel {reason}" if reason else "by PyTorch's varlen kernel"
 
