@@ -60,8 +60,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 """The architecture of each model_type, and what it takes for keys that are absent where that is not Llama's."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _POSITIVE = {"norm_eps": ("rms_norm_eps", 1e-6), "init_std": ("initializer_range", 0.02)}
-_NOT_KEPT = ("dtype", "rope_parameters", "transformers_weights", "quantization_config", "auto_map")
-_NOT_KEPT += ("sliding_window", "layer_types")
+_NOT_KEPT = (
+    *("dtype", "rope_parameters", "transformers_weights", "quantization_config", "auto_map"),
+    *("sliding_window", "layer_types"),
+)
 """Of a config.json: what is written under another key or anew, is of the source's files alone, or names code."""
 
 

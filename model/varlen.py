@@ -25,7 +25,7 @@ def by_document(
     the backward pass, its output is in memory twice, by document and whole.
     """
     parts = (x.flatten(0, 1).split(documents.lengths) for x in (q_BLHK, k_BLGK, v_BLGK))
-    outs = [in_window(*(x.unsqueeze(0) for x in one), window=window)[0] for one in zip(*parts, strict=True)]
+    outs = [in_window(q[None], k[None], v[None], window)[0] for q, k, v in zip(*parts, strict=True)]
     return torch.cat(outs).view_as(q_BLHK)
 
 
