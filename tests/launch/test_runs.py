@@ -194,6 +194,19 @@ def test_what_cannot_be_is_said(arguments, said, tmp_path, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_watching_looks_again_until_it_is_interrupted(folder, monkeypatch, capsys):
+    def slept(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    waits = []
+    monkeypatch.setattr(runs.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(runs.time, "sleep", slept)
+    assert main(["runs", str(folder), "--watch", "3"]) == 0
+    assert waits == [3.0, 3.0] and "killed" in capsys.readouterr().out
+
+
 def test_an_empty_folder_has_no_runs(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
