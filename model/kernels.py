@@ -46,8 +46,8 @@ def causal_attention(
             document. Their kernels compute what is seen and nothing else; where a GPU has none, and in `reference`,
             there is a mask of B L L bytes.
         window: each position attends to itself and so many less one before it; None to all before it. flash-attn's and
-            PyTorch's varlen kernels compute what is seen and nothing else, and on a CPU no more than twice that; where
-            a GPU has none, and in `reference`, there is a mask.
+            PyTorch's varlen kernels compute what is seen and nothing else, and on a CPU little more is computed
+            (`model.varlen.in_window`); where a GPU has none, and in `reference`, there is a mask.
 
     Returns:
         (B, L, H, K) in the dtype of the inputs; softmax statistics are fp32 inside.
