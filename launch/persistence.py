@@ -19,6 +19,7 @@ from parallel.heartbeat import FOLDER, Phase
 from parallel.layout import Layout
 from train.alerts import Alerts
 from train.events import EVENTS, RESTART
+from train.records import is_over
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _BAD_INPUT = 2
@@ -77,7 +78,7 @@ class Persistence:
                 if code == _BAD_INPUT and self._restarts.count:  # at the first start, someone is there who reads it
                     said = f"restart {self._restarts.count} was refused as bad input, and the run is not started again"
                     self._tell("not started again", said, AlertLevel.error, watch.dog.step)
-                if code in _FINAL or signals.first is not None or watch.has_ended():
+                if code in _FINAL or signals.first is not None or watch.has_ended(code):
                     self.progress(watch.dog, ended=code == 0)
                     return code
                 failure = watch.failure(code)
@@ -176,9 +177,17 @@ class _Watch:
         """Whether the run was ended since it did not move."""
         return self._stall is not None
 
-    def has_ended(self) -> bool:
-        """Tell whether the run has come to its end in this start, whatever it lacks."""
-        return completion(self._of.run_dir) not in (None, self._completed_before)
+    def has_ended(self, code: int) -> bool:
+        """Tell whether the run has come to its end in this start, whatever it lacks.
+
+        One whose launcher was killed has not: its ranks are then told to stop, and save, though nobody asked for it.
+
+        Args:
+            code: its exit code.
+        """
+        if completion(self._of.run_dir) in (None, self._completed_before):
+            return False
+        return code - 128 not in (signal.SIGKILL, *_CRASHES) or is_over(self._of.run_dir)
 
     def noticed(self) -> float:
         """Return when the failure was noticed, by `time.monotonic`: before stacks are collected and ranks are ended."""

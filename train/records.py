@@ -21,6 +21,15 @@ TIMELINES, PROFILES = "timelines", "profiles"
 """Folders of `train.timeline` and `train.profiling`. They are named here, so that a folder is read without PyTorch."""
 
 
+def is_over(run_dir: Path) -> bool:
+    """Tell whether the run in this folder is complete or has diverged: there is nothing that it could go on with."""
+    try:
+        summary = json.loads((run_dir / SUMMARY).read_text("utf-8"))
+        return bool(summary["complete"] or summary["diverged"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def diverged_before(run_dir: Path) -> str | None:
     """Read why the run that was in this folder has diverged; None where it has not."""
     try:

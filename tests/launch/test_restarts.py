@@ -17,6 +17,7 @@ from parallel.heartbeat import FOLDER, Heart, Phase
 from parallel.layout import Layout
 from tests.train.test_patient_file import full
 from train.events import RESTART, last_failure, tell_of_restart
+from train.records import SUMMARY
 
 KILLED = Failure("was ended by SIGKILL", 1, "a", 8, "B stage 1 micro-batch 3, step 8", False, 0.2)
 FAILED = replace(KILLED, cause="failed (ValueError: x)", by_itself=True)
@@ -157,6 +158,26 @@ def test_a_run_goes_on_until_it_ends_and_says_where_it_goes_on_from(tmp_path):
     (alert,) = alerts(tmp_path)  # the second comes too soon after it
     assert (alert["title"], alert["level"], alert["step"], alert["run"]) == ("failed", "warn", 8, tmp_path.name)
     assert "was ended by SIGKILL" in alert["text"] and "goes on from its newest sound checkpoint" in alert["text"]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize(
+    ("summary", "code", "starts"),
+    [
+        ({"complete": False, "diverged": False}, 137, 2),  # the launcher was killed: the ranks were stopped after it
+        ({"complete": False, "diverged": False}, 143, 1),  # it was told to end, and its ranks with it
+        ({"complete": True, "diverged": False}, 137, 1),
+        ({"complete": False, "diverged": True}, 139, 1),
+    ],
+)
+def test_ranks_that_save_since_their_launcher_was_killed_have_not_ended_the_run(summary, code, starts, tmp_path):
+    class Saves(Starts):
+        def __call__(self, *arguments, **more):
+            (tmp_path / SUMMARY).write_text(json.dumps(summary))
+            return super().__call__(*arguments, **more)
+
+    made = Saves(code, 0)
+    assert kept_going(tmp_path, made) == (0 if starts == 2 else code) and len(made.seen) == starts
 
 
 @pytest.mark.parametrize("code", [2, 3])
