@@ -73,7 +73,7 @@ class _NotingStage(torch.autograd.Function):
 
 
 def _stage(index: int, deferred: DeferredGradients, notes: list[Note]) -> Callable[..., torch.Tensor]:
-    weight = torch.zeros(1, requires_grad=True)
+    weight = torch.zeros(1, 1, requires_grad=True)
 
     def run(x: torch.Tensor, context: Context) -> torch.Tensor:
         return _NotingStage.apply(
@@ -98,7 +98,7 @@ def recorded(name: str, p: int, virtual: int, steps: Steps) -> Sequence[Sequence
         steps: one after another.
     """
     placement = placement_of(Schedule[name], p, virtual)
-    spec = ActivationSpec((1,), torch.float32, torch.device("cpu"))
+    spec = ActivationSpec((1, 1), torch.float32, torch.device("cpu"))
     programs: list[list[Note]] = []
     for rank in range(p):
         notes: list[Note] = []
@@ -107,7 +107,7 @@ def recorded(name: str, p: int, virtual: int, steps: Steps) -> Sequence[Sequence
         links = {link: link for link in placement.links if rank in link}
         loss = _loss if rank == placement.loss_rank else None
         machine = Pipeline(stages, loss, deferred, Schedule[name], placement, rank, range(p), links, spec)
-        batches = repeat(Batch(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)))
+        batches = repeat(Batch(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)))
         with mock.patch.object(pipeline, "dist", _NotingDist(notes)):
             for trains, micro_batches in steps:
                 (machine.train if trains else machine.evaluate)(batches, micro_batches)

@@ -51,7 +51,7 @@ def test_what_is_printed_of_all_ranks(ran):
     by_key = {(one["kind"], one["operation"]): one for one in found["messages"]}
     part = 32 * 128 * 2  # this rank's tokens of a sequence of d_model values in bf16
     assert by_key["pp", "send"]["number"] == 16 and by_key["pp", "send"]["bytes"] == 16 * part
-    assert by_key["world", "all_reduce"] == {**by_key["world", "all_reduce"], "number": 1, "bytes": 32, "ranks": 8}
+    assert by_key["world", "all_reduce"] == {**by_key["world", "all_reduce"], "number": 1, "bytes": 40, "ranks": 8}
     assert found["matching"]["messages"] > 8 and not found["matching"]["problems"]
     assert command.judged(ran, 80.0, 4.0).startswith("fits a GPU of 80 GiB: stage ")
 
