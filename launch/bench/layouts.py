@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +143,8 @@ def measure(
         all, the largest share that others took in those (``others``), ``predicted`` and
         their ``ratio``, and where there are stages ``terms``, the seconds of each kind of pass, measured and predicted,
         means over the ranks (predicted as if a core were a rank's own); ``worst``, the largest deviation of a ratio
-        from 1; ``tau``, Kendall's rank correlation of measured and predicted steps; ``clusters``, the keys that were
+        from 1; ``tau``, Kendall's rank correlation of measured and predicted steps, and ``told_apart``, from
+        `told_apart`; ``clusters``, the keys that were
         measured, by the number of ranks; ``others``, the largest share of the cores that others took meanwhile.
 
     Raises:
@@ -179,6 +181,7 @@ def measure(
         "others": max(found[0]["others"] for found in started.values()),
         "worst": max(abs(row["ratio"] - 1) for row in rows),
         "tau": kendall_tau(measured, predicted),
+        "told_apart": told_apart(rows),
         "clusters": clusters,
     }
 
@@ -244,6 +247,26 @@ def undisturbed(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float
     return [step for step in steps if step[1] <= UNDISTURBED] or [min(steps, key=lambda step: step[1])]
 
 
+def told_apart(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Compare the order of layouts whose steps were measured apart: all of one are shorter than all of the other.
+
+    The order of any other pair is not known.
+
+    Returns:
+        ``pairs``, how many there are of all (``of``), and ``tau``, the share of them that is predicted in the order in
+        which it was measured, less the share that is not; None without any.
+    """
+    pairs = list(combinations(rows, 2))
+    apart = [
+        (one, other)
+        for one, other in pairs
+        if one["extremes"][1] < other["extremes"][0] or other["extremes"][1] < one["extremes"][0]
+    ]
+    signs = [(a["measured"] - b["measured"]) * (a["predicted"] - b["predicted"]) > 0 for a, b in apart]
+    tau = (2 * sum(signs) - len(signs)) / len(signs) if signs else None
+    return {"pairs": len(apart), "of": len(pairs), "tau": tau}
+
+
 def as_text(found: dict[str, Any]) -> str:
     """Render the results of `measure` as text."""
     title = (
@@ -257,12 +280,18 @@ def as_text(found: dict[str, Any]) -> str:
         cells = [f"{row['measured']:.2f} ({low:.2f} to {high:.2f})", "{} of {}".format(*row["counted"])]
         cells += [f"{row['others']:.0%}", f"{row['predicted']:.2f}", f"{row['ratio']:.3f}"]
         table.add_row(row["case"], ranks, *cells)
+    pairs = found["told_apart"]
+    apart = (
+        f", {pairs['tau']:.2f} over the {pairs['pairs']} of {pairs['of']} pairs whose steps were measured apart"
+        if pairs["pairs"]
+        else ""
+    )
     return "\n".join(
         [
             rendered(table),
             f"others: the share of the cores that other processes took ({found['others']:.0%} while the links were "
             f"measured); where there are steps with {UNDISTURBED:.0%} or less, the rest do not count",
-            f"no step is more than {found['worst']:.1%} off; Kendall's tau of the ranking {found['tau']:.2f}",
+            f"no step is more than {found['worst']:.1%} off; Kendall's tau of the ranking {found['tau']:.2f}{apart}",
         ]
     )
 

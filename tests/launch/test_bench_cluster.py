@@ -238,6 +238,16 @@ def test_a_message_takes_its_mean_over_ranks_that_wait_for_each_other():
     assert [(link.operation, link.seconds) for link in found] == [("all_gather", 2.0), ("all_reduce", 1.0)]
 
 
+def test_layouts_are_ranked_where_their_steps_were_measured_apart():
+    def row(low, measured, high, predicted):
+        return {"extremes": [low, high], "measured": measured, "predicted": predicted}
+
+    rows = [row(1.0, 1.1, 1.2, 1.0), row(1.3, 1.4, 1.5, 1.2), row(1.4, 1.45, 1.6, 1.1), row(2.0, 2.1, 2.2, 1.15)]
+    # The second and the third overlap; of the five others, the second and the fourth are predicted the other way round.
+    assert layouts.told_apart(rows) == {"pairs": 5, "of": 6, "tau": pytest.approx(3 / 5)}
+    assert layouts.told_apart(rows[:1]) == {"pairs": 0, "of": 0, "tau": None}
+
+
 def test_kendalls_tau_counts_pairs():
     assert kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1.0
     assert kendall_tau([1, 2, 3, 4], [4, 3, 2, 1]) == -1.0
