@@ -1,6 +1,7 @@
 """W&B told in a thread of its own: of its client the real one, offline, and one whose process the tests hold up."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -134,7 +135,10 @@ raise SystemExit("as the test asks")
 
 
 def test_steps_are_taken_and_python_ends_though_wandbs_process_is_stopped(tmp_path):
-    ran = subprocess.run([sys.executable, "-c", FAILS, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    # W&B's process of another test would serve this one too.
+    own = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", FAILS, tmp_path]
+    ran = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1 and "as the test asks" in ran.stderr, ran.stderr
     assert "W&B does not answer, and its process is ended; metrics.jsonl has what it misses" in ran.stderr
     assert not psutil.pid_exists(int(ran.stdout))
