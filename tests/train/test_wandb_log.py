@@ -154,6 +154,10 @@ def test_wandbs_files_have_axes_grouped_names_tables_and_the_summary(tmp_path):
     log.table("samples", ["prompt"], [["b"]])
     log.finish({"complete": True})
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30  # W&B's process may still be writing when its client says that the run has ended
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     history, logged_config = history_and_config(path)
     assert [(row.get("step"), row.get("memory/stage1"), "samples" in str(sorted(row))) for row in history] == [
         *[(1, 2.0, False), (2, 2.0, True), (3, 2.0, False), (None, None, True)]
