@@ -254,9 +254,9 @@ class ModelConfig:
             With causal attention halved and whole. Besides `flops_per_token(0)` of each token they are, for one
             document of L tokens, L times what `flops_per_token` and `flops_per_token_whole_attention` count at L.
         """
-        halved = whole = 0.0
+        halved, whole, windows = 0.0, 0.0, Counter(self.windows)
         for length, documents in Counter(lengths).items():
-            for window, blocks in Counter(self.windows).items():
+            for window, blocks in windows.items():
                 halved += documents * blocks * seen_pairs(length, window)
                 whole += documents * blocks * length * min(length, window or length)
         per_pair = 12 * self.n_heads * self.d_head

@@ -112,6 +112,8 @@ def which_and_why(model: ModelConfig, device: torch.device, dtype: torch.dtype, 
     borders = f", documents {_how(attention, device, dtype, False)}" if documents else ""
     if model.window is not None:
         borders += f", a window of {model.window:,} tokens {_how(attention, device, dtype, True)}"
+    full = chosen(model.attention, device, dtype, documents)[0] if None in model.windows else attention
+    borders += f", {full.name} in full blocks" if full is not attention else ""
     return f"attention: {attention.name}{borders} ({why}); between matrices and in the loss: {between.name} ({reason})"
 
 

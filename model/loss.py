@@ -133,7 +133,7 @@ def label_scores(
         shard: the shard that the weight belongs to.
 
     Returns:
-        fp32 (N,) in nats, and bool (N,).
+        fp32 (N,) in nats, and bool (N,), which no token is where logits are no numbers.
     """
     found = [
         (*_sums(logits_NV, labels_N[rows] - shard.first_token, fused=False), logits_NV.argmax(1))
@@ -144,7 +144,8 @@ def label_scores(
     largest_N, total_N, target_N = _of_all_shards((own_largest_N, total_N, target_N), shard)
     # The smallest id over the shards as a largest one, in fp32, which has every integer up to 2^24.
     likeliest_N = (own_likeliest_N + shard.first_token).float().masked_fill(own_largest_N < largest_N, math.inf)
-    return target_N - largest_N - total_N.log(), -shard.maximum(-likeliest_N) == labels_N
+    scores_N = target_N - largest_N - total_N.log()
+    return scores_N, (-shard.maximum(-likeliest_N) == labels_N) & ~scores_N.isnan()
 
 
 def _count(labels_BL: torch.Tensor) -> torch.Tensor:

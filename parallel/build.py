@@ -58,6 +58,11 @@ class RankStages:
     tp: TensorParallel
     deferred: DeferredGradients
 
+    @property
+    def modules(self) -> dict[int, list[nn.Module]]:
+        """The modules of each stage, by its index."""
+        return {index: [layer.module for layer in layers] for index, layers in self.layers.items()}
+
     def in_order(self) -> list[Layer]:
         """Return all layers, in the order of the model."""
         return [layer for _, layers in sorted(self.layers.items()) for layer in layers]

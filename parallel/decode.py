@@ -95,7 +95,7 @@ def load_stage(
 ) -> tuple[dict[int, list[nn.Module]], Ranks]:
     """Load as `load_stages` does; return this rank's layers by the index of their stage, for a `StageDecoder`."""
     built, ranks = load_stages(weights, layout, device, dtype)
-    return {index: [layer.module for layer in layers] for index, layers in built.layers.items()}, ranks
+    return built.modules, ranks
 
 
 def _gather_vocabulary(logits_BV: torch.Tensor, model: ModelConfig, tp: TensorParallel) -> torch.Tensor:

@@ -224,7 +224,8 @@ class Engine:
             fp64 (5,).
         """
         counted = self.ranks.tp_rank == 0
-        flops = self._model.attention_flops(self.pipeline.lengths if counted and self.pipeline.loss is not None else ())
+        trained = counted and squares is not None and self.pipeline.loss is not None
+        flops = self._model.attention_flops(self.pipeline.lengths if trained else ())
         sums = torch.stack(
             [
                 loss.total * counted,

@@ -151,7 +151,7 @@ class Pipeline:
         return [Span(action, begin / 1000, end / 1000) for action, begin, end in since]
 
     def _program(self, training: bool, micro_batches: int) -> Program:
-        """Return this rank's program, which is computed once: the steps of a run are all alike."""
+        """Return this rank's program, which is computed once for each number of micro-batches."""
         if (training, micro_batches) not in self._programs:
             order = (
                 orders(self.schedule, self.placement, micro_batches)

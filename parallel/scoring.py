@@ -120,9 +120,8 @@ class Scorer:
             prompts: the token ids of each prompt, the same on every rank.
             room: the most tokens of a sequence, prompt included; at most the model's context.
         """
-        stages = {stage: [layer.module for layer in layers] for stage, layers in self._stages.layers.items()}
-        with whole_sequences(module for modules in stages.values() for module in modules):
-            yield StageDecoder(stages, self._model, prompts, room, self._ranks)
+        with whole_sequences(layer.module for layer in self._stages.in_order()):
+            yield StageDecoder(self._stages.modules, self._model, prompts, room, self._ranks)
 
     def _over_all_ranks(self, found: np.ndarray) -> list[list[float]]:
         heart.at(Phase.EVALUATE)

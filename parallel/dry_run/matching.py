@@ -52,9 +52,10 @@ def match(job: Job, runs: Mapping[RankClass, RankRun]) -> Matching:
     assert len({run.micro_batches for run in runs.values()}) == 1, "runs of the same step"
     of_rank = _classes_by_rank(job.layout, runs)
     said = {one: _by_group(run) for one, run in runs.items()}
+    run_ranks = {one.rank for one in runs}
     groups_of: defaultdict[int, set[tuple[int, ...]]] = defaultdict(set)
     for _, ranks in _groups(job):
-        for rank in ranks:
+        for rank in run_ranks.intersection(ranks):
             groups_of[rank].add(ranks)
     problems = [problem for one, run in runs.items() for problem in _foreign(job, one, run, groups_of[one.rank])]
     seen: dict[object, tuple[int, list[str]]] = {}

@@ -1,5 +1,6 @@
 """The loss in place, whole and in pieces, against PyTorch's."""
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Barrier
@@ -219,3 +220,9 @@ def test_labels_have_their_log_probability_and_are_the_likeliest_or_not(monkeypa
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
         assert scores.dtype == torch.float32
         assert torch.equal(likeliest, logits.argmax(1) == labels)
+
+
+def test_no_token_is_the_likeliest_where_logits_are_no_numbers():
+    x = torch.full((2, 8), math.nan)
+    scores, likeliest = label_scores(x, torch.ones(5, 8), torch.tensor([0, 3]))
+    assert scores.isnan().all() and not likeliest.any()

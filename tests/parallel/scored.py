@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from conf.train_settings import OptimizerConfig
 from model.config import ModelConfig
 from model.init import initial_value
 from model.transformer import full_shapes
@@ -19,14 +18,14 @@ from parallel.layout import Layout, Recompute
 from parallel.schedules import Schedule, placement_of
 from parallel.scoring import Request
 from parallel.stages import split_for
+from tests.parallel.sweep import OPTIMIZER, SEED, SEQ_LEN
 from tests.ranks import report
 from tests.shapes import small
 from train.data.documents import batch_of
 from train.optimizer import adamw
 
-SEQ_LEN, SEED, MICRO_BATCH = 24, 3, 4
+MICRO_BATCH = 4
 MODEL = small(2, n_layers=6, n_heads=8)
-OPTIMIZER = OptimizerConfig(lr=1e-3)
 
 
 @dataclass(frozen=True)
