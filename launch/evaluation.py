@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from launch.speech import tokenizer_of
 from model.problems import BadInput
 from parallel.layout import Layout
 from parallel.scoring import load_scorer
-from train.agreement import control_group, from_rank_0
+from train.agreement import checkpoint_group, from_rank_0
 from train.data.sources import PreparedSources, prepare_run
 from train.data.token_bytes import token_bytes
 from train.data.tokenizer import eos_id, load_tokenizer
@@ -92,6 +91,8 @@ def _evaluation(options: argparse.Namespace, checked: bool) -> Evaluation:
         for key, least in (("limit", 1), ("shots", 0))
         if (value := getattr(options, key)) is not None and value < least
     ]
+    if options.out is not None and not options.out.parent.is_dir():
+        problems.append(f"--out={options.out}: {options.out.parent} is no folder; a file in one that is would work")
     if source.tokenizer is None:
         raise BadInput([*problems, f"{source.path}: {TOKENIZER} is missing; beside the weights it would work"])
     as_run = options.tasks is None and options.sets is None
@@ -199,7 +200,7 @@ def _measure(of: Evaluation) -> int:
     """Measure, all ranks together; rank 0 prints what comes of it. Returns the exit code."""
     began = time.monotonic()
     with joined(of.layout) as device:
-        group = control_group() if of.layout.world_size > 1 else None
+        group = checkpoint_group() if of.layout.world_size > 1 else None  # a task may take long on rank 0
         bf16 = computes_in_bf16(of.config, on_gpus=device.type == "cuda")
         dtype = torch.bfloat16 if bf16 else torch.float32
         scorer = load_scorer(of.source.weights, of.layout, device, dtype)
@@ -239,14 +240,14 @@ def _ask(of: Evaluation, leader: Leader, failed: dict[str, int]) -> dict[str, Fi
 
 def _print(options: argparse.Namespace, found: dict[str, Any]) -> None:
     """Print what was found, and write it to a file if that is asked for."""
-    if options.out is not None:
-        Path(options.out).write_text(dumps_flagged(found, indent=2) + "\n", "utf-8")
     if options.json:
         print(dumps_flagged(found, indent=2))
-        return
-    if "val_loss" in found:
-        print(f"{HELD_OUT}: loss {found['val_loss']:.4f}, bits_per_byte {found['val_bits_per_byte']:.4f}")
-    print("".join(f"{line}\n" for line in lines(found)), end="")
-    if found["inexact_bytes"] and (found["val_sets"] or "val_loss" in found):
-        print(f"bits per byte are not exact: of this tokenizer, {found['inexact_bytes']}", file=sys.stderr)
-    print(f"took {found['seconds']:.1f} s")
+    else:
+        if "val_loss" in found:
+            print(f"{HELD_OUT}: loss {found['val_loss']:.4f}, bits_per_byte {found['val_bits_per_byte']:.4f}")
+        print("".join(f"{line}\n" for line in lines(found)), end="")
+        if found["inexact_bytes"] and (found["val_sets"] or "val_loss" in found):
+            print(f"bits per byte are not exact: of this tokenizer, {found['inexact_bytes']}", file=sys.stderr)
+        print(f"took {found['seconds']:.1f} s")
+    if options.out is not None:  # last: what a disk does not take has been printed
+        options.out.write_text(dumps_flagged(found, indent=2) + "\n", "utf-8")

@@ -21,7 +21,7 @@ def control_group() -> dist.ProcessGroup:
 
 
 def checkpoint_group() -> dist.ProcessGroup:
-    """Make a Gloo group of all ranks in which one waits for hours while others read or write a checkpoint.
+    """Make a Gloo group of all ranks in which one waits for hours, while others read or save or rank 0 asks tasks.
 
     All ranks call it together. A thread that saves needs one that no other uses meanwhile.
     """

@@ -10,6 +10,11 @@ from conf.ramp import rungs
 from conf.schema import Config
 
 
+def is_due(step: int, every: int | None, at: Sequence[int]) -> bool:
+    """Tell whether what comes every so many steps (None or 0: never so), and after some, comes after a step."""
+    return step in at or bool(every and step % every == 0)
+
+
 @dataclass(frozen=True)
 class StepSize:
     """What a step trains on.

@@ -107,7 +107,7 @@ def take_steps(run: Run, progress: Progress, health: Health) -> None:
         record = as_record(step, size, result, rate, seconds, report, run.constants)
         record |= run.expected.compared(record, size, counts) | run.slow_ranks(report)
         record |= {"source_tokens": run.source_tokens(step)} if run.config.data.sources else {}
-        record |= run.evaluator.after(step)
+        record |= run.evaluator.after(step, asks=not progress.stopped)  # who is told to stop may have little time
         progress.diverged = health.diverged(step, result, record.get("val_loss"), last=step == run.length.steps)
         _sample(run, progress)
         heart.at(Phase.RECORD)
@@ -136,7 +136,8 @@ def _pass_over(run: Run, progress: Progress) -> None:
 def _sample(run: Run, progress: Progress) -> None:
     """Sample text after a step where it is due; after the last one `farewell` does it."""
     step = progress.step
-    if samples_after(run.config.sample, step) and step < run.length.steps and progress.diverged is None:
+    ends = step == run.length.steps or progress.stopped or progress.diverged is not None
+    if samples_after(run.config.sample, step) and not ends:
         for text in said(draw(run, step), f" after step {step:,}"):
             run.say(text)
 

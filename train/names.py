@@ -3,7 +3,7 @@
 metrics.jsonl keeps the plain names, those on the left of `GROUPED`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 X_AXES = ("step", "tokens")
@@ -62,9 +62,13 @@ def grouped(record: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in record.items():
         for parts, one in _leaves(value):
-            name = GROUPED.get(key, "/".join([key, *["{}"] * len(parts)]))
-            found[name.format(*parts)] = one
+            found[name_of(key, parts)] = one
     return found
+
+
+def name_of(key: str, parts: Sequence[str]) -> str:
+    """Return the name in W&B of a figure of records, of which these parts lead to a single number."""
+    return GROUPED.get(key, "/".join([key, *["{}"] * len(parts)])).format(*parts)
 
 
 def groups() -> list[str]:

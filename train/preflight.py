@@ -129,8 +129,11 @@ def preflight(
     data = prepare_run(config, verify=verify)
     if problems := resume.check(config, start, data.tokenizer_path) or uptrain.other_tokenizer(source, data):
         raise BadInput(problems)
-    if "continuation" in config.eval.tasks and (problems := continuation.problems(data.by_name, config)):
-        raise BadInput(problems)
+    if any(spec.given == "continuation" for spec in task_specs(config.eval.tasks)[0]):
+        problems = continuation.problems(data.by_name, config)
+        if problems and RESTART not in os.environ:
+            raise BadInput(problems)
+        notes += problems
     begun = history.begun(config, resume.newest(start), data.fingerprints)
     length, of_sources = length_of(config, begun), shares(config, data, begun)
     if problems := too_often(config, of_sources) + passed_over.last_step_problems(config, length):
@@ -190,6 +193,8 @@ def preflight_here(prepared: PreparedRun, of_rank_0: SharedFacts, *, judges: boo
             of_sets = _prepared_sets(config, data)
         if data.fingerprint != prepared.data.fingerprint:
             problems.append("data: another corpus or tokenizer than on rank 0's host; the same files would work")
+        if of_sets.fingerprint != prepared.sets.fingerprint:
+            problems.append("eval.sets: other documents than on rank 0's host; the same files would work")
         data.packed(config)
     except BadInput as error:
         problems += error.problems

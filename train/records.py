@@ -43,7 +43,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole records of a file; none where it cannot be read."""
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 yield json.loads(line)
 
 

@@ -235,6 +235,11 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
         log.info("%s", expected.announced(length))
         if past and diverged:
             log.warning("the run diverged (%s); step %s is its last checkpoint that is finite", diverged, past.step)
+    # While a save is under way the patient group is its own.
+    asking = checkpoint_group() if config.eval.tasks else group
+    evaluator = Evaluator(prepared, engine, _replica(prepared, rank), asking, length.steps, _sayer(tracker))
+    if config.eval.tasks:
+        max_over_ranks([0], patient)  # rank 0 may read tasks for longer than a step waits for it
     return Run(
         prepared=prepared,
         signals=signals,
@@ -258,7 +263,7 @@ def open_run(prepared: PreparedRun, signals: StopSignals, rendezvous: Rendezvous
             on_rank_0(socket.gethostname(), group),
         ),
         batches=ahead(batches, pinned=device.type == "cuda"),
-        evaluator=Evaluator(prepared, engine, _replica(prepared, rank), group, length.steps, _sayer(tracker)),
+        evaluator=evaluator,
         steps_before=steps_before,
         resumed=past is not None,
         expected=expected,

@@ -11,6 +11,7 @@ from model.generate import Sampling, complete
 from parallel.engine import Engine
 from parallel.heartbeat import Phase, heart
 from train.data.tokenizer import Encoder
+from train.length import is_due
 
 if TYPE_CHECKING:
     from train.run import Run
@@ -37,7 +38,7 @@ def sample_text(
 
 def samples_after(settings: SampleConfig, step: int) -> bool:
     """Tell whether text is sampled after a step that is not the last."""
-    return step in settings.at or bool(settings.every_steps and step % settings.every_steps == 0)
+    return is_due(step, settings.every_steps, settings.at)
 
 
 def draw(run: "Run", step: int) -> list[str]:

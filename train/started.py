@@ -10,13 +10,12 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from model.problems import BadInput
-from train.events import RESTART
+from train.events import RESTART, now
 from train.strict_json import dumps
 
 STARTED = "started.json"
@@ -36,7 +35,7 @@ def noted(run_dir: Path) -> Iterator[None]:
         run_dir: the run folder, locked by this process.
     """
     note = {
-        "time": _now(),
+        "time": now(),
         "host": socket.gethostname(),
         "boot": boot(),
         "pid": os.getpid(),
@@ -58,7 +57,7 @@ def noted(run_dir: Path) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise
     finally:
-        _write(run_dir, {**(read(run_dir) or note), "ended": {"time": _now(), "reason": reason}})
+        _write(run_dir, {**(read(run_dir) or note), "ended": {"time": now(), "reason": reason}})
 
 
 def complete(run_dir: Path, **facts: Any) -> None:
@@ -88,10 +87,6 @@ def boot() -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:  # no Linux
         return None
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _write(run_dir: Path, note: dict[str, Any]) -> None:

@@ -164,7 +164,8 @@ def write(measured: MeasuredStep, run_dir: Path) -> Path:
 
 def written(run_dir: Path) -> dict[int, Path]:
     """List the timelines that `write` has left in a run folder, by step."""
-    return {int(path.stem.removeprefix("step-")): path for path in sorted(run_dir.glob(f"{TIMELINES}/step-*.json"))}
+    paths = sorted(run_dir.glob(f"{TIMELINES}/step-*.json"))
+    return {int(step): path for path in paths if (step := path.stem.removeprefix("step-")).isdecimal()}
 
 
 def read(path: Path) -> MeasuredStep:

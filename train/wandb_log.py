@@ -21,6 +21,8 @@ from train.wandb_run import end_wandb, start_wandb, wandb_id, wandb_mode
 Say = Callable[[str, int], object]
 ROOM = 4096
 """The most records, pictures and the like that wait for W&B; of more records, it gets those of the file afterwards."""
+KILLED = 10.0
+"""Seconds for calls to come back once W&B's process, which they wait for, is killed."""
 SLOW = 60.0
 """Seconds after which it is said that W&B does not take what it is given."""
 
@@ -134,7 +136,10 @@ class WandbLog:
         return self._calls.wait(seconds)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Log the summary of the run, and end the W&B run, for which this waits `wandb.finish_seconds` at most."""
+        """Log the summary of the run, and end the W&B run, for which this waits `wandb.finish_seconds` at most.
+
+        Offline it waits as long once more, for another part that takes what the first has not.
+        """
         if self.mode == "disabled":
             return
         copied = dict(summary)
@@ -203,7 +208,7 @@ class WandbLog:
         limit = f"{self._patience:g} s (wandb.finish_seconds)"
         self._say(f"W&B has not taken all records within {limit}, and its process is ended", logging.WARNING)
         end_wandb()
-        self._calls.wait(self._patience)
+        self._calls.wait(min(self._patience, KILLED))
 
     def _leave(self) -> None:
         """End W&B's process, or one that does not answer, when Python ends, after a failure too."""
@@ -211,7 +216,7 @@ class WandbLog:
         if not self._calls.wait(self._patience):
             self._say(f"W&B does not answer, and its process is ended; {METRICS} has what it misses", logging.WARNING)
             end_wandb()
-            self._calls.wait(self._patience)
+            self._calls.wait(min(self._patience, KILLED))
 
     def _tell_later(self, tell: Callable[[Any], object]) -> None:
         def act() -> None:

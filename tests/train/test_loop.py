@@ -68,7 +68,8 @@ class Played(SimpleNamespace):
         lost = number in self.nonfinite
         return StepResult(math.nan if lost else 2.0, math.inf if lost else 1.0, lost, (0.0, 0.0), [], 0.0)
 
-    def evaluated(self, step):
+    def evaluated(self, step, asks):
+        assert asks is (step != self.stop_after or step == self.length.steps)  # told to stop, it saves first
         if not Evaluator.validates_after(SimpleNamespace(_config=self.config, _steps=self.length.steps), step):
             return {}
         self.done.append(("evaluate", None))

@@ -32,3 +32,13 @@ def test_tasks_and_sets_that_are_not_there_are_refused_and_end_no_run_that_goes_
     monkeypatch.setenv(RESTART, "1")  # the command has started a run again, whose task is gone meanwhile
     prepared = preflight(asked, machine=Machine(gpus=0))
     assert prepared.warnings[0] == tasks and prepared.sets.by_name == {}
+
+
+@pytest.mark.parametrize("asked", ["continuation", "{path: continuation}"])
+def test_a_task_of_held_out_documents_that_there_are_none_of_is_refused(asked, overrides, monkeypatch, tmp_path):
+    monkeypatch.setattr("train.evaluate.continuation.problems", lambda data, config: ["continuation: too few"])
+    given = [*overrides, f"hydra.run.dir={tmp_path / 'run'}", f"eval.tasks=[{asked}]"]
+    with pytest.raises(BadInput, match="too few"):
+        preflight(given, machine=Machine(gpus=0))
+    monkeypatch.setenv(RESTART, "1")
+    assert "continuation: too few" in preflight(given, machine=Machine(gpus=0)).warnings

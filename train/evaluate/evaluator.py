@@ -17,6 +17,7 @@ from train.evaluate.judged import lines
 from train.evaluate.lead import Leader, led
 from train.evaluate.sets import extra_sets
 from train.evaluate.tasks import Asked, Figures, Speech
+from train.length import is_due
 from train.preflight import PreparedRun
 
 Say = Callable[[str, int], object]
@@ -29,7 +30,7 @@ class Evaluator:
         prepared: the run.
         engine: of this rank.
         reading: which sequences this rank reads, as arguments of `HeldOutSet.batches`.
-        group: of all ranks, over the CPU.
+        group: of all ranks, over the CPU, in which ranks wait for rank 0 as long as its tasks take.
         steps: of the run.
         say: writes a line to the log, with its level.
 
@@ -74,15 +75,14 @@ class Evaluator:
     def validates_after(self, step: int) -> bool:
         """Tell whether the run's held-out documents are measured after a step."""
         train = self._config.train
-        return step == self._steps or step in train.val_at or bool(train.val_every and step % train.val_every == 0)
+        return step == self._steps or is_due(step, train.val_every, train.val_at)
 
     def asks_after(self, step: int) -> bool:
         """Tell whether tasks and further sets are evaluated after a step."""
         settings = self._config.eval
         if not (settings.tasks or settings.sets):
             return False
-        regularly = settings.every_steps and step % settings.every_steps == 0
-        return bool(step == self._steps or step in settings.at or regularly)
+        return step == self._steps or is_due(step, settings.every_steps, settings.at)
 
     def validation_loss(self) -> float | None:
         """Measure the mean token loss over the run's held-out sequences.
@@ -96,13 +96,17 @@ class Evaluator:
         """Evaluate weights before their first step: the run's held-out documents, and tasks where any are asked."""
         return self._evaluate(0, validates=True, asks=bool(self._config.eval.tasks or self._config.eval.sets))
 
-    def after(self, step: int) -> dict[str, Any]:
+    def after(self, step: int, asks: bool = True) -> dict[str, Any]:
         """Evaluate what is due after a step.
+
+        Args:
+            step: its number.
+            asks: whether there is time for tasks and further sets.
 
         Returns:
             What of it stands in the step's record; `val_loss` on every rank, the rest on rank 0 alone.
         """
-        return self._evaluate(step, self.validates_after(step), self.asks_after(step))
+        return self._evaluate(step, self.validates_after(step), asks and self.asks_after(step))
 
     def cost(self) -> dict[str, Any] | None:
         """Say what evaluation has cost since this start: seconds, those per hour of training, and tasks that failed."""

@@ -37,10 +37,10 @@ class FileTask:
     """
 
     def __init__(self, spec: TaskSpec, asked: Asked, speech: Speech):
-        if wrong := questions.problems(spec, asked):
+        found = questions.read(spec)
+        if wrong := questions.shot_problems(len(found.all), spec, asked):
             raise BadInput(wrong)
         self.name, self.notes = spec.name, list[str]()
-        found = questions.read(spec)
         self._are_choices = found.are_choices
         self._requests: list[Request] = []
         self._questions: list[Scored] = []

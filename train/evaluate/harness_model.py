@@ -110,6 +110,7 @@ class HarnessModel(TemplateLM):
         self._encoded: dict[str, list[int]] = {}
         self._answers: dict[tuple[str, str], tuple[Request, bool]] = {}
         self._texts: dict[str, list[Request]] = {}
+        self._prompts: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -271,7 +272,10 @@ class HarnessModel(TemplateLM):
 
     def _prompt(self, text: str) -> list[int]:
         """Encode a text to be completed: a token that is not named as the one that begins texts is put there again."""
-        return self.tok_encode(text, not has_bos_prefix(text, self._begins_text)) or [self._prefix]
+        if text not in self._prompts:
+            ids = self.tok_encode(text, not has_bos_prefix(text, self._begins_text))
+            self._prompts[text] = ids or [self._prefix]
+        return self._prompts[text]
 
     def _text(self, ids: Sequence[int], special: bool = False) -> str:
         return str(self._tokenizer.decode([*ids], skip_special_tokens=not special))

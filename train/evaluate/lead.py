@@ -4,6 +4,7 @@ So a task reads files, formats and fails on one process alone, and ranks are nev
 answer of the model takes is broadcast over the CPU, 4 bytes a token.
 """
 
+from array import array
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -137,7 +138,7 @@ def _follow(model: Model, group: dist.ProcessGroup) -> None:
 def _score(model: Model, tokens: np.ndarray, cuts: np.ndarray) -> list[Score]:
     ends = np.cumsum(cuts[:, 0])
     requests = [
-        Request(tokens[end - length : end].tolist(), first)
+        Request(array("i", tokens[end - length : end].tobytes()), first)
         for end, (length, first) in zip(ends.tolist(), cuts.tolist(), strict=True)
     ]
     return model.score(requests)

@@ -107,9 +107,13 @@ def read(spec: TaskSpec) -> Questions:
 def problems(spec: TaskSpec, asked: Asked) -> list[str]:
     """Find what is wrong with the questions of a file, and with how they are asked."""
     try:
-        number = len(read(spec).all)
+        return shot_problems(len(read(spec).all), spec, asked)
     except BadInput as error:
         return error.problems
+
+
+def shot_problems(number: int, spec: TaskSpec, asked: Asked) -> list[str]:
+    """Say that a file of so many questions has too few for the examples that are asked for."""
     if asked.shots < number:
         return []
     key = "eval.shots" if spec.key == "eval.tasks" else "--shots"
