@@ -1,6 +1,7 @@
 """Figures of metrics.jsonl as arrays, read by pyarrow in chunks: a million records in seconds."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,13 @@ def _chunk(lines: bytes, names: Sequence[str] | None) -> tuple[Columns, int]:
     count = lines.count(b"\n")
     if not lines.startswith(b"{") or lines.count(b"\n{") != count - 1 or lines.count(b"}\n") != count:
         return _one_by_one(lines, names)  # pyarrow takes null for a record, and a chunk of that alone ends the process
+    columns: Columns = {}
     try:
         table = _table(lines, names)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        for name in table.column_names:
+            _add(columns, (name,), table.column(name).combine_chunks())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, UnicodeDecodeError):
         return _one_by_one(lines, names)
-    columns: Columns = {}
-    for name in table.column_names:
-        _add(columns, (name,), table.column(name).combine_chunks())
     return columns, 0
 
 
@@ -92,7 +93,8 @@ def _add(found: Columns, figure: Figure, values: Any) -> None:
                 found[name] = np.full(len(values), np.nan)
                 found[name][there] = some
     elif pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind):
-        found[figure] = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        found[figure] = np.where(np.isfinite(numbers), numbers, np.nan)  # pyarrow reads Infinity as a number
 
 
 def _one_by_one(lines: bytes, names: Sequence[str] | None) -> tuple[Columns, int]:
@@ -119,4 +121,12 @@ def _leaves(value: Any, way: Figure) -> Iterator[tuple[Figure, float]]:
         for part, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(inner, (*way, str(part)))
     elif isinstance(value, bool | int | float) or (value is None and way):
-        yield way, float("nan") if value is None else float(value)
+        yield way, _finite(value)
+
+
+def _finite(value: bool | int | float | None) -> float:
+    """Return a number, NaN for one that is not finite or that no float holds."""
+    try:
+        return float(value) if value is not None and math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan

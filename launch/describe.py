@@ -245,7 +245,7 @@ def as_text(config: Config) -> str:
             f"\n{line['schedule']}, dp {line['dp']}: {line['micro_batches']:,} micro-batches a step, a bubble of "
             f"{line['bubble']:.1%}; a rank keeps the activations of {line['activations_kept']:g} micro-batches"
         )
-    return f"{text}\n{laws.as_text(laws.advice(config), config.train.seq_len)}"
+    return f"{text}\n{laws.as_text(laws.advice(config), length_of(config).spans[-1].first.seq_len)}"
 
 
 def _of_data(config: Config, found: dict[str, Any]) -> str:

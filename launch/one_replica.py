@@ -52,7 +52,8 @@ def run_on_replica(
             raise
         return 2  # rank 0 says why
     if launched or asked.layout.world_size == 1:
-        return work(asked)
+        code = work(asked)
+        return 0 if rank else code  # another rank's would have a launcher end rank 0 before it has printed
     try:
         torch.multiprocessing.spawn(_rank, (options, prepare, work, free_port()), asked.layout.world_size)
     except ProcessExitedException as error:
@@ -112,5 +113,6 @@ def _rank(
     world = str(options.pp * options.tp)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_SIZE=world)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if code := work(prepare(options, False)):
+    code = work(prepare(options, False))
+    if code and rank == 0:  # another rank's would have rank 0 ended before it has printed
         raise SystemExit(code)

@@ -77,6 +77,8 @@ class Persistence:
                 code = start(arguments, environment=watch.environment(self._restarts.count), look=watch.look)
                 if code == _BAD_INPUT and self._restarts.count:  # at the first start, someone is there who reads it
                     said = f"restart {self._restarts.count} was refused as bad input, and the run is not started again"
+                    refused = Failure("was refused as bad input", None, None, watch.dog.step, "", True, 0.0)
+                    self._events.failed(refused, f"restart {self._restarts.count} cannot work as it is")
                     self._tell("not started again", said, AlertLevel.error, watch.dog.step)
                 if code in _FINAL or signals.first is not None or watch.has_ended(code):
                     self.progress(watch.dog, ended=code == 0)

@@ -8,6 +8,7 @@ read unless all records are asked for.
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,8 +143,9 @@ class RunFolder:
                     whole, _, kind = entry.name.partition(".")
                     step = step_of(Path(whole))
                     if step is not None and kind != "tmp" and not entry.is_symlink():
-                        written = entry.stat().st_mtime
-                        found.append(Checkpoint(Path(entry.path), step, kind.rstrip("0123456789"), written))
+                        with suppress(FileNotFoundError):  # the run has just removed it
+                            written = entry.stat().st_mtime
+                            found.append(Checkpoint(Path(entry.path), step, kind.rstrip("0123456789"), written))
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -228,14 +230,17 @@ class RunFolder:
         empty: NDArray[np.float64] = np.empty(0)
         return {name: np.concatenate([empty, *(columns[name,] for columns in read)]) for name in names}
 
-    def chunks(self) -> Iterator[Columns]:
-        """Read all figures of all records, some ten thousand records at a time: five seconds for a million.
+    def chunks(self, *names: str) -> Iterator[Columns]:
+        """Read figures of all records, some ten thousand records at a time: all of a million take five seconds.
+
+        Args:
+            names: keys of records whose values are numbers; all figures where none is given.
 
         Yields:
             An array of float64 for each figure, such as ``("loss",)`` or ``("wait_seconds", "0")``, that some record of
             the chunk has; NaN where a record has none or it was not finite.
         """
-        return self._chunks(None)
+        return self._chunks(names or None)
 
     def _chunks(self, names: Sequence[str] | None) -> Iterator[Columns]:
         for columns, torn in chunks(self.path / METRICS, names):
@@ -295,6 +300,15 @@ class RunFolder:
 def is_run(path: Path) -> bool:
     """Tell whether a folder is a run's."""
     return any((path / mark).exists() for mark in MARKS)
+
+
+def shown_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Flatten settings to be shown: of the alerts' command the program alone, its arguments may be somebody's key."""
+    found = flat(config)
+    if command := found.get("alerts.command"):
+        words = command.split() if isinstance(command, str) else command
+        found["alerts.command"] = f"{words[0]} …" if isinstance(words, list) and words else "…"
+    return found
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -216,7 +216,7 @@ def _seconds_left(folder: RunFolder, tokens: float | None, whole: float | None) 
     pace = sum(one["seconds"] for one in steps) / len(steps)
     begun = seconds_of(folder.started.get("time")) or 0.0
     for one in reversed(folder.checkpoints):  # the oldest that is of this start
-        since = last["step"] - one.step
+        since = steps[-1]["step"] - one.step
         if not one.kind and one.written > begun and since >= _FEWEST and changed > one.written:
             pace = (changed - one.written) / since
             break

@@ -92,9 +92,9 @@ def run(words: Sequence[str], against: Sequence[str], out: Path | None, as_json:
     report = report_of(prepared, samples, others)
     report["tokenizer"]["wanted"] = wanted if config.data.tokenizer is None else None
     report["missing"] = missing
-    if out is not None:
-        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(json.dumps(report, indent=1, ensure_ascii=False) if as_json else as_text(report))
+    if out is not None:  # last: what a disk does not take has been printed
+        out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return 1 if report["round_trip"]["failed"] or report["spelled"]["failed"] or report["corpus"]["failed"] else 0
 
 

@@ -56,6 +56,8 @@ def links_of(found: Sequence[RankFindings]) -> dict[str, Any]:
             crossed = steps_of(link.operation, len(on_host)) if inside else steps
             rows.append((0.0, crossed, link.bus_bytes / max(on_host.values())))
             known.append(base + (steps - crossed) * within)
+        if all(of >= link.seconds for of, link in zip(known, between, strict=True)):
+            known = [0.0] * len(between)  # what the links inside would take of these is more than all
         _, across, per_byte = _fit(rows, known, between)
         values |= {"inter_gb_per_s": rounded(1e-9 / per_byte), "inter_share": 1.0}
     if values:

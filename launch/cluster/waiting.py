@@ -71,7 +71,7 @@ def wait_for_all(
             _say(f"all hosts answer, after {waited:.0f} s: {', '.join(slots)}")
         if not missing or signals.fatal is not None or waited > 60 * minutes:
             return slots, list(missing)
-        if missing != said:
+        if [*missing] != [*(said or ())]:  # the reason of a host may be another at each look
             reasons = list(dict.fromkeys(missing.values()))
             _say(f"{', '.join(missing)}: no answer; waiting for that, or for another in its place in the hostfile, "
                  f"{minutes:g} minutes at most (launch.host_wait_minutes); {'; '.join(reasons[:4])}")  # fmt: skip

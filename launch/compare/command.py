@@ -16,9 +16,10 @@ from launch.compare.curves import NEEDED, Losses, Parting, at_shares, longest, l
 from launch.compare.picture import UNITS, draw
 from launch.compare.settings import CODE, GROUPS, differing, layout_of
 from launch.compare.terminal import COLORS, Line, plot
+from launch.report.history import history_of
 from launch.run_folder import MARKS, RunFolder, is_run
 from launch.run_state import state_of
-from launch.runs import distinct_names, quantity
+from launch.runs import PIPE_WIDTH, distinct_names, quantity
 from launch.tables import WIDTH, of_numbers, rendered
 from model.problems import BadInput
 from train.strict_json import dumps
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
         console = Console(highlight=False)
         console.print(shown(found, console.width, colored=True))
     else:
-        print(rendered(shown(found, WIDTH, colored=False), width=WIDTH))
+        print(rendered(shown(found, WIDTH, colored=False), width=PIPE_WIDTH))
     if options.out:
         print(f"the curves are drawn in {options.out}", file=sys.stderr)
     return 0
@@ -123,7 +124,9 @@ def compare(paths: Sequence[Path], axis: str) -> Comparison:
     """
     folders = [RunFolder(path) for path in paths]
     names = distinct_names(paths)
-    read = [folder.columns(*{*NEEDED, *_SPEEDS}) for folder in folders]
+    needed = tuple(dict.fromkeys((*NEEDED, *_SPEEDS)))
+    histories = [history_of(folder.chunks(*needed)) for folder in folders]  # a step that stands twice counts once
+    read = [{name: history[name,] for name in needed} for history in histories]
     losses = [losses_of(columns, axis) for columns in read]
     places, at_places = at_shares(losses, SHARES)
     differ, unknown = differing(folders)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from conf.schema import Config, recipe_fields, to_jsonable
-from launch.run_folder import RunFolder, flat
+from launch.run_folder import RunFolder, flat, shown_settings
 from model.config import EXECUTION_KEYS
 
 ABSENT = "(none)"
@@ -82,7 +82,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         recipe = recipe_fields(run.config)
     except (KeyError, AttributeError, TypeError):  # no whole configuration
         recipe = {}
-    return {**flat(run.config), **{key: value for key, value in flat(recipe).items() if value != {}}}
+    return {**shown_settings(run.config), **{key: value for key, value in flat(recipe).items() if value != {}}}
 
 
 def _blocks(layout: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from launch.report.history import history_of
 from launch.report.plots import ShownRun
 from launch.run_folder import RunFolder, is_run
+from launch.runs import distinct_names
 from model.problems import BadInput
 
 OUT = "report.html"
@@ -55,18 +56,5 @@ def read(paths: Sequence[Path]) -> list[ShownRun]:
     ]
     if problems:
         raise BadInput(problems)
-    folders = [RunFolder(path) for path in paths]
-    return [
-        ShownRun(name, folder, history_of(folder.chunks()))
-        for name, folder in zip(_names(folders), folders, strict=True)
-    ]
-
-
-def _names(folders: Sequence[RunFolder]) -> list[str]:
-    """Name runs by their folders, with as much of the way there as tells them apart."""
-    parts = [folder.path.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-length:]) for one in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
+    names, folders = distinct_names(paths), [RunFolder(path) for path in paths]
+    return [ShownRun(names[folder.path], folder, history_of(folder.chunks())) for folder in folders]

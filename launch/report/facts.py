@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from launch.report.plots import LATEST, ShownRun
-from launch.run_folder import flat
+from launch.run_folder import flat, shown_settings
 from launch.run_state import state_of
 
 Row = tuple[str, list[str]]
@@ -190,7 +190,7 @@ _SAYERS: dict[str, Callable[[ShownRun], str]] = {
 
 def differences(runs: Sequence[ShownRun]) -> list[Row]:
     """Return the settings that are not the same in all runs; a run that does not have one says so."""
-    settings = [flat(run.folder.config) for run in runs]
+    settings = [shown_settings(run.folder.config) for run in runs]
     keys = dict.fromkeys(key for of_run in settings for key in of_run)
     return [
         (key, [_setting(of_run, key) for of_run in settings])

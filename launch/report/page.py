@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.report import tables, timelines
 from launch.report.facts import quantity
+from launch.report.panels import Shape, panels
 from launch.report.plots import AXES, Plots, ShownRun
 
 HERE = Path(__file__).parent
@@ -80,7 +81,7 @@ def _sections(runs: Sequence[ShownRun], plots: Plots) -> list[str]:
         drawn += [figure.replace("<figure>", f'<figure data-of-run="{index}">', 1) for figure in figures]
         said += [f"{run.name}: {sentence}" for sentence in sentences]
     if not drawn:
-        plots.absent.append("Timelines (train.timeline_at and parallel.pp above 1)")
+        plots.absent += [f"{one.title} ({one.needs})" for one in panels() if one.shape is Shape.timelines]
     parts = [_section("Runs", tables.heads(runs))]
     if any(run.folder.config for run in runs):
         parts.append(_section("Settings that differ" if len(runs) > 1 else "Settings", tables.settings(runs)))

@@ -6,7 +6,7 @@ from enum import Enum
 
 from launch.columns import Figure
 from launch.report.history import PART
-from train.names import GROUPED
+from train.names import name_of
 
 
 class Shape(Enum):
@@ -197,8 +197,7 @@ def panels() -> list[Panel]:
 def wandb_name(figure: str) -> str:
     """Return what W&B calls a figure of `Panel.figures`, with ``{}`` where there are several."""
     key, *parts = figure.split(".")
-    grouped = GROUPED.get(key, "/".join([key, *["{}"] * len(parts)]))
-    return grouped.format(*parts)
+    return name_of(key, parts)
 
 
 def wandb_pattern(figure: str) -> str:

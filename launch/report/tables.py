@@ -6,12 +6,11 @@ from typing import Any
 
 from launch.report.facts import Row, differences, notes, rows, setting
 from launch.report.plots import ShownRun
-from launch.run_folder import flat
-from train.records import records
+from launch.run_folder import shown_settings
+from train.records import SAMPLES, records
 
 MOST = 200
 """Lines of a table of events, skipped steps or samples: the last ones."""
-SAMPLES = "samples.jsonl"
 
 
 def heads(runs: Sequence[ShownRun]) -> str:
@@ -28,7 +27,7 @@ def settings(runs: Sequence[ShownRun]) -> str:
         parts.append(_by_run(runs, found, "setting") if found else "<p>All settings of these runs are the same.</p>")
     for index, run in enumerate(runs):
         if run in known:
-            lines = "\n".join(f"{key}={setting(value)}" for key, value in flat(run.folder.config).items())
+            lines = "\n".join(f"{key}={setting(value)}" for key, value in shown_settings(run.folder.config).items())
             parts.append(_folded(f"all settings of {run.name}", f"<pre>{escape(lines)}</pre>", index))
     return "".join(parts)
 
@@ -49,11 +48,13 @@ def events(runs: Sequence[ShownRun]) -> str:
 def skipped(runs: Sequence[ShownRun]) -> str:
     """Make the table of the steps whose updates were skipped."""
     keys = ("step", "why", "loss", "grad_norm", "samples")
-    found = [
-        (index, [_mark(runs, index), *(_text(one.get(key)) for key in keys)])
+    steps = [
+        (step if isinstance(step := one.get("step"), int) else -1, index, one)
         for index, run in enumerate(runs)
         for one in run.folder.skipped
     ]
+    steps.sort(key=lambda line: line[0])
+    found = [(index, [_mark(runs, index), *(_text(one.get(key)) for key in keys)]) for _, index, one in steps]
     headings = ["run", "step", "why", "loss", "gradient norm", "samples of the order"]
     return _table(headings, found[-MOST:], len(found)) if found else ""
 

@@ -32,15 +32,17 @@ def figures(run_dir: Path, name: str) -> tuple[list[str], list[str]]:
     for step in shown:
         try:
             measured = read(kept[step])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            passes = sum(map(len, measured.spans))
+            drawing = figure(measured, name) if passes <= MOST else ""
+        except (OSError, ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
             said.append(f"the timeline of step {step:,} cannot be read ({type(error).__name__}: {error})")
             continue
-        if (passes := sum(map(len, measured.spans))) > MOST:
+        if passes > MOST:
             said.append(
                 f"the timeline of step {step:,} has {passes:,} passes; deepnarrow timeline --step {step} draws it"
             )
             continue
-        drawn.append(figure(measured, name))
+        drawn.append(drawing)
     if others := [f"{step:,}" for step in kept if step not in shown]:
         said.append(f"timelines of steps {', '.join(others)} are kept as well; deepnarrow timeline --step draws each")
     return drawn, said

@@ -1,4 +1,4 @@
-"""Power laws and parabolas through measured losses, and how far each can be trusted.
+"""Power laws and parabolas through measured losses, and how far each can be trusted; no command fits any yet.
 
 Compute C is in FLOPs, M in non-embedding FLOPs a token, so that C = M D for D tokens (arXiv 2401.02954, section 3.2).
 """

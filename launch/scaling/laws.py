@@ -68,10 +68,10 @@ def as_text(found: Advice, seq_len: int) -> str:
 
     Args:
         found: the advice.
-        seq_len: tokens of a sequence, in which a batch is said as well.
+        seq_len: tokens of a sequence of the last step, in which a batch is said as well.
     """
-    low, high = RATE_FITTED[0], ALLOCATION_FITTED[1]
-    beyond = "" if low <= found.compute <= high else f"\n  (fitted on {low:.0e} to {high:.0e} FLOPs, extrapolated here)"
+    fits = f"rate and batch fitted up to {RATE_FITTED[1]:.0e} FLOPs, M and tokens up to {ALLOCATION_FITTED[1]:.0e}"
+    beyond = "" if RATE_FITTED[0] <= found.compute <= ALLOCATION_FITTED[1] else f"\n  ({fits}; extrapolated here)"
     return (
         f"by the scaling laws of arXiv 2401.02954, section 3, for C = M D = {found.compute:.3g} FLOPs{beyond}\n"
         f"  peak rate {found.lr:.2e} (set: {found.lr_set:.2e}); batch {found.batch_tokens:,.4g} tokens or "

@@ -158,6 +158,23 @@ def differ(paths):
     return differing([RunFolder(path) for path in paths])
 
 
+def test_a_step_that_stands_twice_counts_once(tmp_path):
+    lines = records(200)
+    write_run(tmp_path / "a", lines, started=OPEN)
+    write_run(tmp_path / "b", [*lines, *({**one, "loss": one["loss"] + 1} for one in lines)], started=OPEN)
+    found = compare([tmp_path / "a", tmp_path / "b"], "tokens")
+    assert len(found.losses[1].loss) == 200
+    assert found.partings[0].end == pytest.approx(1.0)
+
+
+def test_the_arguments_of_the_alerts_command_are_not_shown(tmp_path):
+    for name, key in (("a", "secret"), ("b", "other")):
+        settings = f"alerts: {{command: [curl, 'https://{key}']}}\nname: {name}\n"
+        write_run(tmp_path / name, records(5), started=OPEN, config=settings)
+    differ, _ = differing([RunFolder(tmp_path / name) for name in "ab"])
+    assert differ and "https://" not in str(differ)
+
+
 def test_settings_that_differ_stand_in_their_groups(tmp_path):
     pipelined = {**LAYOUT, "pp": 2, "stages": [{"start": 0, "stop": 4}, {"start": 4, "stop": 6}]}
     paths = two(

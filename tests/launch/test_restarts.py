@@ -192,6 +192,8 @@ def test_bad_input_at_a_restart_is_alerted(tmp_path):
     ended = alerts(tmp_path)[-1]
     assert (ended["title"], ended["level"]) == ("not started again", "error")
     assert ended["text"] == "restart 1 was refused as bad input, and the run is not started again"
+    last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "failed" and last["not_restarted"] == "restart 1 cannot work as it is"
 
 
 def watched(tmp_path, layout, code, *failures, gone=()):

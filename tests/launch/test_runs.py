@@ -157,6 +157,7 @@ os_pread = os.pread
         (b'{"step": 1}\n\x00\x00\n[1]\nnull\n{"step": 4}\n', 4, ["metrics.jsonl: some of its lines are no records"]),
         (b'{"step": "x", "loss": "y", "tokens": [], "seconds": {}, "mfu": null, "val_loss": true}\n', None, []),
         (b"\xff" * 300_000, None, []),
+        (b'{"step": 1, "tokens": 3, "seconds": 1}\n{"step": 2, "tokens": 6, "seconds": 1}\n{"tokens": 9}\n', None, []),
     ],
 )
 def test_whatever_a_file_of_records_holds_there_is_a_row(content, step, faults, tmp_path, capsys):

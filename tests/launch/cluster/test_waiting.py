@@ -54,6 +54,14 @@ def test_a_host_that_comes_back_is_waited_for_and_the_layout_stays(played, tmp_p
     assert "all hosts answer, after 0 s: a, b, c" in said
 
 
+def test_a_host_whose_reason_changes_is_said_once(played, tmp_path, capsys, monkeypatch):
+    reasons = iter("abcdefgh")
+    real = waiting.absent
+    monkeypatch.setattr(waiting, "absent", lambda *of: {name: next(reasons) for name in real(*of)})
+    played("parallel.dp=3", looks=[lambda: None] * 3 + [(tmp_path / "b").touch]).wait(KILLED)
+    assert capsys.readouterr().err.count("b: no answer") == 1
+
+
 def test_another_host_takes_its_place_in_the_hostfile(played, tmp_path, capsys):
     (tmp_path / "d").touch()
     half_written, written = "a slots=2\nd slots=\n", "a slots=2\nd slots=2\nc slots=2\n"

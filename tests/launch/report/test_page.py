@@ -201,6 +201,20 @@ def test_a_long_run_is_thinned_and_its_spike_stays(tmp_path):
     assert "no spike is lost" in page.text
 
 
+def test_what_others_have_written_makes_a_page(tmp_path):
+    lines = [record(1), '{"step": 2, "loss": Infinity, "tokens": 1' + 400 * "0" + "}", {**record(3), "loss": 2.0}]
+    skips = [SKIPPED]
+    settings = {**SETTINGS, "alerts": {"command": "curl https://secret"}}
+    made = write_run(tmp_path / "run", lines, settings, skipped_jsonl=skips)
+    write_timeline(made, 10)
+    (made / "timelines" / "step-last.json").write_text("{}")
+    with open(made / "events.jsonl", "w") as file:
+        file.write("[" * 100_000 + "\n")
+    report(tmp_path, made)
+    page = (tmp_path / "page.html").read_text()
+    assert "curl …" in page and "https://secret" not in page
+
+
 def test_what_cannot_be_is_said_at_once(tmp_path, capsys):
     run = write_run(tmp_path / "run", records(3))
     assert main(["report", str(run), str(tmp_path / "none"), str(run)]) == 2

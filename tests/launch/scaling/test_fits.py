@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from launch import describe
 from launch.scaling import laws
 from launch.scaling.fits import IsoFlop, PowerLaw, bootstrap, isoflop, loss_law, near_optimal, power_law
 from tests.shapes import preset
@@ -86,3 +87,6 @@ def test_the_laws_give_what_the_paper_took_for_its_own_models():
     # A ramp's last batch is the one that the law is about.
     grown = laws.advice(preset("tiny", "train.global_batch='0:8 2e5:16'"))
     assert grown.batch_tokens_set == 16 * 256
+    staged = ["train.seq_len=128", "data.stages=[{until: 2e5}, {until: 5e5, seq_len: 256}]"]
+    text = describe.as_text(preset("tiny", *staged))
+    assert "(set: 2,048 or 8)" in text  # sequences of the last stage
