@@ -42,7 +42,8 @@ def test_requests_arrive_as_they_are_asked():
         Score(-5, True),
         Score(-10, True),
     ]
-    assert model.asked == [asked]
+    arrived = [[(list(one.tokens), one.first) for one in requests] for requests in model.asked]
+    assert arrived == [[(list(one.tokens), one.first) for one in asked]]
     assert led(model, CONFIG, None, lambda leader: leader.score([])) == []
 
 
