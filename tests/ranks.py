@@ -1,40 +1,39 @@
 """Real processes for distributed tests, forked from one that has imported everything: a start costs no imports."""
 
 import atexit
-import json
 import os
-import queue
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from parallel.processes import free_port
+from launch.trainings.forks import ForkedRanks, Forks
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class Nursery:
+    """One process for a whole session that all ranks are forked from."""
+
+    def __init__(self) -> None:
+        self._forks = Forks(1, {"PYTHONWARNINGS": "ignore"})
+        atexit.register(self._forks.close)
+
+    def start(self, module: str, num: int, arguments: Sequence[str], logs: Path, **environment: str) -> "Ranks":
+        """Run `python -m module ARGUMENTS` as `num` ranks; each writes to rankN.log in `logs`."""
+        return Ranks(self._forks.start(module, num, arguments, logs, environment))
 
 
 class Ranks:
     """Started ranks; `codes` fills as they end, with -N for one ended by signal N."""
 
-    def __init__(self, pids: list[int]):
-        self.pids = pids
-        self.codes: list[int | None] = [None] * len(pids)
-
-    def signal(self, number: int, *ranks: int) -> None:
-        """To the ranks named, or to all, and only where they still run."""
-        for rank in ranks or range(len(self.pids)):
-            if self.codes[rank] is None:
-                with suppress(ProcessLookupError):  # it has ended, and it is not said yet
-                    os.kill(self.pids[rank], number)
+    def __init__(self, forked: ForkedRanks):
+        self.pids, self.codes, self.signal = forked.pids, forked.codes, forked.signal
 
     def wait(self, timeout: float) -> list[int]:
         """Exit codes. A rank that fails leaves the others waiting for it, so that the first failure ends all."""
@@ -44,49 +43,7 @@ class Ranks:
         self.signal(signal.SIGKILL)
         while None in self.codes:
             time.sleep(0.01)
-        return self.codes
-
-
-class Nursery:
-    """The process that all ranks are forked from (tests/nursery.py)."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.nursery"],
-            env=environment,
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._started: queue.Queue[Ranks | None] = queue.Queue()
-        self._running: dict[int, tuple[Ranks, int]] = {}
-        threading.Thread(target=self._listen, daemon=True).start()
-        atexit.register(self._process.kill)
-
-    def start(self, module: str, num: int, arguments: Sequence[str], logs: Path, **environment: str) -> Ranks:
-        """Run `python -m module ARGUMENTS` as `num` ranks; each writes to rankN.log in `logs`."""
-        shared = {"WORLD_SIZE": str(num), "LOCAL_SIZE": str(num), "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": str(free_port()), **environment}
-        order = {"module": module, "num": num, "arguments": list(arguments), "logs": str(logs), "environment": shared}
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        ranks = self._started.get(timeout=120)
-        assert ranks is not None, "tests/nursery.py has ended: what it imports fails, as it has said on stderr"
-        return ranks
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if "started" in said:
-                ranks = Ranks(said["started"])
-                self._running |= {pid: (ranks, rank) for rank, pid in enumerate(ranks.pids)}
-                self._started.put(ranks)
-            else:  # and is forgotten here: a session is long enough for the system to use its process id again
-                ranks, rank = self._running.pop(said["ended"])
-                ranks.codes[rank] = said["code"]
-        self._started.put(None)
+        return [code for code in self.codes if code is not None]
 
 
 @cache
