@@ -1,4 +1,4 @@
-"""Power laws and parabolas through measured losses, and how far each can be trusted; no command fits any yet.
+"""Power laws and parabolas through measured losses, and how far each can be trusted.
 
 Compute C is in FLOPs, M in non-embedding FLOPs a token, so that C = M D for D tokens (arXiv 2401.02954, section 3.2).
 """
@@ -146,17 +146,75 @@ def loss_law(compute: ArrayLike, losses: ArrayLike) -> LossLaw:
     if len(np.unique(x)) < 3:
         raise ValueError("a loss law needs three computes; another budget would work")
 
-    def of_floor(floor: float) -> tuple[float, LossLaw]:
-        slope, intercept = np.polyfit(x, np.log(y - floor), 1)
-        law = LossLaw(float(floor), float(np.exp(intercept)), float(-slope))
-        return float(np.square(floor + np.exp(intercept + slope * x) - y).sum()), law
+    def of_floors(floors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        slopes, intercepts = np.polyfit(x, np.log(y[:, None] - floors), 1)
+        off = floors + np.exp(intercepts + np.outer(x, slopes)) - y[:, None]
+        return np.square(off).sum(0), slopes, intercepts
 
     low, high = 0.0, float(y.min()) * (1 - 1e-6)
     for _ in range(6):  # a grid, and finer ones around the best of it
         floors = np.linspace(low, high, 41)
-        best = int(np.argmin([of_floor(floor)[0] for floor in floors]))
+        squares, slopes, intercepts = of_floors(floors)
+        best = int(squares.argmin())
         low, high = floors[max(best - 1, 0)], floors[min(best + 1, len(floors) - 1)]
-    return of_floor(floors[best])[1]
+    return LossLaw(float(floors[best]), float(np.exp(intercepts[best])), float(-slopes[best]))
+
+
+def with_replacement(rows: Sequence[Row], random: np.random.Generator) -> Sequence[Row]:
+    """Draw as many rows as there are, with replacement (Efron, 1979)."""
+    return [rows[at] for at in random.integers(len(rows), size=len(rows))]
+
+
+def within(key: Callable[[Row], object]) -> Callable[[Sequence[Row], np.random.Generator], Sequence[Row]]:
+    """Return a way to draw with replacement within the rows of each key, so that every draw has some of each."""
+
+    def draw(rows: Sequence[Row], random: np.random.Generator) -> Sequence[Row]:
+        by_key: dict[object, list[Row]] = {}
+        for row in rows:
+            by_key.setdefault(key(row), []).append(row)
+        return [row for own in by_key.values() for row in with_replacement(own, random)]
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Draws of measured losses: fitted ones, and what was off, drawn anew (Efron and Tibshirani, 1993, section 9.4).
+
+    Of the few sizes of a compute a draw with replacement would often leave too few different ones for a parabola; this
+    keeps every size, and draws what its loss could as well have been. What is off is pooled over all computes, and
+    raised by what the parabolas have followed of it, sqrt(n / (n - 3 k)) for n losses and k parabolas.
+
+    Attributes:
+        fitted: the losses by the parabolas, (n,).
+        off: what the measured ones are above them, centred and raised, (n,).
+    """
+
+    fitted: NDArray[np.float64]
+    off: NDArray[np.float64]
+
+    @staticmethod
+    def of(fitted: ArrayLike, losses: ArrayLike, parabolas: int) -> "Residuals":
+        """Compare losses with parabolas.
+
+        Raises:
+            ValueError: the losses are no more than the parabolas have coefficients, so that nothing is off.
+        """
+        by_fit, measured = np.asarray(fitted, float), np.asarray(losses, float)
+        free = len(measured) - 3 * parabolas
+        if free < 1:
+            raise ValueError("three sizes a compute leave no residuals to draw from; four or more would work")
+        off = (measured - by_fit) * np.sqrt(len(measured) / free)
+        return Residuals(by_fit, off - off.mean())
+
+    def draw(self, random: np.random.Generator) -> NDArray[np.float64]:
+        """Draw losses, (n,)."""
+        return self.fitted + self.off[random.integers(len(self.off), size=len(self.off))]
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of a loss around its parabola."""
+        return float(np.sqrt(np.square(self.off).mean()))
 
 
 def bootstrap(
@@ -165,8 +223,9 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: int = 1,
     level: float = 0.95,
+    draw: Callable[[Sequence[Row], np.random.Generator], Sequence[Row]] = with_replacement,
 ) -> tuple[list[tuple[float, float]], int]:
-    """Return the confidence intervals of what is fitted, by fits to rows drawn with replacement (Efron, 1979).
+    """Return the confidence intervals of what is fitted, by fits to rows drawn from those measured.
 
     Args:
         rows: measured.
@@ -174,6 +233,7 @@ def bootstrap(
         resamples: the number of draws.
         seed: of the draws.
         level: of confidence.
+        draw: draws rows.
 
     Returns:
         The ends of each figure's interval, by percentiles, and the number of draws that allowed no fit.
@@ -185,7 +245,7 @@ def bootstrap(
     found, without = [], 0
     for _ in range(resamples):
         try:
-            found.append(list(fit([rows[at] for at in random.integers(len(rows), size=len(rows))])))
+            found.append(list(fit(draw(rows, random))))
         except ValueError:
             without += 1
     if not found:
