@@ -120,7 +120,7 @@ def _orderings(found: dict[str, Any]) -> list[dict[str, Any]]:
         held = len(held_for) == len(parts) if parts else None
         orderings.append({"claim": text, "held": held, "held_for": held_for, "evidence": evidence})
 
-    ranks = [method.value for method in Method]
+    ranks = [method.value for method in Method if not method.by_similarity]
     for share, when in (("0", "right after conversion"), (alpha, f"after alpha = {alpha}")):
         parts = []
         for model in others:

@@ -36,8 +36,8 @@ class StudySettings:
 
     kv_heads: list[int] | None = None
     """The numbers of key/value heads to regroup to; null is every divisor of the model's own."""
-    methods: list[Method] = field(default_factory=lambda: list(Method))
-    """The methods of regrouping: mean, first, random."""
+    methods: list[Method] = field(default_factory=lambda: [method for method in Method if not method.by_similarity])
+    """The methods of regrouping: mean, first, random (the default), similar, aligned, svd."""
     alphas: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
     """The shares of the original tokens after which an uptraining is measured."""
     alpha: float = 0.05
