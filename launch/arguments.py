@@ -66,6 +66,8 @@ def add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "plan":
         _plan_arguments(verb)
+    if name == "roofline":
+        _roofline_arguments(verb)
     if name in ("check", "launch"):
         a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
     if name == "launch":
@@ -81,7 +83,19 @@ def add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer", "runs", "compare"):
+    if name in (
+        "describe",
+        "dry-run",
+        "plan",
+        "inspect",
+        "bench",
+        "check",
+        "rerun",
+        "tokenizer",
+        "runs",
+        "compare",
+        "roofline",
+    ):
         _prints_json(verb)
 
 
@@ -126,6 +140,20 @@ def _plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--explain", metavar="OVERRIDES", help="a layout of yours in one word: where it stands, and why")
     a_path(verb, "--write", metavar="FILE", help="the best as DIR/NAME.yaml, for --config-dir DIR --config-name NAME")
     a_path(verb, "--picture", metavar="FILE", help="draw the best's step and its memory, as .png or .svg")
+
+
+def _roofline_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--device", metavar="DEVICE", help="a preset such as h100, or a YAML file (the key cluster, h100)"
+    )
+    verb.add_argument("--kv-heads", metavar="N,N", help="to compare (as many as heads, the model's own or GQA-8, 1)")
+    verb.add_argument("--contexts", metavar="N,N", help="tokens of a sequence (1024,4096,16384,65536)")
+    verb.add_argument("--batches", metavar="N,N", help="sequences at the same time (1,16,64)")
+    verb.add_argument("--dtype", choices=["bfloat16", "float32"], help="(bfloat16; float32 for a cluster of CPUs)")
+    verb.add_argument("--tp", type=int, default=1, help="ranks that share every matrix; figures are of one (1)")
+    verb.add_argument("--achieved", action="store_true", help="best rates of kernels, not those of the data sheet")
+    verb.add_argument("--measure", action="store_true", help="measure it on this machine as well, beside its roofline")
+    a_path(verb, "--out", metavar="DIR", help="a folder for the tables, pictures and JSON")
 
 
 def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:

@@ -112,6 +112,16 @@ HELP = {
         "Takes overrides of the pretraining, and study.kv_heads, study.methods, study.alphas, study.alpha,\n"
         "study.contexts, study.batches, study.dir. The same command goes on where it was stopped.",
     ),
+    "roofline": (
+        "say when fewer key/value heads pay: prefill and decoding on a device, counted, and measured here",
+        "Takes a preset or any Hydra overrides; nothing is trained.\n\n"
+        "  deepnarrow roofline 67b --device h100 --tp 8 --out roofline\n"
+        "  deepnarrow roofline model=tiny_mha --measure --kv-heads 8,4,1\n\n"
+        "Of MHA, GQA and MQA: FLOPs, bytes and arithmetic intensity of prefill and of a decoding step, the least\n"
+        "seconds that the device needs for them and what bounds each, the largest batch that fits its memory, and the\n"
+        "contexts from which caches cost more than weights. --measure times both by turns, in fp32 on a CPU and in\n"
+        "bf16 on a GPU, beside this machine's own roofline. docs/roofline.md says how to read it.",
+    ),
     "generate": (
         "complete prompts",
         "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"

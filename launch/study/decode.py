@@ -1,28 +1,49 @@
-"""The seconds per decoded token, by key/value heads, batch and context."""
+"""The seconds per prefill and per decoded token, by key/value heads, batch and context, the models by turns."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from launch.study.roofline.counts import Phase
 from model.config import ModelConfig
 from model.generate import Decoder
-from model.weights import StoredWeights
+from model.weights import Weights
 from parallel.decode import load_stage
 from parallel.layout import Layout
 
 STEPS = 8
 """The number of timed tokens of a round."""
+PREFILLS = 2
+"""The number of timed prefills of a round."""
+Points = Mapping[Phase, Sequence[tuple[int, int]]]
+"""What is timed: batches and contexts."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Median times.
+
+    Attributes:
+        seconds: a list of ``batch``, ``context``, ``seconds`` by key/value heads and phase.
+        device: its name, and the dtype.
+        rounds: how many there were.
+    """
+
+    seconds: dict[int, dict[Phase, list[dict[str, Any]]]]
+    device: str
+    rounds: int
 
 
 def decode_seconds(
-    models: Mapping[int, StoredWeights],
-    batches: list[int],
-    contexts: list[int],
+    models: Mapping[int, Weights],
+    batches: Sequence[int],
+    contexts: Sequence[int],
     say: Callable[[str], None],
     rounds: int = 3,
 ) -> tuple[dict[int, list[dict[str, Any]]], str]:
@@ -31,36 +52,68 @@ def decode_seconds(
     Args:
         models: the weights by key/value heads; one model is in memory at a time.
         batches: the numbers of sequences that are decoded together.
-        contexts: the numbers of tokens of each sequence in the caches, which are filled with noise: the time of a step
-            does not depend on their values.
+        contexts: the numbers of tokens of each sequence in the caches.
         say: the function that reports progress.
         rounds: the number of rounds over all models.
 
     Returns:
         A list of ``batch``, ``context``, ``seconds`` by key/value heads; and the name of the device.
     """
-    on_gpu = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    times: dict[tuple[int, int, int], list[float]] = {}
+    points = [(batch, context) for batch in batches for context in contexts]
+    found = seconds_by_turns(models, {Phase.decode: points}, say, rounds)
+    return {heads: by_phase[Phase.decode] for heads, by_phase in found.seconds.items()}, found.device
+
+
+def seconds_by_turns(
+    models: Mapping[int, Weights],
+    points: Points,
+    say: Callable[[str], None],
+    rounds: int = 3,
+    limit: float = math.inf,
+) -> Timed:
+    """Measure the median time of prefills and of decoding steps, on one device, the models by turns.
+
+    Args:
+        models: the weights by key/value heads; one model is in memory at a time.
+        points: what is timed: prefills of so many sequences of so many tokens, and steps with so many tokens of each
+            sequence in the caches, which are filled with noise: the time does not depend on their values.
+        say: the function that reports progress.
+        rounds: the most rounds over all models.
+        limit: seconds after which no further round begins.
+    """
+    device, dtype = device_here()
+    times: dict[tuple[int, Phase, int, int], list[float]] = {}
+    begin, done = time.perf_counter(), 0
     for number in range(rounds):
-        say(f"decoding, round {number + 1} of {rounds}")
+        if number and time.perf_counter() - begin > limit:
+            say(f"{time.perf_counter() - begin:.0f} s are over: no further round of {rounds}")
+            break
+        done += 1
+        say(f"{' and '.join(phase.value for phase in points)}, round {number + 1} of {rounds}")
         for heads, weights in models.items():
-            # Rotary positions have no end: a longer context changes no weight.
-            config = replace(weights.config, max_seq_len=max(contexts) + STEPS + 2)
-            stages, _ = load_stage(replace(weights, config=config), Layout(dp=1, pp=1), device, dtype)
-            for batch in batches:
-                for context in contexts:
-                    times.setdefault((heads, batch, context), []).extend(
-                        _steps(stages[0], config, batch, context, device)
-                    )
-    found: dict[int, list[dict[str, Any]]] = {heads: [] for heads in models}
-    for (heads, batch, context), seconds in times.items():
-        found[heads].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})
-    name = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    return found, f"{name}, {str(dtype).removeprefix('torch.')}"
+            stages, _ = load_stage(weights, Layout(dp=1, pp=1), device, dtype)
+            for phase, of_phase in points.items():
+                run = _prefills if phase is Phase.prefill else _steps
+                for batch, context in of_phase:
+                    taken = run(stages[0], weights.config, batch, context, device)
+                    times.setdefault((heads, phase, batch, context), []).extend(taken)
+    found: dict[int, dict[Phase, list[dict[str, Any]]]] = {heads: {one: [] for one in points} for heads in models}
+    for (heads, phase, batch, context), seconds in times.items():
+        found[heads][phase].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return Timed(found, f"{name}, {str(dtype).removeprefix('torch.')}", done)
 
 
-def _steps(layers: list[nn.Module], config: ModelConfig, batch: int, context: int, device: torch.device) -> list[float]:
+def device_here() -> tuple[torch.device, torch.dtype]:
+    """Return what is timed on: the GPU in bf16, or the CPU in fp32 where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+def _steps(
+    layers: Sequence[nn.Module], config: ModelConfig, batch: int, context: int, device: torch.device
+) -> list[float]:
     decoder = Decoder(layers, [[0]] * batch, context + STEPS + 2)
     decoder.lengths_B.fill_(context)
     dtype = next(layers[0].parameters()).dtype
@@ -76,6 +129,21 @@ def _steps(layers: list[nn.Module], config: ModelConfig, batch: int, context: in
         _wait(device)
         seconds.append(time.perf_counter() - begin)
     return seconds[1:]  # the first one pays for allocations
+
+
+def _prefills(
+    layers: Sequence[nn.Module], config: ModelConfig, batch: int, context: int, device: torch.device
+) -> list[float]:
+    prompts = torch.randint(config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
+    seconds = []
+    for _ in range(PREFILLS + 1):
+        decoder = Decoder(layers, prompts, context + 1)
+        _wait(device)
+        begin = time.perf_counter()
+        decoder.prefill()
+        _wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
 
 
 def _wait(device: torch.device) -> None:
