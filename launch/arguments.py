@@ -70,9 +70,10 @@ def add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         _roofline_arguments(verb)
     if name in ("check", "launch"):
         a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
-    if name == "launch":
-        kinds = ("slurm", "k8s", "hostfile")
-        verb.add_argument("--print", choices=kinds, help="print the run for a cluster instead of starting it")
+    if name in ("launch", "scaling"):
+        kinds = ("slurm", "k8s", "hostfile") if name == "launch" else ("slurm",)
+        what = "the run" if name == "launch" else "the runs to train next, as a job array"
+        verb.add_argument("--print", choices=kinds, help=f"print {what} for a cluster instead of starting it")
         verb.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of each node (Slurm's; to print 8)")
     if name == "check":
         a_path(verb, "--save", metavar="FILE", help="a cluster file in which to write the links as measured")
@@ -83,19 +84,7 @@ def add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--against", action="append", default=[], help="another tokenizer, a path or a hub name")
         verb.add_argument("--sample-mb", type=float, default=4.0, help="megabytes to measure on, of each source (4)")
         a_path(verb, "--out", metavar="FILE", help="the report as JSON")
-    if name in (
-        "describe",
-        "dry-run",
-        "plan",
-        "inspect",
-        "bench",
-        "check",
-        "rerun",
-        "tokenizer",
-        "runs",
-        "compare",
-        "roofline",
-    ):
+    if name in ("describe", "dry-run", "plan", "inspect", "bench", "check", "rerun", "tokenizer", "runs", "compare"):
         _prints_json(verb)
 
 
@@ -143,9 +132,7 @@ def _plan_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def _roofline_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--device", metavar="DEVICE", help="a preset such as h100, or a YAML file (the key cluster, h100)"
-    )
+    verb.add_argument("--device", metavar="DEVICE", help="a preset or a YAML file (the key cluster, or h100)")
     verb.add_argument("--kv-heads", metavar="N,N", help="to compare (as many as heads, the model's own or GQA-8, 1)")
     verb.add_argument("--contexts", metavar="N,N", help="tokens of a sequence (1024,4096,16384,65536)")
     verb.add_argument("--batches", metavar="N,N", help="sequences at the same time (1,16,64)")
@@ -154,6 +141,7 @@ def _roofline_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--achieved", action="store_true", help="best rates of kernels, not those of the data sheet")
     verb.add_argument("--measure", action="store_true", help="measure it on this machine as well, beside its roofline")
     a_path(verb, "--out", metavar="DIR", help="a folder for the tables, pictures and JSON")
+    _prints_json(verb)
 
 
 def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:

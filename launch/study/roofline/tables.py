@@ -1,16 +1,21 @@
 """Findings of `launch.study.roofline.findings` as text."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from textwrap import fill
 from typing import Any
+
+from rich.table import Table
 
 from launch.study.roofline.counts import Phase
 from launch.study.roofline.findings import MOST_CONTEXT, PARTED
 from launch.tables import of_numbers, rendered
 
 GIB, KIB = 2**30, 2**10
-WIDTH = 160
-"""The most characters of a line: a model takes three columns."""
+WIDTH = 1000
+"""The most characters of a line of a table: no column is left out, however many models there are."""
+LINE = 118
+"""The most characters of a line of text."""
 
 
 def as_text(found: Mapping[str, Any]) -> str:
@@ -20,12 +25,14 @@ def as_text(found: Mapping[str, Any]) -> str:
         found: the result of `launch.study.roofline.findings.roofline_findings`, or of
             `launch.study.roofline.measured.measured_findings`.
     """
-    parts = [_head(found), _models(found)]
-    parts += [_seconds(found, phase) for phase in (Phase.decode, Phase.prefill)]
-    parts += [_bounds(found)]
+    phases = (Phase.decode, Phase.prefill)
+    parts = [_head(found), _models(found), *(_seconds(found, phase) for phase in phases)]
+    parts += [_measured_seconds(found, phase) for phase in phases if any(_timed(found, phase))]
+    parts += [_crossings(found), _bounds(found)]
     if found["device"]["memory_bytes"] is not None:
         parts.append(_fits(found))
-    return "\n\n".join([*parts, "\n".join(conclusions(found))])
+    parts += [fill(line, LINE) for line in conclusions(found)]
+    return "\n\n".join(part.strip("\n") for part in parts)
 
 
 def _head(found: Mapping[str, Any]) -> str:
@@ -40,7 +47,7 @@ def _head(found: Mapping[str, Any]) -> str:
         "A part takes its FLOPs at the one or its bytes at the other, whichever is longer; of prefill's attention the "
         "causal half is counted.",
     ]
-    return "\n".join(lines)
+    return "\n".join(fill(line, LINE) for line in lines)
 
 
 def _sliding(found: Mapping[str, Any]) -> str:
@@ -48,24 +55,32 @@ def _sliding(found: Mapping[str, Any]) -> str:
 
 
 def _models(found: Mapping[str, Any]) -> str:
-    batches = found["batches"]
     columns = ["", "parameters", "weights\nGiB", "cache KiB\na token", "decode attention\nFLOPs a byte"]
-    columns += [f"cache > weights\nfrom, batch {batch}" for batch in batches]
-    columns += [f"{PARTED:g} x {found['models'][-1]['attention']}\nfrom, batch {batch}" for batch in batches]
-    table = of_numbers(columns, (0,), "of one rank" if found["tp"] > 1 else None)
+    table = of_numbers(columns, (0,))
     for model in found["models"]:
-        decode = _points(model, Phase.decode)[-1]
-        crossings = model["crossings"]
         table.add_row(
             model["attention"],
             f"{model['parameters']:,}",
             f"{model['weight_bytes'] / GIB:,.2f}",
             f"{model['kv_cache_bytes_per_token'] / KIB:,.4g}",
-            f"{decode['parts']['attention']['intensity']:.3g}",
-            *(_context(crossings["cache_equals_weights"][str(batch)]) for batch in batches),
-            *(_context(crossings["parted"][str(batch)]) for batch in batches),
+            f"{_points(model, Phase.decode)[-1]['parts']['attention']['intensity']:.3g}",
         )
     return rendered(table, width=WIDTH)
+
+
+def _crossings(found: Mapping[str, Any]) -> str:
+    *others, fewest = [model["attention"] for model in found["models"]]
+    columns = ["batch", *(f"{name}: cache\nover weights" for name in (*others, fewest))]
+    table = of_numbers([*columns, *(f"{name}: {PARTED:g} x\nas long as {fewest}" for name in others)])
+    for batch in map(str, found["batches"]):
+        crossings = [model["crossings"] for model in found["models"]]
+        table.add_row(
+            batch,
+            *(_context(one["cache_equals_weights"][batch]) for one in crossings),
+            *(_context(one["parted"][batch]) for one in crossings[:-1]),
+        )
+    title = "decode: tokens of context from which a step reads more cache than weights, and from which models part"
+    return f"{title}\n{rendered(table, width=WIDTH)}"
 
 
 def _context(tokens: int | None) -> str:
@@ -80,38 +95,53 @@ def _seconds(found: Mapping[str, Any], phase: Phase) -> str:
     """Render the times of a phase: by model, of the first over each, and the part of it that attention takes."""
     models = found["models"]
     names = [model["attention"] for model in models]
-    measured = any("measured_seconds" in point for model in models for point in _points(model, phase))
     columns = ["batch", "context", *(f"{name}\nms" for name in names)]
     columns += [f"{names[0]} over\n{name}" for name in names[1:]]
-    columns += [f"{name}\nattention" for name in names]
-    if measured:
-        columns += [f"{name}\nmeasured ms" for name in names] + [f"{name}\nof roofline" for name in names]
-    title = "decode: a token of each sequence" if phase is Phase.decode else "prefill: all tokens of each sequence"
-    if any(point["fits"] is False for model in models for point in model["points"]):
-        title += "; *: as if it fitted"
-    table = of_numbers(columns, (), title)
-    rows = zip(*(_points(model, phase) for model in models), strict=True)
-    last = None
-    for row in rows:
-        if last is not None and row[0]["batch"] != last:
-            table.add_section()
-        last = row[0]["batch"]
-        cells = [
+    table = of_numbers([*columns, *(f"{name}\nattention" for name in names)])
+    for row in _rows(found, phase, table):
+        table.add_row(
             str(row[0]["batch"]),
             f"{row[0]['context']:,}",
             *(_ms(point["seconds"]) + "*" * (point["fits"] is False) for point in row),
-        ]
-        cells += [f"{row[0]['seconds'] / point['seconds']:.2f}" for point in row[1:]]
-        cells += [f"{point['parts']['attention']['seconds'] / point['seconds']:.0%}" for point in row]
-        if measured:
-            cells += [_ms(point.get("measured_seconds")) for point in row]
-            cells += [_times(point.get("measured_over_roofline")) for point in row]
-        table.add_row(*cells)
-    return rendered(table, width=WIDTH)
+            *(f"{row[0]['seconds'] / point['seconds']:.2f}" for point in row[1:]),
+            *(f"{point['parts']['attention']['seconds'] / point['seconds']:.0%}" for point in row),
+        )
+    title = "decode: a token of each sequence" if phase is Phase.decode else "prefill: all tokens of each sequence"
+    if any(point["fits"] is False for model in models for point in model["points"]):
+        title += "; *: as if it fitted the memory"
+    return f"{title}\n{rendered(table, width=WIDTH)}"
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else _number(1000 * seconds)
+def _measured_seconds(found: Mapping[str, Any], phase: Phase) -> str:
+    """Render the times that were measured: by model, of the first over each, and over the roofline."""
+    names = [model["attention"] for model in found["models"]]
+    columns = ["batch", "context", *(f"{name}\nms" for name in names)]
+    columns += [f"{names[0]} over\n{name}" for name in names[1:]]
+    table = of_numbers([*columns, *(f"{name} over\nroofline" for name in names)])
+    for row in _rows(found, phase, table):
+        if "measured_seconds" in row[0]:
+            table.add_row(
+                str(row[0]["batch"]),
+                f"{row[0]['context']:,}",
+                *(_ms(point["measured_seconds"]) for point in row),
+                *(f"{row[0]['measured_seconds'] / point['measured_seconds']:.2f}" for point in row[1:]),
+                *(f"{point['measured_over_roofline']:.3g}" for point in row),
+            )
+    return f"{phase.value}, measured\n{rendered(table, width=WIDTH)}"
+
+
+def _rows(found: Mapping[str, Any], phase: Phase, table: Table) -> Iterator[tuple[dict[str, Any], ...]]:
+    """Yield the points of all models at each batch and context; a new batch is a new section of the table."""
+    last = found["batches"][0]
+    for row in zip(*(_points(model, phase) for model in found["models"]), strict=True):
+        if row[0]["batch"] != last:
+            table.add_section()
+        last = row[0]["batch"]
+        yield row
+
+
+def _ms(seconds: float) -> str:
+    return _number(1000 * seconds)
 
 
 def _number(value: float) -> str:
@@ -119,15 +149,11 @@ def _number(value: float) -> str:
     return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"x {ratio:.3g}"
-
-
 def _bounds(found: Mapping[str, Any]) -> str:
     """Render intensities, and what bounds products and attention, at the shortest and the longest context."""
     names = [model["attention"] for model in found["models"]]
     columns = ["", "batch", "context", "products\nFLOPs a byte", *(f"{name} attention\nFLOPs a byte" for name in names)]
-    table = of_numbers([*columns, *(f"{name} whole\nFLOPs a byte" for name in names)], (0,), "what bounds it")
+    table = of_numbers([*columns, *(f"{name} whole\nFLOPs a byte" for name in names)], (0,))
     ends = {found["contexts"][0], found["contexts"][-1]}
     for phase in (Phase.decode, Phase.prefill):
         for row in zip(*(_points(model, phase) for model in found["models"]), strict=True):
@@ -140,7 +166,7 @@ def _bounds(found: Mapping[str, Any]) -> str:
                     *(_intensity(point["parts"]["attention"]) for point in row),
                     *(_number(point["intensity"]) for point in row),
                 )
-    return rendered(table, width=WIDTH)
+    return f"arithmetic intensity, and what bounds it\n{rendered(table, width=WIDTH)}"
 
 
 def _intensity(part: Mapping[str, Any]) -> str:
@@ -226,12 +252,7 @@ def _measured(found: Mapping[str, Any]) -> list[str]:
         return []
     said = []
     for phase in (Phase.decode, Phase.prefill):
-        ratios = [
-            point["measured_over_roofline"]
-            for model in found["models"]
-            for point in _points(model, phase)
-            if "measured_over_roofline" in point
-        ]
+        ratios = [point["measured_over_roofline"] for point in _timed(found, phase)]
         if ratios:
             said.append(
                 f"Measured over roofline, {phase.value}: median {statistics.median(ratios):.3g}, from "
@@ -241,6 +262,11 @@ def _measured(found: Mapping[str, Any]) -> list[str]:
     if left_out := found["left_out"]:
         said.append(f"Not measured, too long or too large for this machine: {_named(left_out)}.")
     return [*said, f"{found['load']:.1f} processes were running in the minute before."]
+
+
+def _timed(found: Mapping[str, Any], phase: Phase) -> list[dict[str, Any]]:
+    points = [point for model in found["models"] for point in _points(model, phase)]
+    return [point for point in points if "measured_seconds" in point]
 
 
 def _named(points: Sequence[Sequence[Any]]) -> str:
