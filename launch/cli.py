@@ -259,6 +259,7 @@ VERBS = {
     "import": import_weights,
     "regroup": regroup,
     "gqa-study": gqa_study,
+    "scaling": _run_of("launch.scaling.command"),
     "roofline": _run_of("launch.study.roofline.command"),
     "generate": _run_of("launch.generate"),
     "eval": _run_of("launch.evaluation"),

@@ -122,6 +122,20 @@ HELP = {
         "contexts from which caches cost more than weights. --measure times both by turns, in fp32 on a CPU and in\n"
         "bf16 on a GPU, beside this machine's own roofline. docs/roofline.md says how to read it.",
     ),
+    "scaling": (
+        "fit scaling laws to your own data: rate, batch, model, tokens and loss by compute",
+        "Tries rates and batches at small computes, trains several sizes of model for each of several computes by\n"
+        "what came of that, and fits the laws of DeepSeek LLM (arXiv 2401.02954, section 3): the best rate and batch,\n"
+        "model and tokens by compute, with intervals, and the loss of the largest predicted from the others.\n\n"
+        "  deepnarrow scaling                                    44 small models, about half an hour on two cores\n"
+        "  deepnarrow scaling model=8x512 data=files data.path=/corpus train.micro_batch=8 \\\n"
+        "      scaling.budgets=[1e17,3e17,1e18,3e18] scaling.rate_budgets=[3e16,3e17] scaling.batches=[32,64,128] \\\n"
+        "      scaling.rates=[5e-4,1e-3,2e-3,4e-3] --print slurm > job\n\n"
+        "Takes overrides of every run, and scaling.budgets, scaling.sizes, scaling.shapes, scaling.rates,\n"
+        "scaling.batches, scaling.rate_budgets, scaling.seeds, scaling.parallel_runs, scaling.dir, which\n"
+        "launch/scaling/settings.py describes. The same command goes on where it was stopped.\n"
+        "Ends with scaling.txt, scaling.json and pictures; docs/scaling.md says what each figure means.",
+    ),
     "generate": (
         "complete prompts",
         "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"

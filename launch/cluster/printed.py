@@ -107,8 +107,17 @@ def as_slurm(job: ClusterJob) -> str:
 #SBATCH --signal=B:USR1@{SECONDS_TO_SAVE}
 
 cd {shlex.quote(os.getcwd())} || exit 1
-again=
-{_shell(command)} &
+{waiting(shell_words(command))}"""
+
+
+def waiting(command: str) -> str:
+    """Write the lines of an sbatch script that run a command, pass signals on, and queue the job again after USR1.
+
+    Args:
+        command: for the shell.
+    """
+    return f"""again=
+{command} &
 run=$!
 trap 'again=1 told=1; kill -USR1 $run' USR1
 trap 'told=1; kill -TERM $run' TERM
@@ -196,7 +205,7 @@ def _other_pods(name: str) -> dict[str, Any]:
     return {"labelSelector": of_this_run, "topologyKey": "kubernetes.io/hostname"}
 
 
-def _shell(command: Sequence[str]) -> str:
+def shell_words(command: Sequence[str]) -> str:
     """Write a command for a shell, in lines of a bearable length."""
     lines = [""]
     for word in map(shlex.quote, command):

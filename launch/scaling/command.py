@@ -1,0 +1,146 @@
+"""The command `deepnarrow scaling`: try rates and batches, train a ladder of models, fit laws, and report them."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from conf.schema import to_jsonable
+from launch.scaling.cost import cost_of
+from launch.scaling.findings import findings
+from launch.scaling.outcomes import outcomes_of
+from launch.scaling.pictures import draw
+from launch.scaling.plan import Laws, Plan, plan
+from launch.scaling.rates import laws_of_grid
+from launch.scaling.slurm import as_array
+from launch.scaling.text import as_text
+from launch.trainings.train_all import Training, problems_of, train_all
+from launch.trainings.wandb_of_study import Table, wandb_of_study
+from model.problems import BadInput
+from train.data.sources import prepare_run
+from train.like import take_over
+from train.strict_json import dumps
+
+RESULTS, TEXT = "scaling.json", "scaling.txt"
+
+
+class Trains(Protocol):
+    """What trains the runs of a study, as `launch.trainings.train_all` does."""
+
+    def __call__(self, trainings: Sequence[Training], *, at_once: int | None) -> int | None:
+        """Train all that is not done; return None where all are done, else the exit code."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; its `print` writes a job array and trains nothing."""
+    overrides = take_over(options.overrides)
+    if options.print:
+        return print_array(overrides, options.gpus_per_node)
+    if options.gpus_per_node is not None:
+        works = "with --print slurm it would"
+        raise BadInput([f"--gpus-per-node={options.gpus_per_node}: says nothing of runs on this machine; {works}"])
+    return study(overrides)
+
+
+def study(
+    overrides: Sequence[str],
+    train: Trains = train_all,
+    check: Callable[[Sequence[Training]], list[str]] = problems_of,
+) -> int:
+    """Run everything of a study that has not been done yet; return the exit code.
+
+    Each training is a run with its own folder and its own run in W&B. What is done is not trained again, and what was
+    stopped goes on.
+
+    Args:
+        overrides: of the command.
+        train: trains runs and waits for them.
+        check: finds what keeps runs from starting.
+
+    Raises:
+        BadInput: the study cannot work; it lists every problem, before anything is trained.
+    """
+    planned = plan(overrides)
+    grid = planned.grid()
+    tried = all(planned.training(one).is_done for one in grid)
+    by = _laws(planned) if tried else None
+    isoflop = planned.isoflop(by)
+    if problems := check([planned.training(one) for one in [*grid, *isoflop]]):
+        raise BadInput(problems)
+    planned.keep_recipe()
+    _say(f"{planned.folder}: {cost_of(planned, [*grid, *isoflop])}")
+    if not tried:
+        _say(f"{len(grid)} runs of rates and batches")
+        if (code := _trained(planned, grid, train)) is not None:
+            return code
+        by = _laws(planned)
+    isoflop = planned.isoflop(by)
+    if by is not None and not all(planned.training(one).is_done for one in isoflop):
+        _say(f"rate {by.lr}, batch {by.batch_tokens} tokens; {len(isoflop)} IsoFLOP runs with them")
+    if (code := _trained(planned, isoflop, train)) is not None:
+        return code
+    return _report(planned, by)
+
+
+def _report(planned: Plan, by: Laws | None) -> int:
+    tokens = sum(data.num_train_tokens for data in prepare_run(planned.config).by_name.values())
+    grid, isoflop = (outcomes_of(planned, settings) for settings in (planned.grid(), planned.isoflop(by)))
+    found = findings(planned, grid, isoflop, by, tokens)
+    pictures = draw(found, planned.folder)
+    (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
+    text = as_text(found)
+    (planned.folder / TEXT).write_text(text + "\n", "utf-8")
+    print(text)
+    print(f"\n{planned.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
+    config = {"scaling": to_jsonable(asdict(planned.settings)), **to_jsonable(asdict(planned.config))}
+    summary = {key: found[key] for key in ("rates", "allocation", "further", "notes")}
+    wandb_of_study(planned.config.wandb, planned.folder, config, _tables(found), pictures, summary)
+    return 0
+
+
+def print_array(overrides: Sequence[str], gpus_per_node: int | None) -> int:
+    """Print the runs that can be trained next as a job array: the grid's first, by whose laws the others are trained.
+
+    Raises:
+        BadInput: the study cannot work.
+    """
+    planned = plan(overrides)
+    left = _left(planned, planned.grid())
+    again = "The same command with --print then prints the runs that are trained by what these find."
+    if not left:
+        left = _left(planned, planned.isoflop(_laws(planned)))
+        again = "The same command without --print then fits the laws to all runs, and trains nothing."
+    if not left:
+        _say(f"{planned.folder}: all runs are done; the same command without --print fits the laws to them")
+        return 0
+    planned.keep_recipe()
+    print(as_array(planned.folder.name, left, gpus_per_node, again), end="")
+    _say(f"{len(left)} runs are printed; `deepnarrow prepare` with the same data.… prepares their data ahead")
+    return 0
+
+
+def _left(planned: Plan, settings: Sequence[Any]) -> list[Training]:
+    trainings = [planned.training(one) for one in settings]
+    return [training for training in trainings if not training.is_done]
+
+
+def _laws(planned: Plan) -> Laws | None:
+    return laws_of_grid(outcomes_of(planned, planned.grid())) if planned.settings.rate_budgets else None
+
+
+def _trained(planned: Plan, settings: Sequence[Any], train: Trains) -> int | None:
+    return train([planned.training(one) for one in settings], at_once=planned.settings.parallel_runs)
+
+
+def _tables(found: dict[str, Any]) -> dict[str, Table]:
+    columns = list(found["runs"][0])
+    curves = found["allocation"]["curves"]
+    return {
+        "runs": (columns, [[run[key] for key in columns] for run in found["runs"]]),
+        "isoflop_minima": (list(curves[0]), [list(curve.values()) for curve in curves]) if curves else ((), ()),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,106 @@
+"""What a study costs, said before it is trained: runs, FLOPs, and about how long they take on this machine."""
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from launch.scaling.plan import Plan, Setting
+from model.config import ModelConfig
+from model.transformer import Transformer
+from train.metrics import peak_flops
+
+START_SECONDS = 3.0
+"""Of a run on a CPU that a process with all imports forks: the engine, its end, a checkpoint and W&B's."""
+STEP_SECONDS = 0.003
+"""Of a step on a CPU besides its passes: data, optimizer, records."""
+MOST_FLOPS = 2e10
+"""Of a micro-batch that is timed, a second on a slow core; the speed of larger models is that of the largest timed."""
+PROBE_SECONDS = 0.15
+ON_GPU = 0.3
+"""The share of a GPU's peak that is reckoned with."""
+HELD_OUT = 1 / 3
+"""What a held-out token costs of one that is trained on: its forward pass."""
+
+
+def cost_of(study: Plan, settings: Sequence[Setting]) -> str:
+    """Say what runs cost, those that are done already apart.
+
+    Args:
+        study: the plan.
+        settings: of all runs.
+    """
+    left = [one for one in settings if not study.training(one).is_done]
+    done = f", {len(settings) - len(left)} of them done" if len(left) < len(settings) else ""
+    said = f"{len(settings)} runs{done}, {sum(one.compute for one in left):.2g} FLOPs C = M D left"
+    if not left:
+        return said
+    return f"{said}; {_about(seconds_of(study, left))}"
+
+
+def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
+    """Estimate the seconds that runs take on this machine; None where nothing is known of its GPUs.
+
+    On a CPU a forward and a backward pass of each model are timed, on GPUs `ON_GPU` of their peak is reckoned with.
+    """
+    train, parallel = study.config.train, study.config.parallel
+    ranks = parallel.pp * parallel.tp * (parallel.dp or 1)
+    if torch.cuda.is_available():
+        peak = peak_flops(torch.device("cuda"))
+        if peak is None:
+            return None
+        flops = sum(study.ladder.model(one.shape).flops_per_token(one.seq_len) * one.tokens for one in settings)
+        return flops / (ON_GPU * peak * max(torch.cuda.device_count(), 1))
+    cores = len(os.sched_getaffinity(0))
+    busy = min(cores, ranks * (study.settings.parallel_runs or max(1, cores // ranks)))
+    rates = _flops_per_second(study, settings)
+    held_out = train.val_sequences * train.seq_len * HELD_OUT
+    of_runs = [
+        study.ladder.model(one.shape).flops_per_token(one.seq_len) * (one.tokens + held_out) / rates[str(one.shape)]
+        + STEP_SECONDS * one.steps
+        + START_SECONDS
+        for one in settings
+    ]
+    return max(sum(of_runs) / busy, max(of_runs) / ranks)
+
+
+def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, float]:
+    """Time a pass of each model on one core, the smallest first."""
+    found, micro_batch, last = dict[str, float](), study.config.train.micro_batch, 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for one in sorted(settings, key=lambda one: one.m):
+            model = study.ladder.model(one.shape)
+            flops = model.flops_per_token(one.seq_len) * micro_batch * one.seq_len
+            if str(one.shape) not in found:
+                last = (
+                    flops / _pass_seconds(model, micro_batch, one.seq_len) if flops < MOST_FLOPS or not last else last
+                )
+                found[str(one.shape)] = last
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _pass_seconds(config: ModelConfig, micro_batch: int, seq_len: int) -> float:
+    """Time a forward and a backward pass, the median of some after one that is not counted."""
+    with torch.random.fork_rng(devices=[]):
+        model = Transformer(config)
+        tokens_BL = torch.randint(config.vocab_size, (micro_batch, seq_len))
+        times: list[float] = []
+        while len(times) < 3 or (sum(times) < PROBE_SECONDS and len(times) < 50):
+            before = time.thread_time()  # what others take of the core is no part of it
+            cross_entropy(model(tokens_BL).flatten(0, 1), tokens_BL.flatten()).backward()
+            times.append(time.thread_time() - before)
+    return statistics.median(times[1:])
+
+
+def _about(seconds: float | None) -> str:
+    if seconds is None:
+        return "how long they take is not known of this GPU"
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min here" if minutes >= 2 else f"about {seconds:.0f} s here"
