@@ -109,7 +109,7 @@ def _seconds(found: Mapping[str, Any], path: Path) -> Path:
                     line,
                     color=color,
                     label=label,
-                    linewidth=1.5 + 1.5 * later,
+                    linewidth=1.2 + 0.8 * later,
                 )
                 measured = [one for one in points if "measured_seconds" in one]
                 times = [1000 * one["measured_seconds"] for one in measured]
