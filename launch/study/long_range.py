@@ -4,12 +4,13 @@ All three are log-likelihoods of tokens, by `parallel.scoring`, on the same toke
 
 - The loss of held-out tokens by how many tokens come before them (arXiv 2001.08361, appendix D.5).
 - Associative recall, several queries to a sequence as in Zoology (arXiv 2312.04927): ``k1 v1 … kn vn``, then held-out
-  text in which keys come again, each once and without its value. After a key, how much likelier is its value than the
-  other values that were shown?
+  text in which keys come again, each once and without its value. After a key, is its value the likeliest of those that
+  were shown? Each sequence is read a second time with every key's value moved on to the next key, so that what a model
+  finds likely after a key anyway cancels out.
 - A needle: a held-out passage, other held-out text, and the passage again. How much lower is the loss of the passage's
   second reading, behind its first few tokens, than in the same sequence without the first?
 
-A distance is the number of tokens from a key, or from where the passage begins, to where it comes again.
+A distance is the number of tokens from a key, or from where a passage begins, to where it comes again.
 """
 
 import math
@@ -28,8 +29,8 @@ from parallel.layout import Layout
 from parallel.scoring import Request, load_scorer
 from train.evaluate.held_out import requests_of
 
-PROMPTS, PASSAGES = 64, 32
-"""The number of sequences of pairs, and of passages."""
+PROMPTS, PASSAGES = 64, 16
+"""The number of sequences of pairs, each of which is read twice, and of passages."""
 MEASURES = ("loss", "accuracy", "advantage", "gain")
 _PAIRS = 8
 _PASSAGE = 32
@@ -92,8 +93,9 @@ def long_range_findings(
         - ``loss``: of held-out tokens, nats;
         - ``accuracy``: the share of queries whose value is likelier than the other values of its sequence; of K that
           are the likeliest alike, each counts 1 / K;
-        - ``advantage``: the log-likelihood of the value less the mean of the others', nats; 0 by chance, whatever a
-          model finds likely without the pairs, since any value may be the one;
+        - ``advantage``: how much likelier a value is than the value of the next key where it is its key's than where
+          the other is, half the difference of the two differences of log-likelihoods, nats: what a model that copies
+          finds the copied value likelier than others, and 0 for one that does not recall;
         - ``gain``: how much lower the loss of the second reading is than without the first, nats per token.
 
     Raises:
@@ -211,14 +213,14 @@ def position_probe(batches: Sequence[Batch]) -> Probe:
 def recall_probe(
     rows_NL: np.ndarray, prompts: int, generator: np.random.Generator, never: Collection[int] = ()
 ) -> tuple[Probe, int]:
-    """Ask which of the shown values follows a key, at growing distance.
+    """Ask which of the shown values follows a key, at growing distance, by two pairings of the same keys and values.
 
     Keys and values are frequent tokens that do not occur in the text between; where too few are left, the rarest that
     do occur are taken too.
 
     Args:
         rows_NL: held-out rows, int64 (N, L); the text is one of them.
-        prompts: the number of sequences, each with a query at every distance.
+        prompts: the number of sequences, each with a query at every distance, and read twice.
         generator: of keys, values, which key is asked for at which distance, and the text.
         never: tokens that no pair is made of.
 
@@ -249,27 +251,34 @@ def recall_probe(
         keys_P, places_P = _queries(distances, pairs, generator)
         row_L[places_P] = row_L[2 * keys_P]
         answers[prompt] = keys_P
-        tokens = row_L.tolist()
-        requests += [Request([*tokens[: place + 1], value], place + 1) for place in places_P for value in values]
+        for moved in (0, 1):
+            row_L[1 : 2 * pairs : 2] = np.roll(values, moved)
+            tokens = row_L.tolist()
+            requests += [Request([*tokens[: place + 1], value], place + 1) for place in places_P for value in values]
 
     def sums(values_N: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        values_SPn = values_N.reshape(*answers.shape, pairs)
-        right_SP1 = np.take_along_axis(values_SPn, answers[..., None], axis=2)
-        likeliest_SPn = values_SPn == values_SPn.max(2, keepdims=True)
-        accuracy_SP = (right_SP1[..., 0] == values_SPn.max(2)) / np.maximum(likeliest_SPn.sum(2), 1)
-        others_SP = (values_SPn.sum(2) - right_SP1[..., 0]) / (pairs - 1)
+        values_2SPn = np.moveaxis(values_N.reshape(prompts, 2, len(distances), pairs), 1, 0)
+        likeliest_2SPn = values_2SPn == values_2SPn.max(3, keepdims=True)
+        rights_2SP = np.stack([answers, (answers - 1) % pairs])  # moved on, a key has the value of the key before it
+        shares_2SPn = likeliest_2SPn / np.maximum(likeliest_2SPn.sum(3, keepdims=True), 1)
+        accuracy_SP = _at(shares_2SPn, rights_2SP).sum(0)
+        less_2SP = _at(values_2SPn, rights_2SP) - _at(values_2SPn, rights_2SP[::-1])
         one_SP = np.ones(answers.shape)
-        return {"accuracy": (accuracy_SP, one_SP), "advantage": (right_SP1[..., 0] - others_SP, one_SP)}
+        return {"accuracy": (accuracy_SP, 2 * one_SP), "advantage": (less_2SP.sum(0) / 2, one_SP)}
 
     return Probe(distances, requests, sums), taken
 
 
+def _at(values_2SPn: np.ndarray, chosen_2SP: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values_2SPn, chosen_2SP[..., None], axis=3)[..., 0]
+
+
 def _queries(distances: Sequence[int], pairs: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw which key is asked for at each distance, and so where, int64 (P,) each; no two at one place."""
+    """Draw which key is asked for at each distance, and so where, int64 (P,) each; there is text between any two."""
     while True:  # the keys in their order are such a draw
         keys_P = generator.permutation(pairs)[: len(distances)]
         places_P = 2 * keys_P + np.array(distances)
-        if len(set(places_P.tolist())) == len(distances):
+        if np.diff(np.sort(places_P)).min(initial=2) >= 2:
             return keys_P, places_P
 
 

@@ -152,18 +152,26 @@ def test_recall_asks_for_each_value_by_the_models_own_likelihoods():
     found = scored(made, [probe])
     model = Transformer(made.config)
     model.load_state_dict({name: made.read(name) for name, _ in model.named_parameters()})
-    by_query = np.array(probe.requests, dtype=object).reshape(4, len(probe.points), 8)
+    by_query = np.array(probe.requests, dtype=object).reshape(4, 2, len(probe.points), 8)
     for sample in range(4):
         for point, distance in enumerate(probe.points):
-            requests = by_query[sample, point]
-            prompt = requests[0].tokens[:-1]
-            right = prompt.index(prompt[-1]) // 2
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt]))[0, -1][[request.tokens[-1] for request in requests]]
-            others = torch.cat([logits[:right], logits[right + 1 :]])
-            assert found["advantage"][0][sample, point] == pytest.approx(float(logits[right] - others.mean()), abs=1e-4)
-            assert found["accuracy"][0][sample, point] == float(logits.argmax() == right)
-            assert len(prompt) - 1 - prompt.index(prompt[-1]) == distance
+            likelihoods, accuracy = [], 0
+            for requests in by_query[sample, :, point]:
+                prompt = requests[0].tokens[:-1]
+                assert {tuple(request.tokens[:-1]) for request in requests} == {tuple(prompt)}
+                assert {request.first for request in requests} == {len(prompt)}
+                assert [request.tokens[-1] for request in requests] == by_query[sample, 0, 0, 0].tokens[1:16:2]
+                key = prompt.index(prompt[-1])
+                assert len(prompt) - 1 - key == distance
+                with torch.no_grad():
+                    likelihood = model(torch.tensor([prompt]))[0, -1].log_softmax(0)
+                likelihoods.append(likelihood)
+                accuracy += int(likelihood[prompt[1:16:2]].argmax() == key // 2)
+            one, other = (requests[0].tokens[key + 1] for requests in by_query[sample, :, point])
+            assert one != other
+            advantage = (likelihoods[0][one] - likelihoods[0][other] + likelihoods[1][other] - likelihoods[1][one]) / 2
+            assert found["advantage"][0][sample, point] == pytest.approx(float(advantage), abs=1e-4)
+            assert (found["accuracy"][0][sample, point], found["accuracy"][1][sample, point]) == (accuracy, 2)
 
 
 def test_pairs_are_of_tokens_that_the_text_does_not_have():
@@ -179,9 +187,8 @@ def test_pairs_are_of_tokens_that_the_text_does_not_have():
     again, _ = recall_probe(rows, 20, np.random.default_rng(3), never)
     other, _ = recall_probe(rows, 20, np.random.default_rng(4), never)
     assert again.requests == probe.requests != other.requests
-    orders = {
-        tuple(text.tokens.index(text.tokens[-2]) for text in probe.requests[at : at + 48 : 8]) for at in (0, 48, 96)
-    }
+    keys = [request.tokens.index(request.tokens[-2]) for request in probe.requests[::8]]
+    orders = {tuple(keys[at : at + 6]) for at in (0, 12, 24)}
     assert len(orders) == 3  # which key is asked for where is drawn
 
 
