@@ -1,15 +1,20 @@
-"""The seconds per prefill and per decoded token, by key/value heads, batch and context, the models by turns."""
+"""The seconds per prefill and per decoded token, by key/value heads, batch and context, the models by turns.
+
+On a CPU one thread computes, and the time is its own: what other processes take of its core is no part of it.
+"""
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from launch.bench.common import own_time
 from launch.study.roofline.counts import Phase
 from model.config import ModelConfig
 from model.generate import Decoder
@@ -84,23 +89,24 @@ def seconds_by_turns(
     device, dtype = device_here()
     times: dict[tuple[int, Phase, int, int], list[float]] = {}
     begin, done = time.perf_counter(), 0
-    for number in range(rounds):
-        if number and time.perf_counter() - begin > limit:
-            say(f"{time.perf_counter() - begin:.0f} s are over: no further round of {rounds}")
-            break
-        done += 1
-        say(f"{' and '.join(phase.value for phase in points)}, round {number + 1} of {rounds}")
-        for heads, weights in models.items():
-            stages, _ = load_stage(weights, Layout(dp=1, pp=1), device, dtype)
-            for phase, of_phase in points.items():
-                run = _prefills if phase is Phase.prefill else _steps
-                for batch, context in of_phase:
-                    taken = run(stages[0], weights.config, batch, context, device)
-                    times.setdefault((heads, phase, batch, context), []).extend(taken)
+    with one_thread():
+        for number in range(rounds):
+            if number and time.perf_counter() - begin > limit:
+                say(f"{time.perf_counter() - begin:.0f} s are over: no further round of {rounds}")
+                break
+            done += 1
+            say(f"{' and '.join(phase.value for phase in points)}, round {number + 1} of {rounds}")
+            for heads, weights in models.items():
+                stages, _ = load_stage(weights, Layout(dp=1, pp=1), device, dtype)
+                for phase, of_phase in points.items():
+                    run = _prefills if phase is Phase.prefill else _steps
+                    for batch, context in of_phase:
+                        taken = run(stages[0], weights.config, batch, context, device)
+                        times.setdefault((heads, phase, batch, context), []).extend(taken)
     found: dict[int, dict[Phase, list[dict[str, Any]]]] = {heads: {one: [] for one in points} for heads in models}
     for (heads, phase, batch, context), seconds in times.items():
         found[heads][phase].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu, 1 thread"
     return Timed(found, f"{name}, {str(dtype).removeprefix('torch.')}", done)
 
 
@@ -109,6 +115,17 @@ def device_here() -> tuple[torch.device, torch.dtype]:
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
     return torch.device("cpu"), torch.float32
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, PyTorch computes on one thread of the CPU, whose own time `launch.bench.common.own_time` tells."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _steps(
@@ -123,11 +140,9 @@ def _steps(
     tokens_B = torch.zeros(batch, dtype=torch.int64)
     seconds = []
     for _ in range(STEPS + 1):
-        _wait(device)
-        begin = time.perf_counter()
+        begin = own_time(device)
         tokens_B = decoder.step(tokens_B).argmax(-1)
-        _wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(own_time(device) - begin)
     return seconds[1:]  # the first one pays for allocations
 
 
@@ -138,14 +153,7 @@ def _prefills(
     seconds = []
     for _ in range(PREFILLS + 1):
         decoder = Decoder(layers, prompts, context + 1)
-        _wait(device)
-        begin = time.perf_counter()
+        begin = own_time(device)
         decoder.prefill()
-        _wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(own_time(device) - begin)
     return seconds[1:]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,4 +1,7 @@
-"""Prefill and decoding on this machine, beside its own roofline: a matrix product and a copy, measured with them."""
+"""Prefill and decoding on this machine, beside its own roofline: a matrix product and a copy, measured with them.
+
+On a CPU that is the roofline of one core, and the time that of the thread that computes.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from launch.bench.common import copy_bytes, device_name, product_flops
-from launch.study.decode import Points, device_here, seconds_by_turns
+from launch.bench.common import copy_bytes, device_name, own_time, product_flops
+from launch.study.decode import Points, device_here, one_thread, seconds_by_turns
 from launch.study.roofline.counts import Ceilings, Phase, cache_bytes, weight_bytes
 from launch.study.roofline.findings import roofline_findings
 from model.config import ModelConfig
@@ -78,11 +81,11 @@ def measured_findings(
 
 
 def ceilings_here() -> Ceilings:
-    """Measure the ceilings of this machine: a large matrix product and a copy; and its free memory."""
+    """Measure the ceilings of the GPU or of a core: a large matrix product and a copy; and the free memory."""
     device, dtype = device_here()
-    rate = product_flops(device, dtype)
-    name = device_name(device)
-    return Ceilings(name, "measured here", rate, rate, copy_bytes(device), memory_bytes=float(free_bytes()))
+    with one_thread():
+        rate, moved = product_flops(device, dtype, own_time), copy_bytes(device, own_time)
+    return Ceilings(device_name(device), "measured here", rate, rate, moved, memory_bytes=float(free_bytes()))
 
 
 def free_bytes() -> int:

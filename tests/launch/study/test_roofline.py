@@ -264,6 +264,8 @@ def test_the_text_says_what_the_numbers_do(found):
     assert not any("does not fit" in line for line in conclusions(small_one)) and "*" not in as_text(small_one)
     cut = roofline_findings(preset("67b").model, [64, 8, 1], [1], [16], ceilings_of(cluster_of("h100"), 2, 8), 8)
     assert "GQA-8 and MQA are the same on a rank: 8 tensor-parallel ranks" in unbroken(as_text(cut))
+    cut = roofline_findings(preset("67b").model, [64, 8, 1], [1], [16], ceilings_of(cluster_of("h100"), 2, 4), 4)
+    assert "are the same on a rank" not in as_text(cut)
 
 
 def test_heads_to_compare_are_the_two_ends_and_one_between():
@@ -291,7 +293,7 @@ def test_the_command_counts_measures_and_writes(capsys, tmp_path, monkeypatch):
     assert (found["preset"], found["roofline"]["tp"], found["roofline"]["dtype"]) == ("tiny", 2, "bfloat16")
     assert found["roofline"]["device"]["name"] == "H100 SXM" and found["roofline"]["contexts"] == [8, 16, 100000]
     here = found["measured"]
-    assert here["tp"] == 1 and here["device"]["name"].startswith(("cpu", "NVIDIA"))
+    assert here["tp"] == 1 and here["device"]["name"].startswith(("cpu, 1 thread", "NVIDIA"))
     assert ["prefill", 1, 100000] in here["left_out"] and here["rounds"] >= 1
     for model in here["models"]:
         timed = [point for point in model["points"] if "measured_seconds" in point]
@@ -315,6 +317,16 @@ def test_a_prefill_is_timed_over_whole_prompts(monkeypatch):
     (one,) = timed.seconds[1][Phase.prefill]
     assert seen == {(3, 20)} and (one["batch"], one["context"]) == (3, 20) and one["seconds"] > 0
     assert timed.rounds == 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_in_bf16():
+    model = small(16, n_layers=4, d_model=2048, n_heads=16, d_ff=4096)
+    models = {n: RandomWeights(replace(model, n_kv_heads=n)) for n in (16, 1)}
+    found = measured.measured_findings(models, [8], [4096], lambda text: None, rounds=1)
+    assert found["dtype"] == "bfloat16" and found["device"]["name"].endswith("bfloat16")
+    for point in (point for model in found["models"] for point in model["points"]):
+        assert point["measured_over_roofline"] > 0
 
 
 def test_no_round_begins_after_the_limit(monkeypatch):
