@@ -23,10 +23,10 @@ from tests.shapes import matrices_and_vectors, small
 from train.data.documents import batch_of
 from train.optimizer import adamw
 
-STEPS, BATCH, SEQ_LEN, SEED = 3, 12, 24, 3
+STEPS, BATCH, SEQ_LEN, SEED = 2, 12, 24, 3
 """After these steps comes one more at a rate of 0, which changes no weight: on the first batch, of the first size."""
-OTHER_SIZES = {1: (2 * BATCH, 16), 2: (BATCH, 32)}
-"""Steps with another batch, or sequences of another length, shorter or longer than the others."""
+OTHER_SIZES = {1: (2 * BATCH, 32)}
+"""Steps with a larger batch of longer sequences, after which both are smaller again."""
 EOS = 1
 PROMPTS = (5, 13, 1)
 """Tokens of each sequence that is decoded."""
@@ -51,7 +51,6 @@ class Case:
     head_pieces: int = 1
     schedule: str = "1f1b"
     virtual: int | None = None
-    d_model: int | None = None
     documents: bool = True
     """Whether attention stops at the borders of documents."""
     window: int | None = None
@@ -71,9 +70,8 @@ class Case:
 
     @property
     def model(self):
-        wide = {"d_model": self.d_model, "d_ff": 3 * self.d_model} if self.d_model else {}
         slides = {"window": self.window, "window_pattern": "sf"} if self.window else {}
-        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size, **wide, **slides)
+        return small(self.kv_heads, n_heads=8, n_layers=self.n_layers, vocab_size=self.vocab_size, **slides)
 
 
 def both(**case):
@@ -94,32 +92,22 @@ ANY_NUMBER = [("zero_bubble", 1), ("zero_bubble", 2), ("zbv", None)]
 CASES = {
     "4 ranks": [
         # Pipelines alone, against clipping and micro-batches.
-        *[
-            Case(pp=pp, dp=4 // pp, n_layers=7, clip=clip, bf16=bf16, micro_batch=micro_batch)
-            for clip, bf16, micro_batch, cuts in [
-                *[
-                    (1.0, False, 1, (1, 2, 4)),
-                    (None, False, 3, (2,)),
-                    (0.05, False, 1, (1, 4)),
-                    (1.0, True, 1, (1, 2, 4)),
-                ]
-            ]
-            for pp in cuts
-        ],
+        *[Case(pp=pp, dp=4 // pp, n_layers=7, clip=clip) for pp, clip in [(1, 0.05), (2, 1.0), (4, 0.05)]],
+        *[Case(pp=pp, dp=4 // pp, n_layers=7, bf16=True) for pp in (1, 2, 4)],
+        Case(pp=2, dp=2, n_layers=7, clip=None, micro_batch=3),
         *[Case(pp=2, dp=2, recompute=how, micro_batch=2) for how in RECOMPUTED],
-        # A bucket of 22 million elements, over whose length a sum in fp32 must not lose digits.
-        Case(pp=2, dp=2, n_layers=11, d_model=576, micro_batch=3, bucket=2**25, documents=False, tolerance=3e-5),
+        # One bucket of each kind, whatever their size.
+        Case(pp=2, dp=2, n_layers=4, micro_batch=3, bucket=2**25, documents=False),
         *[Case(pp=2, dp=2, head_pieces=3, bf16=bf16) for bf16 in (False, True)],
         # Tensor parallelism: two ranks share a key/value head where 2 heads lie on 4 ranks, all four where it is 1.
-        *[case for kv in ATTENTIONS for case in both(pp=2, tp=2, kv_heads=kv)],
-        *[case for kv in ATTENTIONS for case in both(tp=4, kv_heads=kv, documents=False)],
+        *both(pp=2, tp=2, kv_heads=8, recompute="selective", head_pieces=2),
+        *both(pp=2, tp=2, kv_heads=2, vocab_size=1003),
+        *both(pp=2, tp=2, kv_heads=1, recompute="ffn"),
+        *[case for kv in ATTENTIONS[:2] for case in both(tp=4, kv_heads=kv, documents=False, micro_batch=6)],
+        *both(tp=4, kv_heads=1, clip=0.05, micro_batch=6),
+        *both(tp=4, kv_heads=2, bf16=True, micro_batch=6),
         *[case for kv in ATTENTIONS[1:] for case in both(dp=2, tp=2, kv_heads=kv)],
-        *both(tp=4, kv_heads=1, clip=0.05),
-        *both(pp=2, tp=2, vocab_size=1003),
-        *both(tp=4, kv_heads=2, bf16=True),
         *both(dp=2, tp=2, kv_heads=1, bf16=True),
-        *both(pp=2, tp=2, recompute="selective", head_pieces=2),
-        *both(pp=2, tp=2, recompute="ffn"),
         Case(pp=2, tp=2, sequence_parallel=True, recompute="full", n_layers=2, micro_batch=4),
         # Windows shorter than documents and prompts; the second stage begins with a block that has none.
         Case(pp=2, tp=2, sequence_parallel=True, recompute="selective", n_layers=3, micro_batch=3, window=6),
@@ -131,14 +119,21 @@ CASES = {
         # Three micro-batches, which neither four ranks nor two divide.
         *[Case(pp=4, schedule=name, virtual=v, n_layers=7, micro_batch=4) for name, v in ANY_NUMBER],
         *[
-            Case(pp=2, tp=2, sequence_parallel=True, schedule=name, virtual=2, n_layers=4, micro_batch=2)
+            Case(pp=2, tp=2, sequence_parallel=True, schedule=name, virtual=2, n_layers=4, micro_batch=3)
             for name in TWO
         ],
         Case(pp=2, tp=2, schedule="zero_bubble", n_layers=4, micro_batch=2),
-        *[Case(pp=2, dp=2, schedule=name, n_layers=4, recompute=how) for name in TWO[1:3] for how in RECOMPUTED],
-        Case(pp=2, tp=2, sequence_parallel=True, schedule="zbv", recompute="full", n_layers=4),
-        *[Case(pp=2, dp=2, schedule=name, n_layers=7, bf16=True) for name in TWO[1:3]],
-        Case(pp=2, tp=2, sequence_parallel=True, schedule="zero_bubble", virtual=2, bf16=True, n_layers=4),
+        *[
+            Case(pp=2, dp=2, schedule=name, n_layers=4, micro_batch=2, recompute=how)
+            for name in TWO[1:3]
+            for how in RECOMPUTED
+        ],
+        Case(pp=2, tp=2, sequence_parallel=True, schedule="zbv", recompute="full", n_layers=4, micro_batch=3),
+        *[Case(pp=2, dp=2, schedule=name, n_layers=7, micro_batch=2, bf16=True) for name in TWO[1:3]],
+        *[
+            Case(pp=2, tp=2, sequence_parallel=True, schedule=name, virtual=2, n_layers=4, micro_batch=3, bf16=True)
+            for name in TWO[1:2]
+        ],
     ],
     "6 ranks": [*both(pp=3, tp=2, n_layers=7), *both(pp=3, tp=2, n_layers=7, kv_heads=1, vocab_size=1003, clip=0.05)],
     "8 ranks": [
@@ -274,7 +269,8 @@ def train(case):
         logits = [decoder.prefill()]
         for step in range(2):
             logits.append(decoder.step(tokens[:, step]))
-    result = engine.step(iter(micro_batches(case, 0)), 0.0)
+    read = micro_batches(case, 0)
+    result = engine.step(iter(read), 0.0, len(read))
     curve.append((result.loss, result.grad_norm))
     after = masters(engine, parameters)
     return {

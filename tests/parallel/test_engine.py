@@ -48,7 +48,7 @@ every_run = pytest.mark.parametrize("run", [param.values for param in ALL], indi
 
 
 def reference(case):
-    shape = ("kv_heads", "n_layers", "vocab_size", "clip", "d_model", "documents", "window")
+    shape = ("kv_heads", "n_layers", "vocab_size", "clip", "documents", "window")
     return plain_loop(Case(**{key: getattr(case, key) for key in shape}))
 
 
