@@ -29,8 +29,8 @@ from model.transformer import Block, Head
 from model.varlen import visible
 from model.weights import Weights, loaded_layers
 
-QUERIES = 64
-"""The number of queries of a row whose maps are compared, evenly spaced over the row."""
+ROWS, QUERIES = 32, 64
+"""The number of rows, and of queries of a row, evenly spaced over it, whose maps are compared."""
 _ROOM = 2**24
 """The number of attention weights of all heads that are in memory at a time."""
 
@@ -40,6 +40,7 @@ def head_findings(
     models: Mapping[str, Weights],
     batches: Sequence[Batch],
     say: Callable[[str], object],
+    rows: int = ROWS,
     queries: int = QUERIES,
 ) -> dict[str, Any]:
     """Measure what the heads of each model hold, on the same rows; one layer of one model is in memory at a time.
@@ -52,6 +53,7 @@ def head_findings(
         models: the weights by the name of the model. Names are in the order in which they are to be shown.
         batches: held-out rows, int64 (B, L) each. A row without any label is padding, and is not measured.
         say: the function that reports progress.
+        rows: the most rows that are measured, the first ones.
         queries: the most queries of a row that are compared; of longer rows evenly spaced ones, the last among them.
 
     Returns:
@@ -70,16 +72,17 @@ def head_findings(
           have K / D, the ``subspace_by_chance`` of a model;
         - ``similarity``: one less the divergence of each two heads, H x H.
     """
-    assert models and batches and queries >= 1
+    assert models and batches and rows >= 1 and queries >= 1
     groupings = sorted({weights.config.n_kv_heads for weights in models.values()}, reverse=True)
-    found, rows, compared = [], 0, 0
+    measured = _measured(batches, rows)
+    found, compared = [], 0
     for number, (name, weights) in enumerate(models.items(), 1):
         say(f"heads of {name}, {number} of {len(models)}")
         config = weights.config
         layers = []
-        for watch, block in _watched(weights, batches, queries):
+        for watch, block in _watched(weights, batches[: len(measured)], measured, queries):
             layers.append({**watch.findings(config, groupings), **_subspaces(block, config)})
-            rows, compared = watch.rows, watch.compared
+            compared = watch.compared
         found.append(
             {
                 "name": name,
@@ -91,7 +94,7 @@ def head_findings(
                 "mean": _mean([{key: one[key] for key in one if key != "similarity"} for one in layers]),
             }
         )
-    return {"rows": rows, "queries": compared, "models": found}
+    return {"rows": sum(map(sum, measured)), "queries": compared, "models": found}
 
 
 def attention_maps(
@@ -167,12 +170,12 @@ class _Watch:
 
     Attributes:
         measured_B: which rows of the call to come are measured.
-        rows, compared: how many rows and queries have been.
+        compared: how many queries have been.
     """
 
     def __init__(self, queries: int):
         self._queries = queries
-        self.rows = self.compared = 0
+        self.compared = 0
         self.measured_B: Sequence[bool] = ()
         self._divergence: torch.Tensor | float = 0.0
         self._entropy = self._reach = 0.0
@@ -217,7 +220,6 @@ class _Watch:
         self._value_sum = self._value_sum + values_LC.sum(0)
         self._value_products = self._value_products + values_LC.T @ values_LC
         self._tokens += len(values_LC)
-        self.rows += 1
 
     def findings(self, config: ModelConfig, groupings: Sequence[int]) -> dict[str, Any]:
         """Return what a layer of `head_findings` has, but for its subspaces."""
@@ -246,11 +248,24 @@ class _Watch:
         return (alignment_GG / torch.outer(scale_G, scale_G)).nan_to_num(0).fill_diagonal_(1)
 
 
-def _watched(weights: Weights, batches: Sequence[Batch], queries: int) -> Iterator[tuple[_Watch, Block]]:
+def _measured(batches: Sequence[Batch], rows: int) -> list[list[bool]]:
+    """Return which rows of the first batches are measured: so many, and none that is padding."""
+    found: list[list[bool]] = []
+    for batch in batches:
+        if rows <= 0:
+            break
+        labelled_B = (batch.labels != IGNORED).any(1)
+        found.append((labelled_B & (labelled_B.cumsum(0) <= rows)).tolist())
+        rows -= sum(found[-1])
+    return found
+
+
+def _watched(
+    weights: Weights, batches: Sequence[Batch], measured: Sequence[Sequence[bool]], queries: int
+) -> Iterator[tuple[_Watch, Block]]:
     """Run rows through a model, one layer after another; yield each block with what its attention has done."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = [batch.to(device) for batch in batches]
-    measured = [(batch.labels != IGNORED).any(1).tolist() for batch in batches]
     hidden = [batch.tokens for batch in batches]
     contexts = [Context(documents=batch.documents) for batch in batches]
     for _, layer in loaded_layers(weights):

@@ -209,6 +209,17 @@ def test_padding_is_not_measured_and_the_reference_is_watched_as_well():
     )
 
 
+def test_no_more_rows_are_measured_than_asked_for():
+    batches = [held_out(3, 24, seed=seed) for seed in range(3)]
+    batches[0].labels[1] = IGNORED
+    result = head_findings({"one": Made(small(2))}, batches, QUIET, rows=3, queries=24)
+    assert (result["rows"], result["queries"]) == (3, 3 * 23)
+    batches[1] = replace(batches[1], tokens=batches[1].tokens[:1], labels=batches[1].labels[:1])
+    assert result["models"][0]["mean"]["entropy"] == pytest.approx(
+        found(Made(small(2)), batches[:2], queries=24)["mean"]["entropy"]
+    )
+
+
 def test_pictures_have_a_line_and_a_matrix_for_each_model(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
