@@ -18,7 +18,7 @@ from launch.study.roofline.findings import roofline_findings
 from model.config import ModelConfig
 from model.weights import Weights
 
-LONGEST = 0.5
+LONGEST = 1.0
 """Seconds of a pass, by the roofline of the machine, beyond which it is not measured."""
 ENOUGH = 30.0
 """Seconds after which no further round begins."""
@@ -58,7 +58,7 @@ def measured_findings(
     timed = seconds_by_turns(models, points, say, rounds, ENOUGH)
     after = ceilings_here()
     ceilings = Ceilings(
-        timed.device,
+        timed.device.rpartition(", ")[0],  # without the dtype, which findings have of themselves
         "measured here, by a matrix product and a copy",
         max(before.product_flops, after.product_flops),
         max(before.attention_flops, after.attention_flops),

@@ -113,12 +113,13 @@ def _seconds(found: Mapping[str, Any], path: Path) -> Path:
                 )
                 measured = [one for one in points if "measured_seconds" in one]
                 times = [1000 * one["measured_seconds"] for one in measured]
-                axes.plot([one["context"] for one in measured], times, "x", color=color)
+                axes.plot([one["context"] for one in measured], times, "x" if line == "-" else "+", color=color)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("context, tokens")
         axes.set_ylabel("ms")
-        crosses = "; x: measured" if _is_measured(found) else ""
+        crosses = f"; measured: x (batch {found['batches'][0]}), + (batch {found['batches'][-1]})"
+        crosses = crosses if _is_measured(found) else ""
         axes.set_title(f"{'a decoding step' if phase is Phase.decode else 'a prefill'}{crosses}", fontsize="small")
         axes.grid(alpha=0.3)
     both[0].legend(fontsize="small")

@@ -250,15 +250,20 @@ def _quadratic(model: Mapping[str, Any]) -> str:
 def _measured(found: Mapping[str, Any]) -> list[str]:
     if "rounds" not in found:
         return []
+    rounds = f"{found['rounds']} round{'s' * (found['rounds'] != 1)} by turns"
     said = []
     for phase in (Phase.decode, Phase.prefill):
         ratios = [point["measured_over_roofline"] for point in _timed(found, phase)]
         if ratios:
             said.append(
                 f"Measured over roofline, {phase.value}: median {statistics.median(ratios):.3g}, from "
-                f"{min(ratios):.3g} to {max(ratios):.3g}, {found['rounds']} rounds by turns. What it takes to start "
-                "an operation is no part of a roofline, nor are the processor's caches, from which ratios below 1 come."
+                f"{min(ratios):.3g} to {max(ratios):.3g}, {rounds}."
             )
+    if said:
+        said.append(
+            "What it takes to start an operation is no part of a roofline, nor are the processor's caches, from which "
+            "ratios below 1 come."
+        )
     if left_out := found["left_out"]:
         said.append(f"Not measured, too long or too large for this machine: {_named(left_out)}.")
     return [*said, f"{found['load']:.1f} processes were running in the minute before."]
