@@ -63,7 +63,7 @@ def head_findings(
         - ``patterns``: the effective number of different attention maps, from 1 to H;
         - ``distance``: the mean Jensen-Shannon divergence of two heads' maps in bits, over ``sharing`` pairs and pairs
           ``apart``, by the number of key/value heads (``"4"``) by which pairs share one: those of every model, so that
-          the same pairs are seen before and after grouping. None where there is no such pair;
+          the same pairs are seen before and after neighbours are grouped. None where there is no such pair;
         - ``entropy``: the mean entropy of a map in bits; ``reach``: the mean number of tokens that it looks back;
         - ``values``: the effective number of different value heads, from 1 to G, by linear CKA of what they compute
           on the rows (Kornblith et al., arXiv 1905.00414); ``cka``: its mean over pairs, None for one head;
@@ -286,7 +286,7 @@ def _watched(
 
 def _subspaces(block: nn.Module, config: ModelConfig) -> dict[str, Any]:
     weight: torch.Tensor = block.attention.qkv.v_proj.weight  # type: ignore[union-attr, assignment]
-    return {"subspace": _over_pairs(subspace_similarity(weight.unflatten(0, (-1, config.d_head))))}
+    return {"subspace": _over_pairs(subspace_similarity(weight.unflatten(0, (-1, config.d_head))).cpu())}
 
 
 def _entropies(maps_HQM: torch.Tensor) -> torch.Tensor:

@@ -220,6 +220,15 @@ def test_no_more_rows_are_measured_than_asked_for():
     )
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_does(monkeypatch):
+    on_gpu = found(Made(small(2, window=5, window_pattern="sf")))["mean"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    on_cpu = found(Made(small(2, window=5, window_pattern="sf")))["mean"]
+    for key in ("patterns", "entropy", "reach", "values", "cka", "subspace"):
+        assert on_gpu[key] == pytest.approx(on_cpu[key], rel=1e-3)
+
+
 def test_pictures_have_a_line_and_a_matrix_for_each_model(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
