@@ -154,7 +154,9 @@ def _conversion_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         verb.add_argument("--dtype", choices=dtypes, default="float32", help="of the written weights (float32)")
     if name == "regroup":
         verb.add_argument("--kv-heads", type=int, required=True, help="key/value heads of the result; 1 is multi-query")
-        verb.add_argument("--method", choices=["mean", "first", "random"], default="mean", help="(mean)")
+        methods = ["mean", "first", "random", "similar", "aligned", "svd"]
+        verb.add_argument("--method", choices=methods, default="mean", help="of making one head of several (mean)")
+        a_path(verb, "--calibrate", metavar="FILE", help="text on which heads are compared (their weights are)")
         verb.add_argument("--seed", type=int, default=1, help="for --method random (1)")
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from launch.speech import tokenizer_of
 from model.huggingface import open_huggingface
-from model.problems import BadInput
-from model.regroup import Method, Regrouped
+from model.problems import BadInput, either
+from model.regroup import Method, Regrouped, problem_of
 from model.weights import Weights, stored_dtype
 from train import pretrained as trained
 from train.pretrained import Source
@@ -16,6 +17,10 @@ from train.pretrained import Source
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far logits may be off for the rounding of the weights, of the largest logit."""
 CHECKED_TOKENS = 128
+CALIBRATION_TOKENS = 16384
+"""Of the text of `regroup --calibrate` that run through the model; more than any block has channels of keys."""
+_CHARACTERS = 32
+"""Of text that are read for each token."""
 
 
 def export(options: argparse.Namespace) -> int:
@@ -54,11 +59,18 @@ def import_(options: argparse.Namespace) -> int:
 
 def regroup(options: argparse.Namespace) -> int:
     """Make one key/value head of each group, in the format of the source."""
-    source = trained.open_source(Path(options.source))
-    try:
-        weights = Regrouped(source.weights, options.kv_heads, Method(options.method), options.seed)
-    except ValueError as error:
-        raise BadInput([str(error)]) from None
+    source, method = trained.open_source(Path(options.source)), Method(options.method)
+    problem = problem_of(source.weights.config, options.kv_heads)
+    problems = [problem] if problem else []
+    if options.calibrate is not None and not method.by_similarity:
+        works = either("--method", [one.value for one in Method if one.by_similarity])
+        problems.append(f"--calibrate={options.calibrate}: --method={method.value} compares no heads; {works} would")
+    elif options.calibrate is not None and source.tokenizer is None:
+        problems.append(f"{source.path}: {trained.TOKENIZER} is missing, with which --calibrate is read")
+    if problems:
+        raise BadInput(problems)
+    rows_BL = None if options.calibrate is None else _calibration_rows(source, options.calibrate)
+    weights = Regrouped(source.weights, options.kv_heads, method, options.seed, rows_BL)
     with trained.new_folder(Path(options.out)) as folder:
         if source.run is not None:
             trained.write_checkpoint(weights, source, folder, _bytes(options))
@@ -66,7 +78,44 @@ def regroup(options: argparse.Namespace) -> int:
             trained.export(weights, source, folder, stored_dtype(source.weights), _bytes(options))
     _say_what_is_lost(source)
     print(f"{options.out}: {_heads(source.weights)} to {_heads(weights)} by {options.method}; init_from={options.out}")
+    if weights.merges:
+        print(_similarity(weights, rows_BL))
     return 0
+
+
+def _calibration_rows(source: Source, file: Path) -> torch.Tensor:
+    """Encode the beginning of a text in rows as long as the model's context, int64 (B, L).
+
+    Raises:
+        BadInput: it cannot be read, or has no two tokens.
+    """
+    works = "a text file in UTF-8 would work"
+    try:
+        with open(file, encoding="utf-8") as text:
+            tokens = tokenizer_of(source).encode(text.read(_CHARACTERS * CALIBRATION_TOKENS))[:CALIBRATION_TOKENS]
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise BadInput([f"--calibrate={file}: {why}; {works}"]) from None
+    if len(tokens) < 2:
+        raise BadInput(
+            [f"--calibrate={file}: has only {len(tokens)} tokens; text of {CALIBRATION_TOKENS:,} would work"]
+        )
+    length = min(len(tokens), source.weights.config.max_seq_len)
+    return torch.tensor(tokens[: len(tokens) // length * length]).unflatten(0, (-1, length))
+
+
+def _similarity(weights: Regrouped, rows_BL: torch.Tensor | None) -> str:
+    """Say how heads were grouped by similarity, and what is lost."""
+    merges, size = weights.merges, weights.config.n_kv_heads
+    same = sum(group == tuple(range(group[0], group[-1] + 1)) for merge in merges for group in merge.groups)
+    by = "weights" if rows_BL is None else f"keys and values of {rows_BL.numel():,} tokens"
+    keys, values = (
+        sum(getattr(merge, which) for merge in merges) / len(merges) for which in ("lost_keys", "lost_values")
+    )
+    return (
+        f"heads were compared by {by}; {same} of {len(merges) * size} groups are of neighbours; of their squares, "
+        f"{keys:.1%} of keys' and {values:.1%} of values' are lost, the mean of {len(merges)} blocks"
+    )
 
 
 def _say_what_is_lost(source: Source) -> None:

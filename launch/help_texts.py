@@ -101,7 +101,12 @@ HELP = {
     "regroup": (
         "make fewer key/value heads of many: MHA to GQA or MQA",
         "Takes a run, a checkpoint or a Hugging Face directory, and writes its weights in the format of the source.\n\n"
-        "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8",
+        "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8\n"
+        "  deepnarrow regroup runs/7b-files-5e0c2f1 7b-gqa8 --kv-heads 8 --method svd --calibrate some.txt\n\n"
+        "mean, first and random make a head of neighbours. The others group heads that are alike, by their weights\n"
+        "or by what they hold of the first 16,384 tokens of --calibrate, and move their queries along: similar takes\n"
+        "the mean, aligned the mean after each was turned to the others, and svd the one head that keeps most. They\n"
+        "say how much of keys and values is lost.",
     ),
     "gqa-study": (
         "measure what fewer key/value heads cost in quality and buy at inference",

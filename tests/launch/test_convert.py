@@ -1,6 +1,7 @@
 """A real run out to Hugging Face and back, regrouped, and trained on."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.cli import main
+from model.regroup import Method
 from model.transformer import full_shapes
 from model.weights import streamed_logits
 from tests.ranks import run_ranks
@@ -95,6 +97,46 @@ def test_both_formats_regroup_alike_and_as_many_heads_as_before_are_the_same(run
     assert open_source(tmp_path / "mqa").weights.config.n_kv_heads == 1
     assert main(["regroup", str(run_dir), str(tmp_path / "x"), "--kv-heads", "3"]) == 2
     assert "--kv-heads=3: does not divide the 4" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.launch
+def test_heads_are_compared_by_weights_or_on_a_text_and_what_is_lost_is_said(run_dir, exported, tmp_path, capsys):
+    by_weights, text = ["--kv-heads", "2", "--method", "svd"], tmp_path / "text.txt"
+    for source, name in ((run_dir, "ours"), (exported, "hf")):
+        assert main(["regroup", str(source), str(tmp_path / name), *by_weights]) == 0
+        said = capsys.readouterr().out
+        assert "4 heads on 4 to 4 heads on 2 by svd" in said and "heads were compared by weights; " in said
+    assert_same_weights(tmp_path / "ours", tmp_path / "hf")
+    text.write_text("def one(x):\n    return x + 1\n" * 20)
+    assert main(["regroup", str(run_dir), str(tmp_path / "text"), *by_weights, "--calibrate", str(text)]) == 0
+    assert re.search(r"by keys and values of \d+ tokens; \d of \d groups .* [\d.]+% of keys'", capsys.readouterr().out)
+    name = "blocks.0.attention.qkv.v_proj.weight"
+    ours, on_text = (open_source(tmp_path / one).weights.read(name) for one in ("ours", "text"))
+    assert ours.shape == on_text.shape and not torch.allclose(ours, on_text)
+
+
+@pytest.mark.launch
+def test_a_text_to_compare_heads_on_that_cannot_be_is_refused(run_dir, tmp_path, capsys):
+    (tmp_path / "no text").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").write_text("")
+    for method, file, said in (
+        (
+            "mean",
+            "empty",
+            "--method=mean compares no heads; --method=similar or --method=aligned or",
+        ),
+        ("svd", "nowhere", "No such file or directory; a text file in UTF-8 would work"),
+        ("svd", "no text", "is not UTF-8; a text file in UTF-8 would work"),
+        ("svd", "empty", "has only 1 tokens; text of 16,384 would work"),
+    ):
+        command = ["regroup", str(run_dir), str(tmp_path / "x"), "--kv-heads", "2", "--method", method]
+        assert main([*command, "--calibrate", str(tmp_path / file)]) == 2
+        assert f"--calibrate={tmp_path / file}: {said}" in capsys.readouterr().err
+    assert main(["regroup", str(run_dir), "x", "--kv-heads", "3", "--calibrate", "y"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2  # both problems at once
+    for method in Method:  # the command takes each that there is
+        main(["regroup", str(tmp_path / "nowhere"), "x", "--kv-heads", "2", "--method", method.value])
+        assert "no weights are there" in capsys.readouterr().err
 
 
 @pytest.mark.launch
