@@ -275,14 +275,15 @@ def test_heads_to_compare_are_the_two_ends_and_one_between():
 
 
 def test_the_command_counts_measures_and_writes(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(measured, "LONGEST", 1e-4)
+    monkeypatch.setattr(measured, "LONGEST", 0.02)
+    monkeypatch.setattr(measured, "ENOUGH", 0.0)
     shape = ["model.n_layers=2", "model.d_model=32", "model.d_ff=64", "model.n_heads=4", "model.n_kv_heads=2"]
     options = [
         "--measure",
         "--batches",
         "2,1",
         "--contexts",
-        "16,8,100000",
+        "16,8,20000",
         "--tp",
         "2",
         "--out",
@@ -291,10 +292,10 @@ def test_the_command_counts_measures_and_writes(capsys, tmp_path, monkeypatch):
     assert cli.main(["roofline", "tiny", *shape, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["preset"], found["roofline"]["tp"], found["roofline"]["dtype"]) == ("tiny", 2, "bfloat16")
-    assert found["roofline"]["device"]["name"] == "H100 SXM" and found["roofline"]["contexts"] == [8, 16, 100000]
+    assert found["roofline"]["device"]["name"] == "H100 SXM" and found["roofline"]["contexts"] == [8, 16, 20000]
     here = found["measured"]
     assert here["tp"] == 1 and here["device"]["name"].startswith(("cpu, 1 thread", "NVIDIA"))
-    assert ["prefill", 1, 100000] in here["left_out"] and here["rounds"] >= 1
+    assert ["prefill", 1, 20000] in here["left_out"] and here["rounds"] == 1
     for model in here["models"]:
         timed = [point for point in model["points"] if "measured_seconds" in point]
         assert {(point["phase"], point["context"]) for point in timed} >= {("prefill", 8), ("decode", 16)}
