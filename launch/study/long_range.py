@@ -29,7 +29,7 @@ from parallel.layout import Layout
 from parallel.scoring import Request, load_scorer
 from train.evaluate.held_out import requests_of
 
-PROMPTS, PASSAGES = 64, 16
+PROMPTS, PASSAGES = 32, 16
 """The number of sequences of pairs, each of which is read twice, and of passages."""
 MEASURES = ("loss", "accuracy", "advantage", "gain")
 _PAIRS = 8
