@@ -1,75 +1,102 @@
 """The plan of a study, checked before anything runs: the models that it trains, and their folders."""
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from conf.compose import Composition, compose_overrides, quoted
+from conf.clusters import cluster_of
+from conf.compose import compose_overrides, quoted
 from conf.paths import checked
-from conf.ramp import rungs
 from conf.schema import Config
 from conf.train_settings import Rate
 from launch.settings import settings_of
+from launch.study.settings import (
+    Section,
+    StudySettings,
+    Window,
+    problems_of_lists,
+    problems_of_model,
+    sections_of,
+    windows_of,
+)
+from launch.trainings.train_all import Training
+from model.config import ModelConfig
 from model.problems import BadInput
-from model.regroup import Method, problem_of
-from train.checkpoint.folder import CHECKPOINTS
+from model.regroup import Method
+from train.checkpoint.folder import CHECKPOINTS, name_of
 from train.length import length_of
-from train.preflight import preflight
+from train.preflight import PreparedRun, preflight
 from train.pretrained import Source, open_source
 
 PREFIX = "study."
 _SHARED = (
-    *("parallel.", "wandb.", "checkpoint.", "uptrain.rate", "data.cache_dir", "model.attention", "train.precision"),
-    "--config-",
+    *("parallel.", "wandb.", "alerts.", "checkpoint.", "uptrain.rate", "data.cache_dir"),
+    *("model.attention", "model.kernels", "train.precision", "--config-"),
 )
+_SET = {
+    "hydra.run.dir": "study.dir=… says where a study is kept",
+    "name": "study.dir=… names the study, and each run in it by its model",
+    "resume": "the same command goes on, and a study.dir of its own begins anew",
+    "uptrain.alpha": "study.alphas=[…] says how long uptrainings are",
+    "train.seed": "study.seeds=[…] would work",
+}
+"""Overrides that a study sets itself, and what works in their place."""
 ORIGINAL = "original"
 """The name that stands for a method where the heads are the original ones."""
 
 
-@dataclass
-class StudySettings:
-    """The settings ``study.…``; every other override belongs to the pretraining."""
+@dataclass(frozen=True)
+class Original:
+    """A model that uptrainings begin with.
 
-    kv_heads: list[int] | None = None
-    """The numbers of key/value heads to regroup to; null is every divisor of the model's own."""
-    methods: list[Method] = field(default_factory=lambda: [method for method in Method if not method.by_similarity])
-    """The methods of regrouping: mean, first, random (the default), similar, aligned, svd."""
-    alphas: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
-    """The shares of the original tokens after which an uptraining is measured."""
-    alpha: float = 0.05
-    """The one of these shares at which models are compared."""
-    contexts: list[int] = field(default_factory=lambda: [512, 2048, 8192])
-    """The numbers of tokens before a decoded one."""
-    batches: list[int] = field(default_factory=lambda: [1, 4, 16])
-    """The numbers of sequences that are decoded together."""
-    dir: str | None = None
-    """The folder of the study; null is runs/gqa-NAME, by the pretraining's name."""
+    Attributes:
+        seed: one of ``study.seeds``.
+        smaller: whether it is the smaller model, or that of the study.
+    """
+
+    seed: int
+    smaller: bool = False
 
 
 @dataclass(frozen=True)
 class Uptraining:
-    """A training run that continues from the original weights, regrouped or, for comparison, as they are.
+    """A training run that continues from trained weights, regrouped or, for comparison, as they are.
 
     Attributes:
+        original: the weights.
         kv_heads: the number of key/value heads of the model.
         method: the method of regrouping; None for the original heads.
         alphas: the shares after which it is measured; the last is its length.
         steps: the steps after which the shares are reached.
+        window: that it is uptrained with; None is as the original was trained.
+        before: the uptraining whose result it regroups, where heads are grouped step by step; None regroups `original`.
+        chain: the steps of each uptraining of such a sequence; empty for a single one.
     """
 
+    original: Original
     kv_heads: int
     method: Method | None
     alphas: tuple[float, ...]
     steps: tuple[int, ...]
+    window: Window | None = None
+    before: "Uptraining | None" = None
+    chain: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        """The name of the run: key/value heads, method and length, as in ``4-mean-0.2``."""
-        return f"{self.kv_heads}-{self.method.value if self.method else ORIGINAL}-{self.alphas[-1]:g}"
+        """The name of the run: key/value heads, method and length, as ``4-mean-0.2``, and what else sets it apart."""
+        name = f"{self.kv_heads}-{self.method.value if self.method else ORIGINAL}-{self.alphas[-1]:g}"
+        if self.window:
+            name += f"-w{str(self.window).replace(':', '')}"
+        if self.chain:
+            name += f"-step{self.level}of{len(self.chain)}"
+        return name
+
+    @property
+    def level(self) -> int:
+        """The number of uptrainings up to this one, itself included."""
+        return 1 + (self.before.level if self.before else 0)
 
 
 @dataclass(frozen=True)
@@ -78,21 +105,30 @@ class Plan:
 
     Attributes:
         settings: the settings of the study.
+        sections: what is asked, in order.
         config: the configuration of the pretraining.
+        prepared: its checks, and its data.
         folder: the folder of the study.
-        pretrain: the overrides of the pretraining; None where `source` has been trained already.
+        pretrain: the overrides of the pretraining, without its seed; empty where `source` has been trained already.
         source: the weights to begin with; None where they are still to be pretrained.
         shared: the command's overrides that are not part of a recipe, and so apply to every uptraining too.
         rate: the treatment of the learning rate in an uptraining.
     """
 
     settings: StudySettings
+    sections: list[Section]
     config: Config
+    prepared: PreparedRun
     folder: Path
-    pretrain: list[str] | None
+    pretrain: list[str]
     source: Source | None
     shared: list[str]
     rate: Rate
+
+    @property
+    def model(self) -> ModelConfig:
+        """The original model's shape."""
+        return self.config.model
 
     @property
     def kv_heads(self) -> list[int]:
@@ -101,46 +137,125 @@ class Plan:
         wanted = self.settings.kv_heads or [n for n in range(1, model.n_kv_heads) if model.n_kv_heads % n == 0]
         return sorted({*wanted, model.n_kv_heads}, reverse=True)
 
-    def uptrainings(self, tokens: int) -> list[Uptraining]:
-        """Return the uptrainings of an original that was trained on this number of tokens.
+    @property
+    def windows(self) -> list[Window]:
+        """The windows that models are uptrained with."""
+        return windows_of(self.settings, self.model, self.config.train.seq_len)
+
+    @property
+    def few(self) -> list[int]:
+        """The numbers of heads where three stand for all: the original's, the most after it, and the fewest."""
+        return list(dict.fromkeys([*self.kv_heads[:2], self.kv_heads[-1]]))
+
+    @property
+    def smaller_model(self) -> ModelConfig:
+        """The smaller multi-head model: as many layers as keep the cache of the model with the most fewer heads."""
+        model, layers = self.model, self.settings.smaller_layers
+        grouped = next((n for n in self.kv_heads if n < model.n_kv_heads), max(model.n_kv_heads // 2, 1))
+        share = model.n_layers * grouped / model.n_kv_heads
+        return replace(model, n_layers=layers or min(max(round(share), 1), model.n_layers - 1))
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that the original has been trained on."""
+        if self.source and self.source.run:
+            return self.source.run.tokens
+        length = length_of(self.config)
+        return length.tokens_after(length.steps)
+
+    @property
+    def step_tokens(self) -> int:
+        """The tokens of a step of an uptraining."""
+        length = length_of(self.config)
+        return length.at(length.schedule_steps).tokens
+
+    def step_of(self, alpha: float) -> int:
+        """Return the step after which an uptraining has seen a share of the original tokens."""
+        return math.ceil(alpha * self.tokens / self.step_tokens)
+
+    def uptraining(self, original: Original, kv_heads: int, method: Method | None, **other: object) -> Uptraining:
+        """Return an uptraining that is measured at ``study.alpha`` alone."""
+        alpha = self.settings.alpha
+        return Uptraining(original, kv_heads, method, (alpha,), (self.step_of(alpha),), **other)  # type: ignore[arg-type]
+
+    def compared(self, original: Original, kv_heads: int) -> list[Uptraining]:
+        """Return the uptrainings of a number of heads by the first method, or of the original, with all their shares.
 
         At a constant rate, a shorter uptraining is the beginning of a longer one, and one run gives every share. A
-        repeated schedule differs by length, and each share is a run.
+        repeated schedule differs by length, and each share is a run. With the first seed shares go on above
+        ``study.alpha``.
         """
-        model = self.config.model
-        kinds: list[tuple[int, Method | None]] = [(model.n_kv_heads, None)]
-        kinds += [(n, method) for n in self.kv_heads if n != model.n_kv_heads for method in self.settings.methods]
-        shares = [(alpha, self._step(alpha, tokens)) for alpha in sorted(self.settings.alphas)]
+        method = None if kv_heads == self.model.n_kv_heads else self.settings.methods[0]
+        first = original == Original(self.settings.seeds[0])
+        return self.by_share(original, kv_heads, method, math.inf if first else self.settings.alpha)
+
+    def by_share(self, original: Original, kv_heads: int, method: Method | None, most: float) -> list[Uptraining]:
+        """Return the uptrainings that give all shares up to one, as few as the learning rate allows."""
+        shares = [(alpha, self.step_of(alpha)) for alpha in sorted(self.settings.alphas) if alpha <= most]
         runs = [shares] if self.rate is Rate.end else [[share] for share in shares]
         return [
-            Uptraining(n, method, tuple(alpha for alpha, _ in run), tuple(step for _, step in run))
-            for n, method in kinds
+            Uptraining(original, kv_heads, method, tuple(alpha for alpha, _ in run), tuple(step for _, step in run))
             for run in runs
         ]
 
-    def _step(self, alpha: float, tokens: int) -> int:
-        steps = length_of(self.config)
-        return math.ceil(alpha * tokens / steps.at(steps.schedule_steps).tokens)
+    # ---- folders and overrides ----
 
-    def weights(self, kv_heads: int, method: Method) -> Path:
-        """Return the folder of regrouped weights."""
-        return self.folder / "weights" / f"{kv_heads}-{method.value}"
+    def folder_of(self, original: Original) -> Path:
+        """Return the folder of what comes of an original."""
+        return self.folder / f"seed-{original.seed}" / ("smaller" if original.smaller else "")
+
+    def path_of(self, original: Original) -> Path:
+        """Return where its weights are, or will be once it is trained."""
+        return self.source.path if self.source else self.folder_of(original) / "pretrained"
+
+    def weights(self, run: Uptraining) -> Path:
+        """Return the folder of the regrouped weights that an uptraining begins with.
+
+        Those of one original are the same for all seeds.
+        """
+        assert run.method is not None
+        if run.before:
+            return self.folder_of(run.original) / "weights" / f"{self.run_dir(run.before).name}-{run.kv_heads}"
+        above = self.folder if self.source else self.folder_of(run.original)
+        return above / "weights" / f"{run.kv_heads}-{run.method.value}"
 
     def run_dir(self, run: Uptraining) -> Path:
         """Return the run folder of an uptraining."""
-        return self.folder / "uptrained" / run.name
+        return self.folder_of(run.original) / "uptrained" / run.name
 
-    def overrides(self, run: Uptraining, source: Path) -> list[str]:
-        """Return the overrides of an uptraining that begins with the weights at a path."""
-        return [
-            f"init_from={quoted(source.absolute())}",
-            f"uptrain.alpha={run.alphas[-1]!r}",
+    def result(self, run: Uptraining, alpha: float) -> Path:
+        """Return the checkpoint of an uptraining at a share, which is ``study.alpha`` or its last."""
+        return self.run_dir(run) / CHECKPOINTS / name_of(run.steps[run.alphas.index(alpha)])
+
+    def pretraining(self, original: Original) -> Training:
+        """Return the pretraining of an original."""
+        overrides = [*self.pretrain, f"train.seed={original.seed}"]
+        if original.smaller:
+            overrides.append(f"model.n_layers={self.smaller_model.n_layers}")
+        kind = "smaller" if original.smaller else "pretrained"
+        return Training(f"{self.folder.name}-{kind}-s{original.seed}", self.path_of(original), tuple(overrides))
+
+    def training(self, run: Uptraining, begins: Path) -> Training:
+        """Return an uptraining that begins with the weights at a path."""
+        alpha = run.alphas[-1] / len(run.chain) if run.chain else run.alphas[-1]
+        overrides = [
+            f"init_from={quoted(begins.absolute())}",
+            f"uptrain.alpha={alpha!r}",
             f"train.val_at={list(run.steps)}",
             *["train.val_every=0", f"train.val_sequences={self.config.train.val_sequences}", "sample.tokens=0"],
-            f"name={quoted(f'{self.folder.name}-{run.name}')}",
-            f"hydra.run.dir={quoted(self.run_dir(run).absolute())}",
-            *self.shared,
         ]
+        if run.window:
+            overrides += [f"model.window={run.window.tokens}", f"model.window_pattern={run.window.pattern or 'null'}"]
+        if run.chain:  # a share of the original's tokens, not of those of the uptraining before
+            overrides.append(f"train.total_tokens={run.steps[-1] * self.step_tokens}")
+        if self.source and self.source.run and (off := run.original.seed - self.settings.seeds[0]):
+            overrides.append(f"train.seed={int(self.source.run.config['train']['seed']) + off}")
+        at = self.step_of(self.settings.alpha)
+        if run.steps[-1] > at and at in run.steps:  # what heads hold is looked at there
+            overrides += [f"checkpoint.every_steps={at}", f"checkpoint.keep_every={at}"]
+        kind = "smaller-" if run.original.smaller else ""
+        name = f"{self.folder.name}-{kind}{run.name}-s{run.original.seed}"
+        return Training(name, self.run_dir(run), (*overrides, *self.shared))
 
 
 def plan(overrides: Sequence[str]) -> Plan:
@@ -156,9 +271,8 @@ def plan(overrides: Sequence[str]) -> Plan:
     settings, problems = settings_of(StudySettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
     rest = [text for text in overrides if not text.startswith(PREFIX)]
     given = {text.partition("=")[0].lstrip("+~") for text in rest}
-    if refused := sorted(given & {"hydra.run.dir", "resume", "name", "uptrain.alpha"}):
-        where = "study.dir=… says where a study is kept, and study.alphas=[…] how long its uptrainings are"
-        raise BadInput([*problems, f"{refused[0]}: is the study's to set; {where}"])
+    if refused := [f"{key}: is the study's to set; {works}" for key, works in _SET.items() if key in given]:
+        raise BadInput([*problems, *refused])
     if not given & {"init_from", "model", "--config-name"}:
         rest = ["model=tiny_mha", *rest]
     composition = compose_overrides(rest)
@@ -167,20 +281,21 @@ def plan(overrides: Sequence[str]) -> Plan:
     # Each uptraining takes its recipe from the weights.
     shared = [text for text in rest if text.startswith(_SHARED)]
     if not any(text.startswith("parallel.") for text in rest):
-        layout = [f"parallel.dp={replicas}"] if (replicas := _replicas(composition, source)) > 1 else []
-        rest, shared = rest + layout, shared + layout
+        rest, shared = [*rest, "parallel.dp=1"], [*shared, "parallel.dp=1"]  # so that several runs share the machine
 
     default = f"runs/gqa-{_name_of(source) if source else composition.config.name}"
     folder = checked("study.dir", default if settings.dir is None else settings.dir)
-    pretrain = None
     if source is None:
-        pretrain = [*rest, f"hydra.run.dir={quoted((folder / 'pretrained').absolute())}"]
-        config = _checked(pretrain, problems)
+        dir = folder / f"seed-{settings.seeds[0] if settings.seeds else 1}" / "pretrained"
+        prepared = _checked([*rest, f"hydra.run.dir={quoted(dir.absolute())}"], problems)
     else:
         trial = [*rest, "uptrain.alpha=1.0", f"hydra.run.dir={quoted((folder / 'trial').absolute())}"]
-        config = _checked(trial, problems, writes=False)
-    study = Plan(settings, config, folder, pretrain, source, shared, composition.config.uptrain.rate)
-    if problems := _problems(study, source.run.tokens if source and source.run else None):
+        prepared = _checked(trial, problems, writes=False)
+    sections = sections_of(settings, source is None)
+    pretrain = [] if source else rest
+    rate = composition.config.uptrain.rate
+    study = Plan(settings, sections, prepared.config, prepared, folder, pretrain, source, shared, rate)
+    if problems := _problems(study):
         raise BadInput(problems)
     return study
 
@@ -190,57 +305,39 @@ def _name_of(source: Source) -> str:
     return (source.path.parents[1] if source.path.parent.name == CHECKPOINTS else source.path).name
 
 
-def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> Config:
-    """Check that a run can start, and return its configuration."""
+def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> PreparedRun:
+    """Check that a run can start, and return it."""
     try:
-        config = preflight(overrides, writes=writes).config
+        prepared = preflight(overrides, writes=writes)
     except BadInput as error:
         raise BadInput([*problems, *error.problems]) from None
     if problems:
         raise BadInput(problems)
-    return config
+    return prepared
 
 
-def _problems(study: Plan, tokens: int | None) -> list[str]:
+def _problems(study: Plan) -> list[str]:
     """Return the problems of the study's own settings."""
-    settings, model = study.settings, study.config.model
-    found = []
-    for n in settings.kv_heads or []:
-        if problem := problem_of(model, n):
-            found.append(problem.replace("--kv-heads", "study.kv_heads"))
-    if not settings.methods:
-        found.append("study.methods=[]: at least one of mean, first and random")
-    for key in ("contexts", "batches"):
-        values = getattr(settings, key)
-        if not values or min(values) < 1:
-            found.append(f"study.{key}={values}: at least one number, each at least 1")
-    alphas = settings.alphas
-    if not alphas or not all(0 < alpha < math.inf for alpha in alphas):
-        return [*found, f"study.alphas={alphas}: at least one share above 0, such as 0.05"]
-    if settings.alpha not in alphas:
-        found.append(f"study.alpha={settings.alpha:g}: not one of study.alphas={alphas}")
-    length = length_of(study.config)
-    steps: dict[int, float] = {}
-    for alpha in alphas:
-        step = study._step(alpha, tokens or length.tokens_after(length.steps))
-        if step in steps:
-            found.append(f"study.alphas={alphas}: {steps[step]:g} and {alpha:g} are both {step} steps of training")
-        steps[step] = alpha
-    if not study.config.data.val_fraction:
+    settings, config = study.settings, study.config
+    found = problems_of_lists(settings)
+    found += problems_of_model(settings, config.model, config.train.seq_len, study.source is None)
+    if not config.data.val_fraction:
         found.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
+    if not config.checkpoint.enabled:
+        found.append("checkpoint.enabled=false: a study reads the weights of its runs; true would work")
+    if Section.roofline in study.sections:
+        try:
+            cluster_of(settings.device)
+        except BadInput as error:
+            found += [problem.replace("--cluster=", "study.device=") for problem in error.problems]
+    if found:
+        return found
+    steps: dict[int, float] = {}
+    for alpha in settings.alphas:
+        step = study.step_of(alpha)
+        if step in steps:
+            found.append(
+                f"study.alphas={settings.alphas}: {steps[step]:g} and {alpha:g} are both {step} steps of training"
+            )
+        steps[step] = alpha
     return found
-
-
-def _replicas(composition: Composition, source: Source | None) -> int:
-    """Return the largest number of replicas that the cores allow and that divides the batch; 1 on GPUs."""
-    then = source.run.config["train"] if source and source.run and "train" in source.run.config else None
-    train = composition.config.train
-    batch, micro = (then["global_batch"], then["micro_batch"]) if then else (train.global_batch, train.micro_batch)
-    try:
-        batches = [rung.global_batch for rung in rungs(batch)]
-    except ValueError:  # said where the configuration is checked
-        return 1
-    if torch.cuda.is_available() or micro < 1 or any(batch < micro or batch % micro for batch in batches):
-        return 1
-    cores = len(os.sched_getaffinity(0))
-    return max(n for n in range(1, cores + 1) if all((batch // micro) % n == 0 for batch in batches))
