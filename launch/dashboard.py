@@ -19,7 +19,8 @@ from train.wandb_run import wandb_mode
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces
 
-STUDY_PICTURES, STUDY_TABLES = ["loss", "tradeoff"], ["val_loss", "decode"]
+STUDY_PICTURES = ["loss", "tradeoff", "heads", "long-range", "windows", "warm-starts", "roofline"]
+STUDY_TABLES = ["val_loss", "orderings", "decode", "smaller", "windows", "warm_starts", "heads"]
 """What `deepnarrow gqa-study` logs."""
 COLUMNS = ["summary:train/loss", "summary:val/loss", "summary:perf/tokens_per_second", "summary:perf/mfu"]
 """Beside the names of the runs."""
@@ -78,7 +79,7 @@ def workspace(project: str, entity: str) -> "workspaces.Workspace":
         ws.Section(
             name="GQA studies",
             panels=[
-                wr.MediaBrowser(title="Loss and decode time", media_keys=STUDY_PICTURES, num_columns=2),
+                wr.MediaBrowser(title="Pictures of a study", media_keys=STUDY_PICTURES, num_columns=2),
                 *(wr.WeavePanelSummaryTable(table_name=name) for name in STUDY_TABLES),
             ],
         )

@@ -110,12 +110,16 @@ HELP = {
     ),
     "gqa-study": (
         "measure what fewer key/value heads cost in quality and buy at inference",
-        "Pretrains a multi-head model, regroups it to fewer and fewer heads by each method, uptrains every one of\n"
-        "them, times decoding, and ends with tables, two pictures and which of the paper's orderings came out.\n\n"
+        "Pretrains a multi-head model with each of three seeds, regroups it to fewer and fewer heads, uptrains every\n"
+        "one of them, and answers with tables and pictures: what it costs in quality and buys at inference, a smaller\n"
+        "model beside, what heads hold, long range, sliding windows, other warm starts, and when it pays.\n\n"
         "  deepnarrow gqa-study                              a model of 1.8 million parameters, minutes on two cores\n"
+        "  deepnarrow gqa-study study.sections=[uptraining,decode] study.seeds=[1]          the first questions alone\n"
         "  deepnarrow gqa-study init_from=runs/7b-files-5e0c2f1 parallel.pp=4 study.kv_heads=[8,4,1]\n\n"
-        "Takes overrides of the pretraining, and study.kv_heads, study.methods, study.alphas, study.alpha,\n"
-        "study.contexts, study.batches, study.dir. The same command goes on where it was stopped.",
+        "Takes overrides of the pretraining, and study.sections, study.seeds, study.kv_heads, study.methods,\n"
+        "study.warm_starts, study.alphas, study.alpha, study.windows, study.smaller_layers, study.contexts,\n"
+        "study.batches, study.device, study.parallel_runs, study.dir; docs/gqa-study.md says what each section measures\n"
+        "and how to read it. The same command goes on where it was stopped.",
     ),
     "roofline": (
         "say when fewer key/value heads pay: prefill and decoding on a device, counted, and measured here",

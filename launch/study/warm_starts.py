@@ -35,7 +35,7 @@ def chain_of(study: Plan, seed: int, kv_heads: int) -> list[Uptraining]:
 
 
 def _fewer(study: Plan) -> list[int]:
-    return [n for n in study.kv_heads if n != study.model.n_kv_heads]
+    return [n for n in study.few if n != study.model.n_kv_heads]
 
 
 def _runs(study: Plan) -> list[Uptraining]:
