@@ -170,8 +170,8 @@ def svd_keys(keys_PRR: torch.Tensor, queries_PR: torch.Tensor) -> Keys:
     """The keys of least squared error of the scores: of each rotary pair the first singular vector over the heads.
 
     A head's pairs are weighted with the size of the queries that meet them. Positions turn a pair as a whole, so that
-    one complex number remains to be chosen for each head, and the best is a singular vector (arXiv 2406.07056 chooses
-    by singular values as well, and keeps the rotation out of the cached keys).
+    one complex number remains to be chosen for each head, and the best is a singular vector. (arXiv 2406.07056 merges
+    heads by singular values too, with strategies of its own for keys that are rotated.)
     """
     weight_PR = queries_PR.sqrt()
     weighted_PRR = weight_PR[:, :, None] * keys_PRR * weight_PR[:, None, :]

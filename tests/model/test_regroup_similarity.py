@@ -189,6 +189,33 @@ def test_what_is_said_to_be_lost_is_lost():
             assert (lost / whole).tolist() == pytest.approx([merge.lost_keys, merge.lost_values], rel=1e-4)
 
 
+def test_svd_errs_as_little_as_any_matrix_of_that_rank():
+    """In what o_proj makes of values, and in the scores of each rotary pair, by Eckart and Young's theorem."""
+
+    def uneven(name, weight):  # queries of one head are larger than those of another
+        return weight * torch.arange(1.0, 129.0)[:, None] if "q_proj" in name else weight
+
+    source = Changed(Drawn(SHAPES["GQA"]), uneven)
+    merged = Regrouped(source, 1, Method.svd)
+    shape = {"q": (4, 2, K, 128), "k": (4, K, 128), "v": (4, K, 128)}
+    for block, merge in enumerate(merged.merges):
+        where = f"blocks.{block}.attention"
+        q, k, v = (source.read(f"{where}.qkv.{which}_proj.weight").reshape(shape[which]) for which in "qkv")
+        o_DGSK, new_o_DGSK = (one.read(f"{where}.o_proj.weight").reshape(128, 4, 2, K) for one in (source, merged))
+        new_k, new_v = (merged.read(f"{where}.qkv.{which}_proj.weight") for which in "kv")
+        products = torch.einsum("dgsk,gkc->gsdc", o_DGSK, v).reshape(-1, 128)
+        made = torch.einsum("dgsk,kc->gsdc", new_o_DGSK, new_v)  # one group keeps the order of its heads
+        error = products - made.reshape(-1, 128)
+        least = torch.linalg.svdvals(products)[K:].square().sum()
+        torch.testing.assert_close(error.square().sum(), least, rtol=1e-4, atol=0)
+        weight_GP1 = pairs(q).abs().square().sum((1, 3)).sqrt()[:, :, None]
+        scores_PGD = (weight_GP1 * pairs(k)).transpose(0, 1)
+        read_GPD = merge.keys[0].read_RP.to(torch.complex64)[:, :, None] * pairs(new_k)
+        error = scores_PGD - (weight_GP1 * read_GPD).transpose(0, 1)
+        least = torch.linalg.svdvals(scores_PGD)[:, 1:].square().sum()
+        torch.testing.assert_close(error.abs().square().sum(), least, rtol=1e-4, atol=0)
+
+
 def test_new_heads_of_svd_are_as_large_as_the_old():
     """Weight decay and Adam's steps go by size: what queries and o_proj read them with neither grows nor shrinks."""
     for merge in Regrouped(Drawn(SHAPES["MHA"]), 2, Method.svd, rows_BL=tokens(SHAPES["MHA"])).merges:
