@@ -17,7 +17,7 @@ import torch
 
 from model.head_groups import HeadMoments, pairs, unpaired
 
-_ROUNDS = 20
+_ROUNDS = 5
 """Times that each head of a group is brought nearer to the others; each time they come closer."""
 _TINY = torch.finfo(torch.float64).tiny
 
