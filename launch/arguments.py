@@ -68,6 +68,8 @@ def add_arguments(verb: argparse.ArgumentParser, name: str) -> None:
         _plan_arguments(verb)
     if name == "roofline":
         _roofline_arguments(verb)
+    if name == "depth-study":
+        verb.add_argument("--plan", action="store_true", help="print shapes, costs and pipelines, and train nothing")
     if name in ("check", "launch"):
         a_path(verb, "--hostfile", metavar="FILE", help="DeepSpeed's: a line `HOST slots=N` for each machine")
     if name in ("launch", "scaling"):

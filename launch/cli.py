@@ -260,6 +260,7 @@ VERBS = {
     "regroup": regroup,
     "gqa-study": gqa_study,
     "scaling": _run_of("launch.scaling.command"),
+    "depth-study": _run_of("launch.depth.command"),
     "roofline": _run_of("launch.study.roofline.command"),
     "generate": _run_of("launch.generate"),
     "eval": _run_of("launch.evaluation"),

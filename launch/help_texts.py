@@ -145,6 +145,19 @@ HELP = {
         "launch/scaling/settings.py describes. The same command goes on where it was stopped.\n"
         "Ends with scaling.txt, scaling.json and pictures; docs/scaling.md says what each figure means.",
     ),
+    "depth-study": (
+        "compare deep and narrow models with shallow and wide ones of the same cost",
+        "Trains models of other aspects d_model / n_layers, from 8 times the preset's to an eighth, at equal\n"
+        "parameters and at equal FLOPs on the same tokens, and sets loss against training speed, decode time,\n"
+        "KV cache, and bubble and balance of pipelines.\n\n"
+        "  deepnarrow depth-study                                50 small models, minutes on two cores\n"
+        "  deepnarrow depth-study model=67b --plan               its shapes, costs and pipelines; nothing is trained\n"
+        "  deepnarrow depth-study model=12x768 data=files data.path=/corpus parallel.dp=8 depth.aspects=[4,1,1/4]\n\n"
+        "Takes overrides of every run, and depth.aspects, depth.equal, depth.lrs, depth.seeds, depth.pp,\n"
+        "depth.micro_batches, depth.decode_context, depth.decode_batch, depth.parallel_runs, depth.dir, which\n"
+        "launch/depth/settings.py describes. The same command goes on where it was stopped.\n"
+        "Ends with depth.txt, depth.json and pictures; docs/depth-study.md says what each figure means.",
+    ),
     "generate": (
         "complete prompts",
         "Takes a run, a checkpoint or a Hugging Face directory. One prompt streams; several run as a batch.\n\n"

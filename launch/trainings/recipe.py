@@ -1,0 +1,57 @@
+"""The recipe that runs in a folder of a study share, kept there so that runs of another are not taken for them."""
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conf.schema import Config, recipe_fields, to_jsonable
+
+RECIPE = "recipe.json"
+
+
+def recipe_of(config: Config, own: Collection[str]) -> dict[str, Any]:
+    """Return what shapes the loss curve of all runs, as JSON holds it.
+
+    Args:
+        config: of a run.
+        own: dotted keys that each run has its own value of, such as ``optimizer.lr``; they are left out.
+    """
+    sections: dict[str, Any] = {
+        name: to_jsonable(asdict(getattr(config, name))) for name in ("model", "data", "optimizer", "schedule", "train")
+    }
+    kept = {key: value for key, value in recipe_fields(sections).items() if key not in own}
+    found: dict[str, Any] = json.loads(json.dumps(kept))
+    return found
+
+
+def keep_recipe(folder: Path, recipe: dict[str, Any]) -> None:
+    """Write a recipe into a study's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", "utf-8")
+
+
+def other_recipe(key: str, folder: Path, recipe: dict[str, Any]) -> list[str]:
+    """Say that a folder holds runs of another recipe; nothing where it holds none.
+
+    Args:
+        key: the setting that names the folder.
+        folder: of the study.
+        recipe: of the runs that are asked for.
+    """
+    try:
+        kept = json.loads((folder / RECIPE).read_text("utf-8"))
+        differing = [name for name in sorted({*kept, *recipe}) if kept.get(name) != recipe.get(name)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return [f"{folder / RECIPE}: cannot be read ({error}); another {key} would work"]
+    if not differing:
+        return []
+    name = differing[0]
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return [
+        f"{key}={folder}: holds runs of another recipe ({name}={kept.get(name)} there, {recipe.get(name)} here{more}); "
+        "another folder, or the default, would work"
+    ]
