@@ -11,7 +11,7 @@ from tests.launch.wandb_parts import logged_steps
 from tests.train.checkpoint import runs
 from tests.train.checkpoint.runs import STEPS, wait_for
 
-RUNS, KILLS, LOGGED = 7, 3, 2
+RUNS, KILLS, LOGGED = 4, 4, 2
 
 
 def unfinished(folder):
@@ -42,7 +42,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(overrides, undis
         folder, logging = tmp_path / str(run), ["wandb.mode=offline"] if run < LOGGED else []
         for kill in range(KILLS):
             chance = random.Random(KILLS * run + kill)
-            # In each third of the run: half of them once a certain save has begun, the others a moment after a step.
+            # In each quarter of the run: half of them once a certain save has begun, the others a moment after a step.
             step, happened = chance.randrange(1, STEPS // KILLS) + kill * STEPS // KILLS, [recorded, saving][run % 2]
             step = max(step, recorded(folder) + 1, saving(folder) + 1)  # what was killed late has come further
             if step >= STEPS:
