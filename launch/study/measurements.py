@@ -100,12 +100,12 @@ def _heads_say(found: Found) -> list[str]:
         )
         for name, figure in list(figures.items())[1:]:
             above = difference(figure, figures[original["name"]])
-            lines.append(f"{name} against it: different {what} {ordering(above, 'fewer', 'more', '+.2f')}.")
+            lines.append(f"{name} against it: different {what} {ordering(above, 'fewer', 'more', '+.3f')}.")
         for name, figure in figures.items():
             before = name.replace(UPTRAINED, CONVERTED)
             if before != name:
                 above = difference(figure, figures[before])
-                judged = ordering(above, "fewer", "more", "+.2f")
+                judged = ordering(above, "fewer", "more", "+.3f")
                 lines.append(f"{name} against {CONVERTED}: different {what} {judged}.")
     return lines
 

@@ -34,6 +34,12 @@ def chain_of(study: Plan, seed: int, kv_heads: int) -> list[Uptraining]:
     return chain
 
 
+def methods_of(study: Plan, kv_heads: int) -> list[Method]:
+    """Return the methods that are compared: of one head, which all are merged into, similar is the mean itself."""
+    same = kv_heads == 1 and study.settings.methods[0] is Method.mean
+    return [method for method in study.settings.warm_starts if not (same and method is Method.similar)]
+
+
 def _fewer(study: Plan) -> list[int]:
     return [n for n in study.few if n != study.model.n_kv_heads]
 
@@ -43,7 +49,7 @@ def _runs(study: Plan) -> list[Uptraining]:
     for seed in study.settings.seeds:
         found += [run for run in uptrainings_of(study, seed) if run.kv_heads != study.model.n_kv_heads]
         for n in _fewer(study):
-            found += [study.uptraining(Original(seed), n, method) for method in study.settings.warm_starts]
+            found += [study.uptraining(Original(seed), n, method) for method in methods_of(study, n)]
             found += chain_of(study, seed, n)
     return found
 
@@ -58,7 +64,7 @@ def _findings(results: Results, _: Mapping[str, Found]) -> dict[str, Any]:
     models = []
     for n in _fewer(study):
         base = {"converted": results.loss(n, 0.0), "val_loss": results.loss(n, alpha)}
-        ways = {method.value: by_method(n, method) for method in study.settings.warm_starts}
+        ways = {method.value: by_method(n, method) for method in methods_of(study, n)}
         if chain_of(study, results.seeds[0], n):
             last = [results.losses(chain_of(study, seed, n)[-1])[alpha] for seed in results.seeds]
             ways[STEPWISE] = {"converted": None, "val_loss": spread(last)}

@@ -24,7 +24,7 @@ from train.wandb_file import records
 
 MULTI_HEAD = ["model.n_kv_heads=4", "train.total_tokens=5120", "schedule.warmup_steps=2", "train.val_sequences=4"]
 SMALL = ["study.methods=[mean,first]", "study.alphas=[0.3,0.5]", "study.alpha=0.3", "study.kv_heads=[1]"]
-QUICK = ["study.batches=[1,2]", "study.contexts=[8,16]", "study.windows=[8]", "study.warm_starts=[similar]"]
+QUICK = ["study.batches=[1,2]", "study.contexts=[8,16]", "study.windows=[8]", "study.warm_starts=[similar,aligned]"]
 TRAINED = "sections=[uptraining,decode,smaller,heads,long_range,windows,warm_starts]"
 
 
@@ -105,7 +105,7 @@ def of_seed(number, first):
     """The runs of a seed, uptrained for 0.3, and for 0.5 with the first one."""
     share = "0.5" if first else "0.3"
     names = [f"4-original-{share}", f"1-mean-{share}", "1-first-0.3", "4-original-0.3-w8", "1-mean-0.3-w8"]
-    names += ["1-similar-0.3", "2-mean-0.3-step1of2", "1-mean-0.3-step2of2"]
+    names += ["1-aligned-0.3", "2-mean-0.3-step1of2", "1-mean-0.3-step2of2"]
     return {f"seed-{number}/uptrained/{name}" for name in names}
 
 
