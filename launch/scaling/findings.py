@@ -170,7 +170,10 @@ def _of_allocation(found: dict[str, Any]) -> list[str]:
     if allocated["spread"] is None:
         notes.append("no intervals of M, tokens and loss: nothing is known of what is off the parabolas")
     elif (share := allocated["spread"] / allocated["curves"][-1]["lowest"]) > BAND / 2:
-        notes.append(f"losses are {share:.2%} off their parabolas, as much as settings differ; more seeds would tell")
+        notes.append(
+            f"losses are {share:.2%} off their parabolas (standard deviation), beside {BAND:.2%} within which settings "
+            "count as near-optimal; more seeds, or sizes closer together, would tell noise from shape"
+        )
     if without := allocated["draws_without_a_fit"]:
         notes.append(f"of the 1,000 draws for the intervals {without} allowed no fit and are left out")
     return notes

@@ -147,7 +147,9 @@ def loss_law(compute: ArrayLike, losses: ArrayLike) -> LossLaw:
         raise ValueError("a loss law needs three computes; another budget would work")
 
     def of_floors(floors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        slopes, intercepts = np.polyfit(x, np.log(y[:, None] - floors), 1)
+        above = np.log(y[:, None] - floors)
+        slopes = (x - x.mean()) @ above / np.square(x - x.mean()).sum()
+        intercepts = above.mean(0) - slopes * x.mean()
         off = floors + np.exp(intercepts + np.outer(x, slopes)) - y[:, None]
         return np.square(off).sum(0), slopes, intercepts
 

@@ -23,6 +23,7 @@ SMALL = (
     "model=tiny_mha",
     "model.head_dim=16",  # so that widths, multiples of it, lie close together
     "model.vocab_size=288",  # bytes, 15 special tokens and few merges: an embedding that M does not count stays small
+    "model.init_std=0.1",  # about 1 / sqrt(d_model): narrow models begin slowly with less
     "model.max_seq_len=128",
     "train.seq_len=128",
     "train.micro_batch=8",

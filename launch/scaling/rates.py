@@ -16,14 +16,13 @@ class Tried:
     """A rate and a batch that were tried at a compute.
 
     Attributes:
-        budget, compute: that the runs were asked to cost, and have cost, in FLOPs.
+        budget: what the runs were asked to cost, in FLOPs.
         lr, batch_tokens: of the setting.
         loss: the mean over its seeds; NaN where one of them diverged.
         near: whether the loss is within `fits.BAND` of the budget's best.
     """
 
     budget: float
-    compute: float
     lr: float
     batch_tokens: int
     loss: float
@@ -41,7 +40,7 @@ def tried_of(outcomes: Sequence[Outcome]) -> list[Tried]:
         for near, (key, some) in zip(near_optimal(list(means.values())), seeds.items(), strict=True):
             setting = some[0].setting
             batch = setting.global_batch * setting.seq_len
-            found.append(Tried(budget, setting.compute, setting.lr, batch, means[key], bool(near)))
+            found.append(Tried(budget, setting.lr, batch, means[key], bool(near)))
     return found
 
 
@@ -52,7 +51,7 @@ def laws_of(tried: Sequence[Tried]) -> Laws:
         ValueError: that is of fewer than two computes.
     """
     near = [one for one in tried if one.near]
-    compute = [one.compute for one in near]
+    compute = [one.budget for one in near]  # what rounding to steps of other batches changes of it is no other compute
     return Laws(power_law(compute, [one.lr for one in near]), power_law(compute, [one.batch_tokens for one in near]))
 
 
@@ -90,7 +89,7 @@ def as_found(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         return [value for law in (drawn_laws.lr, drawn_laws.batch_tokens) for value in (law.coefficient, law.exponent)]
 
     intervals, _ = bootstrap(near, both, draw=within(lambda one: one.budget))
-    fitted = [min(one.compute for one in near), max(one.compute for one in near)]
+    fitted = [min(one.budget for one in near), max(one.budget for one in near)]
     budgets = []
     for budget, own in by_budget(outcomes).items():
         here = [one for one in tried if one.budget == budget]

@@ -1,9 +1,10 @@
 """The results of a scaling study as text."""
 
+from textwrap import wrap
 from typing import Any
 
 from launch.scaling.findings import law_of
-from launch.tables import of_numbers, rendered
+from launch.tables import WIDTH, of_numbers, rendered
 
 _LAWS = (
     ("lr", "peak rate"),
@@ -72,7 +73,7 @@ def _laws(found: dict[str, Any]) -> Any:
     (rates, grid), (allocation, _) = found["paper"]["lr"]["fitted"], found["paper"]["m"]["fitted"]
     most = found["paper"]["m"]["fitted"][1]
     title = (
-        "laws and their 95 % intervals by bootstrap, beside the paper's, "
+        "laws and their 95 % intervals, beside the paper's, "
         f"fitted from {min(rates, allocation):.0e} to {grid:.0e} (rate, batch) and {most:.0e} FLOPs"
     )
     table = of_numbers(columns, ["law", "fitted here", "the paper's"], title)
@@ -112,15 +113,15 @@ def _losses(found: dict[str, Any]) -> list[str]:
 def _further(found: dict[str, Any]) -> list[str]:
     further = found["further"]
     given = [
-        f"{said} {further[name]:.3g} (the paper's {further['paper'][name]:.3g})"
+        f"  {said:17} {further[name]:.3g} (the paper's: {further['paper'][name]:.3g})"
         for name, said in _LAWS
         if further[name] is not None
     ]
-    return [f"for {further['compute']:.3g} FLOPs these laws give: {'; '.join(given)}"] if given else []
+    return [f"for {further['compute']:.3g} FLOPs these laws give", *given] if given else []
 
 
 def _notes(found: dict[str, Any]) -> list[str]:
-    return [f"- {note}" for note in found["notes"]]
+    return [line for note in found["notes"] for line in wrap(f"- {note}", WIDTH, subsequent_indent="  ")]
 
 
 def _interval(ends: list[float] | None, form: str) -> str:
