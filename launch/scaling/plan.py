@@ -285,11 +285,11 @@ def _problems(found: Plan) -> list[str]:
 
 
 def _too_short(settings: Sequence[Setting]) -> list[str]:
-    """Say which runs have too few steps, by the largest model of a budget."""
+    """Say which runs have too few steps, of each budget the one whose steps cost most."""
     short: dict[tuple[str, float], Setting] = {}
     for one in settings:
         least = short.get((one.kind, one.budget))
-        if one.steps < FEWEST_STEPS and (least is None or one.steps < least.steps):
+        if one.steps < FEWEST_STEPS and (least is None or one.m * one.global_batch > least.m * least.global_batch):
             short[one.kind, one.budget] = one
     return [
         f"scaling.{'rate_budgets' if kind == 'rate' else 'budgets'}={budget:g}: pays for {one.steps} steps of "
