@@ -24,6 +24,7 @@ from conf.schema import Config
 from conf.train_settings import DataStage, NamedCorpus, SourceConfig
 from launch.refine.settings import RefineSettings
 from launch.scaling.settings import ScalingSettings
+from launch.study.settings import StudySettings
 from parallel.plan.cluster import Cluster
 
 _HEAD = """\
@@ -37,6 +38,7 @@ goes with it. Where none is named, `model=tiny`, `data=stdlib` and `schedule=mul
 _COMMANDS: tuple[tuple[str, str, type], ...] = (
     ("refine", "deepnarrow refine", RefineSettings),
     ("scaling", "deepnarrow scaling", ScalingSettings),
+    ("study", "deepnarrow gqa-study", StudySettings),
 )
 """Settings of one command: what stands before their keys, the command, and their dataclass."""
 _NAMED: dict[str, type] = {"data.sources": SourceConfig, "data.stages": DataStage, "eval.sets": NamedCorpus}
