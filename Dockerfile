@@ -19,7 +19,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 # What it stands on is a layer of its own, which a change of the code leaves as it is.
 WORKDIR /opt/deepnarrow
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 ARG EXTRA=
 RUN mkdir deepnarrow && touch deepnarrow/__init__.py \
     && pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}" \

@@ -22,6 +22,7 @@ from typing import Any
 import conf
 from conf.schema import Config
 from conf.train_settings import DataStage, NamedCorpus, SourceConfig
+from launch.depth.settings import DepthSettings
 from launch.refine.settings import RefineSettings
 from launch.scaling.settings import ScalingSettings
 from launch.study.settings import StudySettings
@@ -39,6 +40,7 @@ _COMMANDS: tuple[tuple[str, str, type], ...] = (
     ("refine", "deepnarrow refine", RefineSettings),
     ("scaling", "deepnarrow scaling", ScalingSettings),
     ("study", "deepnarrow gqa-study", StudySettings),
+    ("depth", "deepnarrow depth-study", DepthSettings),
 )
 """Settings of one command: what stands before their keys, the command, and their dataclass."""
 _NAMED: dict[str, type] = {"data.sources": SourceConfig, "data.stages": DataStage, "eval.sets": NamedCorpus}

@@ -13,6 +13,7 @@ import pytest
 from conf.schema import Config
 from launch import docs_reference
 from launch.cli import make_parser
+from launch.depth.settings import DepthSettings
 from launch.refine.settings import RefineSettings
 from launch.scaling.settings import ScalingSettings
 from launch.settings import settings_of
@@ -23,7 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 FLOORS = ("conf", "deepnarrow", "launch", "model", "parallel", "tests", "train")
 GROUPS = ("model", "data", "schedule")
 FILES = (".py", ".json", ".jsonl", ".txt", ".yaml", ".md", ".log")
-OF_COMMANDS = {"refine": RefineSettings, "scaling": ScalingSettings, "study": StudySettings}
+OF_COMMANDS = {"refine": RefineSettings, "scaling": ScalingSettings, "study": StudySettings, "depth": DepthSettings}
 FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.M | re.S)
 ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
