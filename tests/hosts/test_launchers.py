@@ -1,4 +1,4 @@
-"""Two hosts under the launchers of the README: what they train is what one host trains.
+"""Two hosts under the launchers of docs/cluster.md: what they train is what one host trains.
 
 Minutes: with DEEPNARROW_ALL_HOSTS=1 alone.
 """
