@@ -41,8 +41,8 @@ def _deeper(found: dict[str, Any], equal: str) -> str:
     ):
         better, worse = (len(set(of_kind) & set(order.get(key, ()))) for key in ("below_preset", "above_preset"))
         said.append(
-            f"of {len(of_kind)} {which} shapes the loss is lower than the preset's for each seed of {better}, higher of "
-            f"{worse}"
+            f"of {len(of_kind)} {which} shapes {better} have a lower loss than the preset for each seed, and {worse} "
+            "a higher one"
         )
     return f"at equal {equal}, {', and '.join(said)}"
 
