@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wandb_workspaces import workspaces
 
 STUDY_PICTURES = ["loss", "tradeoff", "heads", "long-range", "windows", "warm-starts", "roofline"]
-STUDY_TABLES = ["val_loss", "orderings", "decode", "smaller", "windows", "warm_starts", "heads"]
+STUDY_TABLES = ["val_loss", "orderings", "decode", "smaller_model", "windows_loss", "warm_starts", "head_figures"]
 """What `deepnarrow gqa-study` logs."""
 COLUMNS = ["summary:train/loss", "summary:val/loss", "summary:perf/tokens_per_second", "summary:perf/mfu"]
 """Beside the names of the runs."""

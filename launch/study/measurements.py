@@ -112,7 +112,9 @@ def _heads_say(found: Found) -> list[str]:
 
 def _tables_of_heads(found: Found) -> dict[str, Table]:
     columns, rows = _over_seeds(found)
-    return {"heads": (columns, [[cell["mean"] if isinstance(cell, dict) else cell for cell in row] for row in rows])}
+    return {
+        "head_figures": (columns, [[cell["mean"] if isinstance(cell, dict) else cell for cell in row] for row in rows])
+    }
 
 
 def _draw_heads(found: Found, facts: Found, folder: Path) -> list[Path]:
@@ -218,7 +220,7 @@ def _tables_of_roofline(found: Found) -> dict[str, Table]:
         for model in one["models"]
         for point in model["points"]
     ]
-    return {"roofline": (["device", "attention", *keys], rows)}
+    return {"roofline_points": (["device", "attention", *keys], rows)}
 
 
 def _draw_roofline(found: Found, facts: Found, folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class Part:
         runs: the uptrainings that it needs.
         findings: measures; from the results of trainings and the findings of earlier sections, by name.
         text: writes findings as tables and a paragraph of what they say by rule; from them and the facts of the study.
-        tables: those for W&B, by name.
+        tables: those for W&B, by a name that no picture has, since W&B logs both by name.
         draw: draws pictures into a folder; from findings and the facts of the study.
     """
 

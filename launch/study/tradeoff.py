@@ -222,7 +222,7 @@ def _judged(one: Found, small: str) -> str:
 def _tables_of_smaller(found: Found) -> dict[str, Table]:
     rows = [[one["name"], one["cache"], one["seconds"], one["loss_above"]["mean"], one["loss_above"]["sd"]]
             for one in found["against"]]  # fmt: skip
-    return {"smaller": (["model", "times the cache", "times the seconds", "loss above", "sd"], rows)}
+    return {"smaller_model": (["model", "times the cache", "times the seconds", "loss above", "sd"], rows)}
 
 
 def _draw_smaller(found: Found, facts: Found, folder: Path) -> list[Path]:

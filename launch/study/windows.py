@@ -116,7 +116,7 @@ def _tables(found: Found) -> dict[str, Table]:
         [*(model[key] for key in columns[:5]), *(model["val_loss"][key] for key in ("mean", "sd", "n"))]
         for model in found["models"]
     ]
-    return {"windows": (columns, rows)}
+    return {"windows_loss": (columns, rows)}
 
 
 def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
