@@ -1,20 +1,19 @@
 """The plan of a scaling study, checked before anything runs: the runs that it trains, and their folders."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from conf.compose import compose_overrides
 from conf.paths import checked, path_problems
-from conf.schema import Config, recipe_fields, to_jsonable
+from conf.schema import Config
 from launch.scaling.fits import PowerLaw
 from launch.scaling.ladder import Ladder, Shape, shapes_of
 from launch.scaling.laws import M_OPT
 from launch.scaling.settings import ScalingSettings
 from launch.scaling.settings import problems as problems_of_settings
 from launch.settings import settings_of
+from launch.trainings.recipe import keep_recipe, other_recipe, recipe_of
 from launch.trainings.train_all import Training
 from model.problems import BadInput
 
@@ -49,7 +48,6 @@ _SET = {
 _OF_GRID = {"optimizer.lr": "scaling.rates", "train.global_batch": "scaling.batches"}
 FEWEST_STEPS = 20
 """Of a run; with fewer, rounding its tokens to whole steps would change its compute by more than 2.5 %."""
-RECIPE = "recipe.json"
 _EACH = {"model.n_layers", "model.d_model", "optimizer.lr", "train.global_batch", "train.total_tokens", "train.seed"}
 """Keys of a recipe that each run has its own value of."""
 
@@ -197,8 +195,7 @@ class Plan:
 
     def keep_recipe(self) -> None:
         """Write the recipe of the runs into the study's folder, so that those of another are not taken for them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RECIPE).write_text(json.dumps(_recipe(self.config), indent=2) + "\n", "utf-8")
+        keep_recipe(self.folder, recipe_of(self.config, _EACH))
 
 
 def plan(overrides: Sequence[str]) -> Plan:
@@ -281,7 +278,7 @@ def _problems(found: Plan) -> list[str]:
     if problems:
         return problems
     problems += _too_short([*found.grid(), *found.isoflop(None)])
-    return problems + _other_recipe(found)
+    return problems + other_recipe("scaling.dir", found.folder, recipe_of(config, _EACH))
 
 
 def _too_short(settings: Sequence[Setting]) -> list[str]:
@@ -298,29 +295,3 @@ def _too_short(settings: Sequence[Setting]) -> list[str]:
         "smaller models would work"
         for (kind, budget), one in short.items()
     ]
-
-
-def _recipe(config: Config) -> dict[str, Any]:
-    sections: dict[str, Any] = {
-        name: to_jsonable(asdict(getattr(config, name))) for name in ("model", "data", "optimizer", "schedule", "train")
-    }
-    return {key: value for key, value in recipe_fields(sections).items() if key not in _EACH}
-
-
-def _other_recipe(found: Plan) -> list[str]:
-    """Say that the folder holds runs of another recipe, whose losses are no part of these laws."""
-    try:
-        kept = json.loads((found.folder / RECIPE).read_text("utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        return [f"{found.folder / RECIPE}: cannot be read ({error}); another scaling.dir would work"]
-    own = json.loads(json.dumps(_recipe(found.config)))
-    if differing := [key for key in sorted({*kept, *own}) if kept.get(key) != own.get(key)]:
-        key = differing[0]
-        more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
-        return [
-            f"scaling.dir={found.folder}: holds runs of another recipe ({key}={kept.get(key)} there, {own.get(key)} "
-            f"here{more}); another folder, or the default, would work"
-        ]
-    return []
