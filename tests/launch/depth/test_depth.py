@@ -59,6 +59,7 @@ def test_each_shape_has_its_rate_and_the_mean_of_its_seeds(of_known_law):
     arguments, _, found, trains = of_known_law
     models = plan(arguments).models
     assert len(trains.trained) == len(set(trains.trained)) == len(models) * 5  # three rates with a seed, two more seeds
+    assert sorted(run["name"] for run in found["runs"]) == sorted(trains.trained)
     for shape in found["shapes"]:
         lr = 0.02 if shape["n_layers"] < 8 else 0.01
         losses = {str(seed): known.loss_of(shape["n_layers"], shape["d_model"], lr, seed) for seed in (1, 2, 3)}
@@ -115,7 +116,11 @@ def test_text_and_pictures_say_what_was_found(of_known_law):
     assert max(map(len, written.splitlines())) <= 118 and "…" not in written
     text = " ".join(written.split())
     best = found["orderings"]["params"]["best"]
-    assert f"the least mean loss is that of {best}" in text and "2401.02954" in text and "of 3 deeper shapes" in text
+    assert (
+        f"at equal params: the least mean loss is that of {best}," in text
+        and "2401.02954" in text
+        and "of 3 deeper shapes" in text
+    )
     shown = [f"{one['name']} is {one['cost_off']:+.1%} off the preset's {one['equal']}" in text
              for one in found["shapes"]]  # fmt: skip
     assert shown == [abs(one["cost_off"]) > 0.03 for one in found["shapes"]]
