@@ -118,8 +118,8 @@ HELP = {
         "  deepnarrow gqa-study init_from=runs/7b-files-5e0c2f1 parallel.pp=4 study.kv_heads=[8,4,1]\n\n"
         "Takes overrides of the pretraining, and study.sections, study.seeds, study.kv_heads, study.methods,\n"
         "study.warm_starts, study.alphas, study.alpha, study.windows, study.smaller_layers, study.contexts,\n"
-        "study.batches, study.device, study.parallel_runs, study.dir; docs/gqa-study.md says what each section measures\n"
-        "and how to read it. The same command goes on where it was stopped.",
+        "study.batches, study.device, study.parallel_runs, study.dir; docs/gqa-study.md says what each section\n"
+        "measures and how to read it. The same command goes on where it was stopped.",
     ),
     "roofline": (
         "say when fewer key/value heads pay: prefill and decoding on a device, counted, and measured here",
