@@ -9,10 +9,12 @@ from typing import Any
 from conf.schema import Config, recipe_fields, to_jsonable
 
 RECIPE = "recipe.json"
+_MEASURED = ("val_sequences", "precision")
+"""Of `train`: no part of a recipe, but losses of runs that differ in them are not to be compared."""
 
 
 def recipe_of(config: Config, own: Collection[str]) -> dict[str, Any]:
-    """Return what shapes the loss curve of all runs, as JSON holds it.
+    """Return what shapes the loss curve of all runs, and what their losses are measured with, as JSON holds it.
 
     Args:
         config: of a run.
@@ -21,7 +23,8 @@ def recipe_of(config: Config, own: Collection[str]) -> dict[str, Any]:
     sections: dict[str, Any] = {
         name: to_jsonable(asdict(getattr(config, name))) for name in ("model", "data", "optimizer", "schedule", "train")
     }
-    kept = {key: value for key, value in recipe_fields(sections).items() if key not in own}
+    measured = {f"train.{key}": sections["train"][key] for key in _MEASURED}
+    kept = {key: value for key, value in {**recipe_fields(sections), **measured}.items() if key not in own}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
 
@@ -35,6 +38,8 @@ def keep_recipe(folder: Path, recipe: dict[str, Any]) -> None:
 def other_recipe(key: str, folder: Path, recipe: dict[str, Any]) -> list[str]:
     """Say that a folder holds runs of another recipe; nothing where it holds none.
 
+    A key that the kept recipe lacks altogether counts as the same: the folder is older than the key.
+
     Args:
         key: the setting that names the folder.
         folder: of the study.
@@ -42,7 +47,7 @@ def other_recipe(key: str, folder: Path, recipe: dict[str, Any]) -> list[str]:
     """
     try:
         kept = json.loads((folder / RECIPE).read_text("utf-8"))
-        differing = [name for name in sorted({*kept, *recipe}) if kept.get(name) != recipe.get(name)]
+        differing = [name for name in sorted(kept) if kept[name] != recipe.get(name)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -52,6 +57,6 @@ def other_recipe(key: str, folder: Path, recipe: dict[str, Any]) -> list[str]:
     name = differing[0]
     more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
     return [
-        f"{key}={folder}: holds runs of another recipe ({name}={kept.get(name)} there, {recipe.get(name)} here{more}); "
+        f"{key}={folder}: holds runs of another recipe ({name}={kept[name]} there, {recipe.get(name)} here{more}); "
         "another folder, or the default, would work"
     ]

@@ -1,5 +1,7 @@
 """What cannot be is said before anything is trained, all of it at once."""
 
+import json
+
 import pytest
 
 from launch.scaling import command
@@ -76,9 +78,20 @@ def test_problems_of_every_run_are_found_before_the_first(small, tmp_path):
 
 def test_runs_of_another_recipe_are_not_taken_for_these(small, tmp_path):
     plan(small).keep_recipe()
-    assert plan([*small, "scaling.sizes=6", "train.val_sequences=8"]).folder == tmp_path / "none"
+    assert plan([*small, "scaling.sizes=6", "train.log_every=7"]).folder == tmp_path / "none"
     with pytest.raises(BadInput, match=r"holds runs of another recipe \(optimizer.weight_decay=0.1 there, 0.0 here\)"):
         plan([*small, "optimizer.weight_decay=0.0"])
+    for other in ("train.val_sequences=8", "train.precision=bf16"):  # the losses would not be of one measure
+        with pytest.raises(BadInput, match=rf"holds runs of another recipe \({other.partition('=')[0]}=\w+ there"):
+            plan([*small, other])
+
+
+def test_what_an_older_folder_does_not_say_of_its_recipe_counts_as_the_same(small, tmp_path):
+    plan(small).keep_recipe()
+    path = tmp_path / "none" / "recipe.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({key: kept[key] for key in kept.keys() - {"train.val_sequences", "train.precision"}}))
+    assert plan([*small, "train.val_sequences=8"]).folder == tmp_path / "none"
 
 
 def test_without_a_grid_every_run_has_the_rate_and_batch_that_are_given(small):
