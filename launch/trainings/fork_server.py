@@ -51,7 +51,7 @@ def main() -> None:
                 if not (line := sys.stdin.readline()):
                     return
                 order = json.loads(line)
-                talk.write(json.dumps({"started": [_fork(order, rank) for rank in range(order["num"])]}) + "\n")
+                talk.write(json.dumps({"started": [_fork(order, rank, talk) for rank in range(order["num"])]}) + "\n")
             else:
                 os.read(woken, 4096)
                 _reap(talk)
@@ -81,13 +81,14 @@ def _reap(talk: TextIO) -> None:
         talk.write(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}) + "\n")
 
 
-def _fork(order: Mapping[str, Any], rank: int) -> int:
+def _fork(order: Mapping[str, Any], rank: int, talk: TextIO) -> int:
     """Fork a rank; return its process id."""
     if pid := os.fork():
         return pid
     code = 1
     try:
         signal.set_wakeup_fd(-1)
+        os.close(talk.fileno())  # whose end tells that this process has ended, and not what it has forked
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.setpgid(0, 0)

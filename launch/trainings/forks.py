@@ -93,6 +93,11 @@ class Forks:
         self._running: dict[int, tuple[ForkedRanks, int]] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
+    @property
+    def server(self) -> int:
+        """The id of the process."""
+        return self._process.pid
+
     def __enter__(self) -> "Forks":
         return self
 
@@ -151,4 +156,9 @@ class Forks:
             else:  # and is forgotten here: a session is long enough for the system to use its process id again
                 ranks, rank = self._running.pop(said["ended"])
                 ranks.codes[rank] = said["code"]
+        # Nobody says any more how they end, and they would be waited for without end.
+        for ranks, rank in list(self._running.values()):
+            ranks.signal(signal.SIGKILL, rank)
+            ranks.codes[rank] = -signal.SIGKILL
+        self._running.clear()
         self._started.put(None)

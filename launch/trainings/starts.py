@@ -12,12 +12,21 @@ from typing import Protocol
 import torch
 
 from launch.trainings.forks import Forks
+from parallel.processes import SUPERVISOR
 from train.preflight import PreparedRun
 from train.pretrain import for_ranks
 
 LOGS = "logs"
 """The folder of a run folder with what its ranks print: rankN.log, or command.log."""
-_COMMAND = "import sys; sys.path[:] = filter(None, sys.path); from launch.cli import main; sys.exit(main())"
+_COMMAND = """
+import os, sys
+sys.path[:] = filter(None, sys.path)
+from parallel.processes import SUPERVISOR, die_with
+die_with(os.environ.get(SUPERVISOR))
+from launch.cli import main
+sys.exit(main())
+"""
+"""A command that ends with the study, whose own ranks end with the command."""
 
 
 class Started(Protocol):
@@ -87,13 +96,12 @@ class CommandStarter:
 
     def start(self, prepared: PreparedRun, slot: int) -> Started:
         """Start the command of a training."""
-        first = slot * self._ranks % max(len(self._devices), 1)
-        shown = ",".join(self._devices[first : first + self._ranks])
+        shown = ",".join(self.devices(slot))
         arguments = ["train", *for_ranks(prepared.arguments, prepared.run_dir)]
         with open(_logs(prepared.run_dir) / "command.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, *arguments],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": shown, "PYTHONSAFEPATH": "1"},
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": shown, "PYTHONSAFEPATH": "1", SUPERVISOR: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -101,6 +109,11 @@ class CommandStarter:
             )
         self._running.append(Command(process))
         return self._running[-1]
+
+    def devices(self, slot: int) -> list[str]:
+        """Return the GPUs that the trainings of a slot see; where there are more slots than fit, they share them."""
+        first = slot % max(1, len(self._devices) // self._ranks) * self._ranks
+        return self._devices[first : first + self._ranks]
 
     def close(self) -> None:
         """End what still runs."""

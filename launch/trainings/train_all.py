@@ -165,22 +165,26 @@ def _train(
             if not failed and signals.first is None and waiting and (slot := next(under_way.free(), None)) is not None:
                 training = waiting.pop(0)
                 prepared = preflight(training.arguments)
-                # A signal meanwhile has found nobody to tell, if nothing else runs.
                 if signals.first is None:
                     under_way.runs[slot] = _Run(training, starts.start(prepared, slot), time.monotonic())
+                    # A signal meanwhile has told the others, or found nobody to tell and is the end of all.
+                    if signals.fatal is not None:
+                        under_way.kill()
+                    elif signals.first is not None:
+                        under_way.runs[slot].started.signal(signal.SIGTERM)
                 continue
             for run, code in under_way.ended():
                 if run.training.is_done:
                     done += 1
                     say(_said(run, done, total))
-                elif signals.first is None and not failed:
+                elif not failed and _has_failed(code, signals):
                     failed = shell_code(code) or 1
                     what = f"ended with {code}" if code else "ended without an error, and is not complete"
                     say(f"{run.training.name}: {what} ({run.training.run_dir}); it said last:\n"
                         f"{log_tail(run.training.run_dir)}")  # fmt: skip
                     under_way.signal(signal.SIGTERM)
             time.sleep(LOOK_SECONDS)
-    except BadInput:
+    except (BadInput, OSError, RuntimeError):  # one cannot be started
         under_way.signal(signal.SIGTERM)
         while under_way.runs:
             under_way.ended()
@@ -190,10 +194,17 @@ def _train(
         return 128 + signals.fatal
     if failed:
         return failed
-    if signals.first is not None and done < total:
+    if signals.first is not None:
         say(f"stopped after {done} of {total} trainings; the same command goes on")
         return 0
     return None
+
+
+def _has_failed(code: int, signals: PassedOn) -> bool:
+    """Tell whether a training that is not done has failed; one that was told to stop ends with 0 once it has saved."""
+    if signals.fatal is not None:
+        return False
+    return signals.first is None or code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def _said(run: _Run, done: int, total: int) -> str:

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.trainings.starts import LOGS, starter
+from launch.trainings.forks import Forks
+from launch.trainings.starts import LOGS, CommandStarter, starter
 from launch.trainings.train_all import Training, last_record, problems_of, train_all, val_losses
 from model.problems import BadInput
 from tests.train.checkpoint import runs
@@ -95,7 +96,7 @@ class Ended:
     """A training of a moment: what it prints, leaves and ends with; told to stop, it goes on for a few looks."""
 
     def __init__(self, prepared, looks, code, summary):
-        self.code, self.told, self.looks = code, [], -looks
+        self.code, self.told, self.looks, self.killed = code, [], -looks, False
         (prepared.run_dir / LOGS).mkdir(parents=True)
         (prepared.run_dir / LOGS / "rank0.log").write_text("no room left")
         if summary is not None:
@@ -108,6 +109,9 @@ class Ended:
     def signal(self, number):
         self.told.append(number)
         return True
+
+    def kill(self):
+        self.killed = True
 
 
 class Stage:
@@ -173,3 +177,87 @@ def test_all_problems_are_found_first(three):
     found = problems_of(wrong)
     assert len([text for text in found if "optimizer.lr" in text]) == 1
     assert any("micro_batch=0" in text for text in found)
+
+
+class SignalledInStart(Stage):
+    """Is told to stop, or to end at once, while a training is being started."""
+
+    def __init__(self, *numbers, **ends):
+        super().__init__(**ends)
+        self.numbers = numbers
+
+    def start(self, prepared, slot):
+        started = super().start(prepared, slot)
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+        return started
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_while_the_first_is_started_ends_it(played, numbers):
+    stage = SignalledInStart(*numbers, a=(-9, None))
+    assert train_all(played, at_once=1, say=print, start=stage) == 128 + numbers[0]
+    assert list(stage.started) == ["a"] and stage.started["a"].killed
+
+
+def test_a_signal_while_a_second_is_started_stops_that_too(played):
+    class Later(SignalledInStart):
+        def start(self, prepared, slot):
+            self.numbers = [signal.SIGTERM] if self.started else []
+            return super().start(prepared, slot)
+
+    said, stage = [], Later(a=(0, None), b=(0, None))
+    assert train_all(played, at_once=2, say=said.append, start=stage) == 0
+    assert [one.told for one in stage.started.values()] == [[signal.SIGTERM], [signal.SIGTERM]]
+    assert said == ["stopped after 0 of 3 trainings; the same command goes on"]
+
+
+def test_one_that_fails_as_it_is_stopped_has_failed(played):
+    class Later(SignalledInStart):
+        def start(self, prepared, slot):
+            self.numbers = [signal.SIGTERM] if self.started else []
+            return super().start(prepared, slot)
+
+    said, stage = [], Later(a=(1, None), b=(0, None))
+    assert train_all(played, at_once=2, say=said.append, start=stage) == 1
+    assert said[0].startswith("a: ended with 1")
+
+
+def test_a_signal_as_the_last_one_ends_begins_no_further_phase(played):
+    class Last(SignalledInStart):
+        def start(self, prepared, slot):
+            started = super().start(prepared, slot)
+            poll = started.poll
+
+            def last():
+                os.kill(os.getpid(), signal.SIGTERM)
+                started.looks = 1
+                return poll()
+
+            started.poll = last
+            return started
+
+    said = []
+    assert train_all(played[:1], at_once=1, say=said.append, start=Last(a=(0, COMPLETE))) == 0
+    assert said[-1] == "stopped after 1 of 1 trainings; the same command goes on"
+
+
+def test_ranks_end_with_the_process_that_they_are_forked_from(tmp_path):
+    (tmp_path / "waits.py").write_text("import time; time.sleep(600)")
+    with Forks(environment={"PYTHONPATH": str(tmp_path)}) as forks:
+        ranks = forks.start("waits", 2, [], tmp_path)
+        assert ranks.poll() is None
+        os.kill(forks.server, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while ranks.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert ranks.poll() == -signal.SIGKILL
+        with pytest.raises(RuntimeError, match="no rank could be forked"):
+            forks.start("waits", 1, [], tmp_path)
+
+
+def test_a_slot_has_devices_of_its_own(monkeypatch):
+    for visible, ranks, slots in (("0,1,2", 2, [["0", "1"], ["0", "1"]]), ("3,4,5,6", 2, [["3", "4"], ["5", "6"]])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        starts = CommandStarter(ranks, 2)
+        assert [starts.devices(slot) for slot in range(2)] == slots
