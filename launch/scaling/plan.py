@@ -221,8 +221,8 @@ def plan(overrides: Sequence[str]) -> Plan:
     if problems:
         raise BadInput(problems)
     small = SMALL if not given & {"model", "--config-name"} else ()
-    # One replica for a run, so that several runs share the machine.
-    alone = [] if any(text.startswith("parallel.") for text in rest) else ["parallel.dp=1"]
+    # One replica for a run, whatever else of its layout is given, so that several runs share the machine.
+    alone = [] if "parallel.dp" in given else ["parallel.dp=1"]
     base = [*small, *alone, *_OF_ALL, *rest]
     composition = compose_overrides(base)
     config = composition.config
@@ -252,6 +252,8 @@ def unit_of(config: Config) -> int:
 def _model_problems(config: Config) -> list[str]:
     """Return the problems of the recipe that would keep a ladder from being made of it."""
     found = config.model.problems()
+    if config.parallel.dp is None:
+        found.append("parallel.dp=null: each run would take the whole machine; parallel.dp=1 would work")
     if config.train.seq_len < 1:
         found.append(f"train.seq_len={config.train.seq_len}: must be at least 1")
     if config.train.micro_batch < 1 or (config.parallel.dp or 1) < 1:

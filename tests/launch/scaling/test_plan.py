@@ -47,6 +47,7 @@ def small(overrides, tmp_path):
         ("model.n_heads=5", "model.n_kv_heads=2: does not divide model.n_heads=5"),
         ("data.val_fraction=0", "data.val_fraction=0: a study measures the loss on held-out documents"),
         ("model.nothing=1", "model.nothing=1: no such key"),
+        ("parallel.dp=null", "parallel.dp=null: each run would take the whole machine; parallel.dp=1 would work"),
     ],
 )
 def test_what_cannot_be_is_said(wrong, said, small, tmp_path):
@@ -113,3 +114,8 @@ def test_a_run_is_configured_by_its_setting(small):
     short = study._setting("isoflop", 50 * one.m * 1024.0, one.shape, 1e-2, 32, 3)
     assert "schedule.warmup_steps=5" in study.training(short).overrides and short.steps == 50
     assert study.training(one).run_dir == study.folder / "isoflop" / one.name
+
+
+def test_a_run_has_one_replica_unless_another_number_is_given(small):
+    assert plan([*small, "parallel.tp=2"]).config.parallel.dp == 1  # the layout beside it leaves replicas as they are
+    assert plan([*small, "parallel.dp=2", "scaling.batches=[8]"]).config.parallel.dp == 2
