@@ -61,7 +61,7 @@ def regroup(options: argparse.Namespace) -> int:
     """Make one key/value head of each group, in the format of the source."""
     source, method = trained.open_source(Path(options.source)), Method(options.method)
     problem = problem_of(source.weights.config, options.kv_heads)
-    problems = [problem] if problem else []
+    problems = [*([problem] if problem else []), *_shard_problems(options)]
     if options.calibrate is not None and not method.by_similarity:
         works = either("--method", [one.value for one in Method if one.by_similarity])
         problems.append(f"--calibrate={options.calibrate}: --method={method.value} compares no heads; {works} would")
@@ -69,9 +69,9 @@ def regroup(options: argparse.Namespace) -> int:
         problems.append(f"{source.path}: {trained.TOKENIZER} is missing, with which --calibrate is read")
     if problems:
         raise BadInput(problems)
-    rows_BL = None if options.calibrate is None else _calibration_rows(source, options.calibrate)
-    weights = Regrouped(source.weights, options.kv_heads, method, options.seed, rows_BL)
-    with trained.new_folder(Path(options.out)) as folder:
+    with trained.new_folder(Path(options.out)) as folder:  # which is refused before heads are compared, a long work
+        rows_BL = None if options.calibrate is None else _calibration_rows(source, options.calibrate)
+        weights = Regrouped(source.weights, options.kv_heads, method, options.seed, rows_BL)
         if source.run is not None:
             trained.write_checkpoint(weights, source, folder, _bytes(options))
         else:
@@ -123,9 +123,14 @@ def _say_what_is_lost(source: Source) -> None:
         print(line, file=sys.stderr)
 
 
+def _shard_problems(options: argparse.Namespace) -> list[str]:
+    wrong = f"--max-shard-gb={options.max_shard_gb:g}: must be above 0; 5 would work"
+    return [] if options.max_shard_gb > 0 else [wrong]
+
+
 def _bytes(options: argparse.Namespace) -> int:
-    if not options.max_shard_gb > 0:
-        raise BadInput([f"--max-shard-gb={options.max_shard_gb}: must be above 0"])
+    if problems := _shard_problems(options):
+        raise BadInput(problems)
     return int(options.max_shard_gb * 1e9)
 
 

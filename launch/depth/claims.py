@@ -1,7 +1,7 @@
 """What papers say of depth against width, and what came out here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -15,7 +15,7 @@ def verdicts(found: dict[str, Any]) -> list[dict[str, str]]:
         {
             "source": source,
             "claims": claims,
-            "here": "; ".join(filter(None, (judge(found, equal) for equal in _equals(found)))),
+            "here": "; ".join(filter(None, (judge(found, equal) for equal in _equals(found)))) or _NOTHING,
         }
         for source, claims, judge in _CLAIMS
     ]
@@ -25,14 +25,22 @@ def _equals(found: dict[str, Any]) -> list[str]:
     return list(found["orderings"])
 
 
+def with_all_seeds(shapes: Iterable[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """Return the shapes that have a loss for each seed: means over other seeds do not compare."""
+    return [shape for shape in shapes if len(shape["losses"]) == seeds]
+
+
 def _shapes(found: dict[str, Any], equal: str) -> list[dict[str, Any]]:
-    return [shape for shape in found["shapes"] if shape["equal"] == equal and shape["mean"] is not None]
+    return with_all_seeds((one for one in found["shapes"] if one["equal"] == equal), len(found["seeds"]))
 
 
 def _deeper(found: dict[str, Any], equal: str) -> str:
     """Count the shapes deeper and shallower than the preset whose losses are lower for each seed."""
-    order = found["orderings"][equal]
-    shapes = [shape for shape in _shapes(found, equal) if not shape["is_preset"]]
+    if len(found["seeds"]) < 2:
+        return f"at equal {equal}, not judged: one seed"
+    order, shapes = found["orderings"][equal], _shapes(found, equal)
+    if not any(shape["is_preset"] for shape in shapes):
+        return f"at equal {equal}, not judged: the preset has no loss for each seed"
     preset = next(shape for shape in found["shapes"] if shape["equal"] == equal and shape["is_preset"])
     said = []
     for which, of_kind in (
@@ -73,6 +81,7 @@ def _threshold(found: dict[str, Any], equal: str) -> str:
     )
 
 
+_NOTHING = "not judged: too few shapes have a loss for each seed"
 _CLAIMS: tuple[tuple[str, str, Callable[[dict[str, Any], str], str]], ...] = (
     (
         "DeepSeek LLM, arXiv 2401.02954, section 2.2",

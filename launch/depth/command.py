@@ -90,11 +90,11 @@ def _report(planned: Plan, first: Sequence[Setting], others: Sequence[Setting], 
     times = time(planned.models, train.micro_batch, train.seq_len, planned.settings.decode_batch, context, _say)
     tokens = sum(data.num_train_tokens for data in prepare_run(planned.config).by_name.values())
     found = findings(planned, outcomes_of(planned, first), outcomes_of(planned, others), times, tokens)
-    pictures = draw(found, planned.folder)
     (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     text = as_text(found)
     (planned.folder / TEXT).write_text(text + "\n", "utf-8")
     print(text)
+    pictures = draw(found, planned.folder)
     print(f"\n{planned.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
     config = {"depth": to_jsonable(asdict(planned.settings)), **to_jsonable(asdict(planned.config))}
     summary = {key: found[key] for key in ("orderings", "claims", "notes")}

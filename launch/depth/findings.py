@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from launch.depth.claims import verdicts
+from launch.depth.claims import verdicts, with_all_seeds
 from launch.depth.outcomes import Outcome, best_rates
 from launch.depth.pipelines import pipeline_of
 from launch.depth.plan import Plan
@@ -81,7 +81,9 @@ def findings(
         {"name": one.setting.name, **asdict(one.setting), "loss": one.loss, "skipped_steps": one.skipped_steps}
         for one in [*tried, *others]
     ]
-    found["orderings"] = {equal.value: _ordering(of_equal(found, equal.value)) for equal in study.settings.equal}
+    found["orderings"] = {
+        equal.value: _ordering(of_equal(found, equal.value), len(found["seeds"])) for equal in study.settings.equal
+    }
     found["claims"] = verdicts(found)
     found["notes"] = _notes(study, found, times)
     return found
@@ -140,18 +142,18 @@ def _losses(losses: dict[str, float]) -> dict[str, Any]:
     return {"losses": finite, "mean": mean, "spread": spread}
 
 
-def _ordering(shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the shape of the least mean loss, and the preset, with all others."""
+def _ordering(shapes: Sequence[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    """Compare the shape of the least mean loss over all seeds, and the preset, with all others."""
     measured = [shape for shape in shapes if shape["mean"] is not None]
     if not measured:
         return {"best": None, "pairs": []}
-    best = min(measured, key=lambda shape: shape["mean"])
+    best = min(with_all_seeds(measured, seeds), key=lambda shape: shape["mean"], default=None)
     (preset,) = (shape for shape in shapes if shape["is_preset"])
     pairs = [[one["name"], other["name"]] for one in measured for other in measured if lower(one, other)]
     rest = [shape for shape in shapes if shape is not preset]
     return {
-        "best": best["name"],
-        "best_below": [other["name"] for other in measured if lower(best, other)],
+        "best": best and best["name"],
+        "best_below": [other["name"] for other in measured if best and lower(best, other)],
         "preset": preset["name"],
         "below_preset": [shape["name"] for shape in rest if lower(shape, preset)],
         "above_preset": [shape["name"] for shape in rest if lower(preset, shape)],
@@ -175,6 +177,9 @@ def _notes(study: Plan, found: dict[str, Any], times: Timed) -> list[str]:
     runs = found["runs"]
     if diverged := [run["name"] for run in runs if not math.isfinite(run["loss"])]:
         notes.append(f"{len(diverged)} of {len(runs)} runs diverged and have no loss: {', '.join(diverged)}")
+    of_some = [shape for shape in found["shapes"] if 0 < len(shape["losses"]) < len(found["seeds"])]
+    if names := sorted({shape["name"] for shape in of_some}):
+        notes.append(f"{', '.join(names)}: without a loss for each seed, and so no part of what is said of mean losses")
     if skipped := sum(run["skipped_steps"] for run in runs):
         notes.append(f"updates of {skipped:,} steps were skipped, as spikes or not finite")
     if times.problem:

@@ -34,8 +34,9 @@ _SET = {
     "train.seed": "depth.seeds=[…] would work",
 }
 """Overrides that a study sets itself, and what works in their place."""
-_EACH = {*(f"model.{key}" for key in _SHAPE_KEYS), "optimizer.lr", "train.seed"}
-"""Keys of a recipe that each run has its own value of."""
+_EACH = {"optimizer.lr", "train.seed"}
+"""Keys of a recipe that each run has its own value of, and its name says. Of its shape the name says layers and width
+alone: the preset's, which the rest follows from, is part of the recipe."""
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,12 @@ def times_of(
         train = _train(models, micro_batch, seq_len, say)
         weights = {at: RandomWeights(model) for at, model in enumerate(models.values())}
         found, device = decode_seconds(weights, [decode_batch], [decode_context], say, ROUNDS)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:  # what was trained is reported all the same
         name = device_name(device_here()[0])
-        return Timed(train, device=name, problem=f"a model does not fit the memory of one device, {name}")
+        why = (str(error) or repr(error)).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            why = "a model does not fit the memory of one device"
+        return Timed(train, device=name, problem=f"{why} ({name})")
     return Timed(train, {name: found[at][0]["seconds"] for at, name in enumerate(models)}, device)
 
 
@@ -77,4 +80,5 @@ def _train(
                     cross_entropy(model(tokens_BL).flatten(0, 1), tokens_BL.flatten()).backward()
                     if timed:
                         times[name].append(own_time(device) - begin)
+                del model  # or it would lie beside the next one
     return {name: micro_batch * seq_len / statistics.median(taken) for name, taken in times.items()}

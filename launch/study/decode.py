@@ -103,6 +103,7 @@ def seconds_by_turns(
                     for batch, context in of_phase:
                         taken = run(stages[0], weights.config, batch, context, device)
                         times.setdefault((heads, phase, batch, context), []).extend(taken)
+                del stages  # or they would lie beside the next model's
     found: dict[int, dict[Phase, list[dict[str, Any]]]] = {heads: {one: [] for one in points} for heads in models}
     for (heads, phase, batch, context), seconds in times.items():
         found[heads][phase].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from launch import cli
-from launch.depth import command
+from launch.depth import command, timing
 from launch.depth.plan import plan
 from launch.depth.timing import Timed
 from launch.trainings.starts import ForkStarter
@@ -110,6 +110,44 @@ def test_one_seed_states_no_ordering_and_a_shape_that_diverges_has_no_loss(small
     )
 
 
+def test_a_shape_that_diverged_with_some_seeds_is_no_best_one(small, tmp_path):
+    def loss(n_layers, d_model, lr, seed):
+        if n_layers == 5 and seed != 1:
+            return math.nan
+        return known.loss_of(n_layers, d_model, lr, seed) - (1 if n_layers == 5 else 0)
+
+    arguments = [*small, *KNOWN, f"depth.dir={tmp_path}", "depth.equal=[params]", "depth.aspects=[2,1/4]"]
+    assert study(arguments, known.Known(loss)) == 0
+    found = json.loads((tmp_path / "depth.json").read_text())
+    assert found["orderings"]["params"]["best"] != "5x80"
+    assert any(note.startswith("5x80: without a loss for each seed") for note in found["notes"])
+    kaplan = next(claim["here"] for claim in found["claims"] if claim["source"].startswith("Kaplan"))
+    assert "from 2.11 to 8, a factor" in kaplan
+
+
+def test_claims_are_not_judged_without_a_basis(small, tmp_path):
+    arguments = [*small, *KNOWN, "depth.aspects=[2]", "depth.seeds=[1]"]
+    for name, loss, said in (
+        ("one seed", known.loss_of, "at equal params, not judged: one seed"),
+        ("none", lambda *_: math.nan, "not judged: too few shapes have a loss for each seed"),
+    ):
+        assert study([*arguments, f"depth.dir={tmp_path / name}"], known.Known(loss)) == 0
+        here = [claim["here"] for claim in json.loads((tmp_path / name / "depth.json").read_text())["claims"]]
+        assert any(text.startswith(said) for text in here), here
+
+
+def test_what_cannot_be_timed_costs_no_result(small, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("[enforce fail] can't allocate memory\nmore of it")
+
+    monkeypatch.setattr(timing, "_train", fails)
+    timed = timing.times_of({}, 1, 8, 1, 8, print)
+    assert timed.problem.startswith("[enforce fail] can't allocate memory (") and timed.train == {}
+    arguments = [*small, *KNOWN, f"depth.dir={tmp_path}", "depth.aspects=[2]"]
+    assert command.study(arguments, known.Known(), lambda trainings: [], lambda *_: timed) == 0
+    assert "not timed: [enforce fail]" in " ".join((tmp_path / "depth.txt").read_text().split())
+
+
 def test_text_and_pictures_say_what_was_found(of_known_law):
     _, folder, found, _ = of_known_law
     written = (folder / "depth.txt").read_text()
@@ -176,6 +214,9 @@ def test_runs_of_another_recipe_are_not_taken_for_these(of_known_law):
     arguments, folder, _, _ = of_known_law
     (said,) = problems_of([*arguments, "optimizer.clip=0.5"])
     assert "optimizer.clip=" in said and "holds runs of another recipe" in said
+    # models of as many layers and as wide, and not these
+    (said,) = problems_of([*arguments, "model.d_ff=352", "model.n_kv_heads=8"])
+    assert "model.d_ff=176" in said and "and 1 more" in said
     run = next((folder / "runs").glob("*-s2")) / "metrics.jsonl"
     kept = run.read_text()
     run.write_text(kept.replace('"step": 50', '"step": 49'))
