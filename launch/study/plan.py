@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from conf.clusters import cluster_of
 from conf.compose import compose_overrides, quoted
-from conf.paths import checked
+from conf.paths import checked, path_problems
 from conf.schema import Config
 from conf.train_settings import Rate
 from launch.settings import settings_of
@@ -20,6 +21,7 @@ from launch.study.settings import (
     sections_of,
     windows_of,
 )
+from launch.trainings.recipe import keep_recipe, other_recipe, recipe_of
 from launch.trainings.train_all import Training
 from model.config import ModelConfig
 from model.problems import BadInput
@@ -168,6 +170,25 @@ class Plan:
         """The tokens of a step of an uptraining."""
         length = length_of(self.config)
         return length.at(length.schedule_steps).tokens
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What all runs of the folder share and their names do not say, so that others are not taken for them."""
+        settings, source = self.settings, self.source
+        extra: dict[str, Any] = {
+            "uptrain.rate": self.rate.name,
+            "study.alphas": sorted(settings.alphas),
+            "study.alpha": settings.alpha,
+        }
+        if source:  # the seed of a run counts from the first
+            extra["init_from"] = str(source.path.absolute())
+            extra["init_from's step"] = source.run.step if source.run else None
+            extra["study.seeds[0]"] = settings.seeds[0]
+        return recipe_of(self.config, {"train.seed"}, extra)
+
+    def keep_recipe(self) -> None:
+        """Write the recipe of the runs into the study's folder."""
+        keep_recipe(self.folder, self.recipe)
 
     def step_of(self, alpha: float) -> int:
         """Return the step after which an uptraining has seen a share of the original tokens."""
@@ -319,7 +340,7 @@ def _checked(overrides: list[str], problems: list[str], writes: bool = True) -> 
 def _problems(study: Plan) -> list[str]:
     """Return the problems of the study's own settings."""
     settings, config = study.settings, study.config
-    found = problems_of_lists(settings)
+    found = path_problems("study.dir", study.folder) + problems_of_lists(settings)
     found += problems_of_model(settings, config.model, config.train.seq_len, study.source is None)
     if not config.data.val_fraction:
         found.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
@@ -340,4 +361,4 @@ def _problems(study: Plan) -> list[str]:
                 f"study.alphas={settings.alphas}: {steps[step]:g} and {alpha:g} are both {step} steps of training"
             )
         steps[step] = alpha
-    return found
+    return found or other_recipe("study.dir", study.folder, study.recipe)

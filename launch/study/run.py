@@ -48,6 +48,7 @@ def run(overrides: Sequence[str], starts: Starts | None = None, parts: Mapping[S
         wanted = {section: parts[section].runs(study) for section in study.sections}
         trainings = SectionTrainings(study, wanted, _say, starts)
         _check(study, trainings)
+        study.keep_recipe()
         number, left, tokens = trainings.cost
         if left:
             _say(f"{number} trainings, {left} to be done, of {tokens:,} tokens together")

@@ -1,7 +1,7 @@
 """The recipe that runs in a folder of a study share, kept there so that runs of another are not taken for them."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ _MEASURED = ("val_sequences", "precision")
 """Of `train`: no part of a recipe, but losses of runs that differ in them are not to be compared."""
 
 
-def recipe_of(config: Config, own: Collection[str]) -> dict[str, Any]:
+def recipe_of(config: Config, own: Collection[str], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what shapes the loss curve of all runs, and what their losses are measured with, as JSON holds it.
 
     Args:
         config: of a run.
         own: dotted keys that each run has its own value of, such as ``optimizer.lr``; they are left out.
+        extra: further values by key, such as settings of the study, that decide what its runs are.
     """
     sections: dict[str, Any] = {
         name: to_jsonable(asdict(getattr(config, name))) for name in ("model", "data", "optimizer", "schedule", "train")
     }
     measured = {f"train.{key}": sections["train"][key] for key in _MEASURED}
     kept = {key: value for key, value in {**recipe_fields(sections), **measured}.items() if key not in own}
-    found: dict[str, Any] = json.loads(json.dumps(kept))
+    found: dict[str, Any] = json.loads(json.dumps({**kept, **(extra or {})}))
     return found
 
 

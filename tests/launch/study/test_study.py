@@ -1,6 +1,7 @@
 """The study of grouped-query attention: its plan, a small one from command to report, and sections that fail."""
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -283,6 +284,10 @@ def test_orderings_over_seeds_are_those_of_known_losses_and_a_section_that_fails
     seeds = [plan(asked).training(plan(asked).uptraining(Original(seed), 2, Method.mean), Path()) for seed in (1, 2, 3)]
     of_order = [[text for text in one.overrides if text.startswith("train.seed")] for one in seeds]
     assert of_order == [[], ["train.seed=2"], ["train.seed=3"]]
+    for other, word in (("seed-2", "init_from"), ("seed-1", "study.seeds[0]")):
+        changed = [f'init_from="{folder / other / "pretrained"}"', "study.seeds=[2,3]"]
+        with pytest.raises(BadInput, match=r"holds runs of another recipe \(" + re.escape(word)):
+            plan([*asked, *changed[: 1 if word == "init_from" else 2]])
     before = len(starts.folders)
     assert study.run([*more, "study.sections=[uptraining]"], starts) == 0
     assert len(starts.folders) == before
@@ -316,8 +321,8 @@ def test_a_study_of_trained_weights_is_kept_under_their_name_and_has_no_smaller_
         plan([f'init_from="{given}"', *SMALL, "study.sections=[smaller]"])
 
 
-def test_a_schedule_that_runs_again_is_a_run_for_each_share(command):
-    held, again = plan(command), plan([*command, "uptrain.rate=again"])
+def test_a_schedule_that_runs_again_is_a_run_for_each_share(command, tmp_path):
+    held, again = plan(command), plan([*command, "uptrain.rate=again", f"study.dir={tmp_path}"])
     first, second = Original(1), Original(2)
     assert [run.steps for run in held.compared(first, 1)] == [(6, 10)]
     assert [run.steps for run in held.compared(second, 1)] == [(6,)]
@@ -385,6 +390,34 @@ def test_what_cannot_be_is_said_before_anything_is_trained(wrong, said, command,
         study.run([*command, f"study.dir={tmp_path / 'none'}", *wrong], starts)
     assert any(said in problem for problem in error.value.problems), error.value.problems
     assert starts.folders == [] and not (tmp_path / "none" / "seed-1" / "weights").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("train.global_batch=16", "(train.global_batch=8 there, 16 here"),
+        ("model.window=16", "(model.window=None there, 16 here"),
+        ("train.val_sequences=8", "(train.val_sequences=4 there, 8 here"),
+        ("uptrain.rate=again", "(uptrain.rate=end there, again here"),
+        ("study.alphas=[0.3,0.5,0.7]", "(study.alphas=[0.3, 0.5] there, [0.3, 0.5, 0.7] here"),
+        ("study.alpha=0.5", "(study.alpha=0.3 there, 0.5 here"),
+    ],
+)
+def test_a_folder_is_of_one_recipe_and_of_the_shares_that_its_runs_measure(other, said, command, tmp_path):
+    here = [*command, f"study.dir={tmp_path}"]
+    plan(here).keep_recipe()
+    more = ["study.seeds=[1,2,3]", "study.kv_heads=[2,1]", "study.sections=[heads]", "study.alphas=[0.5,0.3]"]
+    assert plan([*here, *more]).kv_heads == [4, 2, 1]
+    with pytest.raises(BadInput) as error:
+        plan([*here, other])
+    (problem,) = error.value.problems
+    assert problem.startswith(f"study.dir={tmp_path}: holds runs of another recipe {said}"), problem
+
+
+def test_the_recipe_is_kept_before_anything_is_trained(command, tmp_path):
+    here = [*command, f"study.dir={tmp_path}", "study.seeds=[1]", "study.sections=[decode]"]
+    assert study.run(here, StandIn(lambda run_dir, step: None)) == 1
+    assert json.loads((tmp_path / "recipe.json").read_text()) == plan(here).recipe
 
 
 def test_several_mistakes_are_said_together(command, tmp_path):
