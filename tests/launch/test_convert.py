@@ -135,7 +135,7 @@ def test_a_text_to_compare_heads_on_that_cannot_be_is_refused(run_dir, tmp_path,
     assert main(["regroup", str(run_dir), "x", "--kv-heads", "3", "--calibrate", "y", "--max-shard-gb", "0"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3  # all problems at once
     # before heads are compared, which takes long
-    assert main(["regroup", str(run_dir), str(tmp_path), *command[4:], "--calibrate", str(tmp_path / "empty")]) == 2
+    assert main(["regroup", str(run_dir), str(tmp_path), *command[3:], "--calibrate", str(tmp_path / "empty")]) == 2
     assert "is there already" in capsys.readouterr().err
     for method in Method:  # the command takes each that there is
         main(["regroup", str(tmp_path / "nowhere"), "x", "--kv-heads", "2", "--method", method.value])
