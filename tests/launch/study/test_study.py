@@ -1,4 +1,4 @@
-"""The study of grouped-query attention: its plan, a small one from command to report, and sections that fail."""
+"""The study of grouped-query attention: a small one from command to report, and sections that fail."""
 
 import json
 import re
@@ -11,22 +11,16 @@ import torch
 from launch.study import run as study
 from launch.study.findings import PARTS
 from launch.study.plan import Original, plan
-from launch.study.settings import Section, Window
-from launch.study.training import KeptStarts, calibration_rows
+from launch.study.settings import Section
 from launch.study.warm_starts import chain_of
 from launch.trainings.starts import ForkStarter
 from model.problems import BadInput
 from model.regroup import Method
+from tests.launch.study.small import SMALL, StandIn, small_study
 from tests.ranks import nursery
 from tests.train.checkpoint import runs
 from train.pretrained import open_source
-from train.strict_json import dumps
 from train.wandb_file import records
-
-MULTI_HEAD = ["model.n_kv_heads=4", "train.total_tokens=5120", "schedule.warmup_steps=2", "train.val_sequences=4"]
-SMALL = ["study.methods=[mean,first]", "study.alphas=[0.3,0.5]", "study.alpha=0.3", "study.kv_heads=[1]"]
-QUICK = ["study.batches=[1,2]", "study.contexts=[8,16]", "study.windows=[8]", "study.warm_starts=[similar,aligned]"]
-TRAINED = "sections=[uptraining,decode,smaller,heads,long_range,windows,warm_starts]"
 
 
 class Starts:
@@ -47,61 +41,9 @@ class Starts:
         return self._starter.start(prepared, slot)
 
 
-class Ended:
-    """A training that has ended."""
-
-    def __init__(self, code):
-        self.code = code
-
-    def poll(self):
-        return self.code
-
-    def signal(self, number):
-        return False
-
-    def kill(self):
-        raise AssertionError
-
-
-class StandIn:
-    """Writes the losses that a function gives for a run's folder and a step; those of which it gives none fail."""
-
-    slots = 2
-
-    def __init__(self, loss):
-        self.loss, self.folders = loss, []
-
-    @contextmanager
-    def __call__(self, ranks, at_once):
-        yield self
-
-    def start(self, prepared, slot):
-        run_dir, steps = prepared.run_dir, [0, *prepared.config.train.val_at]
-        self.folders.append(run_dir.name)
-        losses = [self.loss(run_dir, step) for step in steps]
-        if None in losses:
-            return Ended(1)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lines = [dumps({"step": step, "val_loss": loss}) for step, loss in zip(steps, losses, strict=True)]
-        (run_dir / "metrics.jsonl").write_text("\n".join(lines))
-        (run_dir / "summary.json").write_text('{"complete": true, "diverged": false}')
-        return Ended(0)
-
-
 @pytest.fixture(scope="module")
 def command(overrides, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study") / "it's kept"
-    quiet = "wandb.mode=disabled"  # W&B takes most of the seconds of runs as short as these
-    return [
-        *overrides,
-        *MULTI_HEAD,
-        *SMALL,
-        *QUICK,
-        f"study.{TRAINED}",
-        "study.seeds=[1,2]",
-        quiet,
-        f"study.dir={folder}",
-    ]
+    return small_study(overrides, tmp_path_factory.mktemp("study") / "it's kept")
 
 
 @pytest.fixture(scope="module")
@@ -319,127 +261,3 @@ def test_a_study_of_trained_weights_is_kept_under_their_name_and_has_no_smaller_
     assert plan([f'init_from="{folder / "seed-1" / "weights" / "1-mean"}"', *SMALL]).folder == Path("runs/gqa-1-mean")
     with pytest.raises(BadInput, match="smaller pretrains a smaller model by the recipe of the original"):
         plan([f'init_from="{given}"', *SMALL, "study.sections=[smaller]"])
-
-
-def test_a_schedule_that_runs_again_is_a_run_for_each_share(command, tmp_path):
-    held, again = plan(command), plan([*command, "uptrain.rate=again", f"study.dir={tmp_path}"])
-    first, second = Original(1), Original(2)
-    assert [run.steps for run in held.compared(first, 1)] == [(6, 10)]
-    assert [run.steps for run in held.compared(second, 1)] == [(6,)]
-    assert [run.steps for run in again.compared(first, 1)] == [(6,), (10,)]
-    shared = again.training(again.compared(first, 1)[0], Path("weights")).overrides
-    assert "uptrain.rate=again" in shared and any(text.startswith("data.cache_dir=") for text in shared)
-    assert not any(text.startswith(("model.n_", "optimizer.", "train.total_tokens")) for text in shared)
-    assert "checkpoint.keep_every=6" in held.training(held.compared(first, 1)[0], Path()).overrides
-    assert "checkpoint.keep_every=6" not in shared
-
-
-def test_null_is_every_divisor_and_windows_are_parts_of_the_context(overrides, tmp_path):
-    more = [f"study.dir={tmp_path / 'all'}", "study.alphas=[0.05,0.3]"]
-    found = plan([*overrides, *MULTI_HEAD, *more])
-    assert found.kv_heads == [4, 2, 1] == found.few
-    assert found.sections == list(Section)
-    assert found.windows == [Window(16), Window(8), Window(8, "ssf")]
-    assert found.smaller_model.n_layers == 2  # the cache of GQA-2
-    rows_BL = calibration_rows(found)
-    assert (
-        rows_BL.shape == (8, 32) and rows_BL.dtype == torch.int64 and len({tuple(row) for row in rows_BL.tolist()}) == 8
-    )
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["study.kv_heads=[3]"], "study.kv_heads=3: does not divide the 4 key/value heads"),
-        (["study.methods=[median]"], "study.methods=[median]: "),
-        (["study.methods=[similar]"], "study.methods=[similar]: is compared elsewhere; mean, first, random would work"),
-        (
-            ["study.warm_starts=[first]"],
-            "study.warm_starts=[first]: is compared elsewhere; similar, aligned, svd would",
-        ),
-        (["study.alpha=0.2"], "study.alpha=0.2: not one of study.alphas=[0.3, 0.5]"),
-        (["study.alphas=[0.26,0.3]"], "0.26 and 0.3 are both 6 steps of training"),
-        (["study.alphas=[0.0,0.3]"], "at least one share above 0"),
-        (["study.batches=[]"], "study.batches=[]: at least one number"),
-        (["study.contexts=[0]"], "study.contexts=[0]: at least one number, each at least 1"),
-        (["study.sections=[heads,attention]"], "study.sections=[heads,attention]: "),
-        (["study.sections=[]"], "study.sections=[]: at least one of uptraining, decode"),
-        (["study.seeds=[]"], "study.seeds=[]: at least one number"),
-        (["study.seeds=[1,2,1]"], "study.seeds: 1 stands there twice"),
-        (["study.windows=[wide]"], "study.windows=[wide]: is no number of tokens; [16] or"),
-        (["study.windows=[32]"], "study.windows=[32]: hides nothing in train.seq_len=32 tokens"),
-        (['study.windows=["8:fff"]'], "study.windows=[8:fff]: model.window_pattern=fff: has no s"),
-        (["study.smaller_layers=4"], "study.smaller_layers=4: must be 1 to 3"),
-        (["study.parallel_runs=0"], "study.parallel_runs=0: must be at least 1"),
-        (["study.device=h1000", "study.sections=[roofline]"], "study.device=h1000: no such preset"),
-        (["study.heads=2"], "study.heads=2: no such key; there are study.sections, study.seeds"),
-        (["train.seed=2"], "train.seed: is the study's to set; study.seeds=[…] would work"),
-        (["hydra.run.dir=/elsewhere"], "hydra.run.dir: is the study's to set; study.dir="),
-        (["uptrain.alpha=0.1"], "uptrain.alpha: is the study's to set"),
-        (["model.n_heads=5"], "model.n_kv_heads=4: does not divide model.n_heads=5"),
-        (["parallel.pp=99"], "parallel.pp=99: more stages than the 4 layers"),
-        (["data.val_fraction=0"], "data.val_fraction=0: a study measures the loss on held-out documents"),
-        (["checkpoint.enabled=false"], "checkpoint.enabled=false: a study reads the weights of its runs"),
-        (["train.val_sequences=1"], "train.val_sequences=1: a passage of one held-out sequence is read in another"),
-        (["init_from=/nowhere"], "/nowhere: no weights are there"),
-    ],
-)
-def test_what_cannot_be_is_said_before_anything_is_trained(wrong, said, command, tmp_path):
-    starts = StandIn(lambda run_dir, step: None)
-    with pytest.raises(BadInput) as error:
-        study.run([*command, f"study.dir={tmp_path / 'none'}", *wrong], starts)
-    assert any(said in problem for problem in error.value.problems), error.value.problems
-    assert starts.folders == [] and not (tmp_path / "none" / "seed-1" / "weights").exists()
-
-
-@pytest.mark.parametrize(
-    ("other", "said"),
-    [
-        ("train.global_batch=16", "(train.global_batch=8 there, 16 here"),
-        ("model.window=16", "(model.window=None there, 16 here"),
-        ("train.val_sequences=8", "(train.val_sequences=4 there, 8 here"),
-        ("uptrain.rate=again", "(uptrain.rate=end there, again here"),
-        ("study.alphas=[0.3,0.5,0.7]", "(study.alphas=[0.3, 0.5] there, [0.3, 0.5, 0.7] here"),
-        ("study.alpha=0.5", "(study.alpha=0.3 there, 0.5 here"),
-    ],
-)
-def test_a_folder_is_of_one_recipe_and_of_the_shares_that_its_runs_measure(other, said, command, tmp_path):
-    here = [*command, f"study.dir={tmp_path}"]
-    plan(here).keep_recipe()
-    more = ["study.seeds=[1,2,3]", "study.kv_heads=[2,1]", "study.sections=[heads]", "study.alphas=[0.5,0.3]"]
-    assert plan([*here, *more]).kv_heads == [4, 2, 1]
-    with pytest.raises(BadInput) as error:
-        plan([*here, other])
-    (problem,) = error.value.problems
-    assert problem.startswith(f"study.dir={tmp_path}: holds runs of another recipe {said}"), problem
-
-
-def test_the_recipe_is_kept_before_anything_is_trained(command, tmp_path):
-    here = [*command, f"study.dir={tmp_path}", "study.seeds=[1]", "study.sections=[decode]"]
-    assert study.run(here, StandIn(lambda run_dir, step: None)) == 1
-    assert json.loads((tmp_path / "recipe.json").read_text()) == plan(here).recipe
-
-
-def test_several_mistakes_are_said_together(command, tmp_path):
-    with pytest.raises(BadInput) as error:
-        plan([*command, f"study.dir={tmp_path}", "study.heads=2", "train.global_batch=0"])
-    assert [problem.partition("=")[0] for problem in error.value.problems] == ["study.heads", "train.global_batch"]
-
-
-def test_what_starts_trainings_is_kept_from_one_call_to_the_next(monkeypatch):
-    made, closed = [], []
-
-    @contextmanager
-    def starter(ranks, at_once):
-        made.append((ranks, at_once))
-        yield made[-1]
-        closed.append((ranks, at_once))
-
-    monkeypatch.setattr("launch.study.training.starter", starter)
-    kept = KeptStarts()
-    for ranks in (1, 1, 2):
-        with kept(ranks, None) as found:
-            assert found == (ranks, None)
-    assert made == [(1, None), (2, None)] and closed == [(1, None)]
-    kept.close()
-    assert closed == made
