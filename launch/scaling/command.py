@@ -87,11 +87,11 @@ def _report(planned: Plan, by: Laws | None) -> int:
     tokens = sum(data.num_train_tokens for data in prepare_run(planned.config).by_name.values())
     grid, isoflop = (outcomes_of(planned, settings) for settings in (planned.grid(), planned.isoflop(by)))
     found = findings(planned, grid, isoflop, by, tokens)
-    pictures = draw(found, planned.folder)
     (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     text = as_text(found)
     (planned.folder / TEXT).write_text(text + "\n", "utf-8")
     print(text)
+    pictures = draw(found, planned.folder)
     print(f"\n{planned.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
     config = {"scaling": to_jsonable(asdict(planned.settings)), **to_jsonable(asdict(planned.config))}
     summary = {key: found[key] for key in ("rates", "allocation", "further", "notes")}

@@ -18,6 +18,7 @@ ROUNDED = 1.01
 """How far outside of what was tried a rate may lie for it to be taken for the end of that."""
 FEW_SIZES = 5
 """Fewer sizes of a compute are said to be few."""
+_OF_GRID = {"lr": "rate", "batch_tokens": "batch"}
 PAPER = {
     "lr": (laws.LEARNING_RATE, laws.RATE_FITTED),
     "batch_tokens": (laws.BATCH_TOKENS, laws.RATE_FITTED),
@@ -134,6 +135,11 @@ def _of_rates(found: dict[str, Any], study: Plan, by: Laws | None) -> list[str]:
             )
         if budget["best"] is None:
             notes.append(f"{budget['compute']:.3g} FLOPs: every run of the grid diverged, and the laws are without it")
+    unknown = [said for key, said in _OF_GRID.items() if found["rates"][key]["exponent_interval"] is None]
+    if unknown:
+        notes.append(
+            f"no intervals of the {' and the '.join(unknown)}: fewer than two computes have several near-optimal values"
+        )
     settings = study.settings
     for budget in sorted(settings.budgets):
         held = []
@@ -163,6 +169,12 @@ def _of_allocation(found: dict[str, Any]) -> list[str]:
         if curve["sizes"] < FEW_SIZES:
             notes.append(f"{curve['compute']:.3g} FLOPs: {curve['sizes']} sizes are few for a parabola; 5 would work")
     lost = len({run["budget"] for run in found["runs"] if run["kind"] == "isoflop"}) - len(allocated["curves"])
+    if not allocated["curves"]:
+        works = "lower scaling.rates, or a lower optimizer.lr without a grid, would work"
+        notes.append(
+            f"every IsoFLOP run diverged: there are no laws of M, tokens and loss, and no pictures of them; {works}"
+        )
+        return notes
     if lost:
         notes.append(f"{lost} of the computes have no run that did not diverge, and are left out of all laws")
     if allocated["m"] is None:

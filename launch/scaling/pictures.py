@@ -21,12 +21,15 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
         folder: the folder of the files.
 
     Returns:
-        The files: ``grid.png`` and ``rates.png`` where a grid was tried, ``isoflop.png``, ``loss.png``.
+        The files: ``grid.png`` and ``rates.png`` where a grid was tried, ``isoflop.png`` and ``loss.png`` where an
+        IsoFLOP run has a loss.
     """
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed
     tried = [_grids(found, folder / "grid.png"), _rates(found, folder / "rates.png")] if found["rates"] else []
+    if not found["allocation"]["curves"]:
+        return tried
     return [*tried, _isoflop(found, folder / "isoflop.png"), _loss(found, folder / "loss.png")]
 
 

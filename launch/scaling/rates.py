@@ -77,7 +77,8 @@ def as_found(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         ``band``; ``budgets``, a list with ``compute``, ``shape``, ``m``, ``tokens``, ``best`` (lr, batch_tokens, loss),
         ``near_optimal`` (how many settings are), ``tried`` (how many were), ``diverged``, and ``edges``, what of the
         best one lies at the end of what was tried; ``lr`` and ``batch_tokens``, each a law with ``coefficient``,
-        ``exponent``, their 95 % intervals, and ``fitted``, the smallest and the largest compute.
+        ``exponent``, their 95 % intervals, and ``fitted``, the smallest and the largest compute. Intervals are null
+        where fewer than two computes have several near-optimal values: what is drawn anew would be the same again.
     """
     if not outcomes:
         return None
@@ -112,9 +113,19 @@ def as_found(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     return {
         "band": BAND,
         "budgets": budgets,
-        "lr": law_as_found(laws.lr, intervals[:2], fitted),
-        "batch_tokens": law_as_found(laws.batch_tokens, intervals[2:], fitted),
+        "lr": law_as_found(laws.lr, intervals[:2] if _varies(near, "lr") else None, fitted),
+        "batch_tokens": law_as_found(
+            laws.batch_tokens, intervals[2:] if _varies(near, "batch_tokens") else None, fitted
+        ),
     }
+
+
+def _varies(near: Sequence[Tried], key: str) -> bool:
+    """Tell whether two computes or more have several near-optimal values of a key."""
+    values: dict[float, set[float]] = {}
+    for one in near:
+        values.setdefault(one.budget, set()).add(getattr(one, key))
+    return sum(len(own) > 1 for own in values.values()) > 1
 
 
 def law_as_found(law: PowerLaw, intervals: Sequence[tuple[float, float]] | None, fitted: list[float]) -> dict[str, Any]:

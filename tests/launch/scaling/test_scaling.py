@@ -13,8 +13,10 @@ from contextlib import contextmanager
 import pytest
 
 from launch import cli
-from launch.scaling import command
-from launch.scaling.plan import Laws, plan
+from launch.scaling import command, rates
+from launch.scaling.ladder import Shape
+from launch.scaling.outcomes import Outcome
+from launch.scaling.plan import Laws, Setting, plan
 from launch.trainings.starts import ForkStarter
 from launch.trainings.train_all import is_complete, train_all
 from model.problems import BadInput
@@ -159,6 +161,34 @@ def test_minima_outside_of_what_was_measured_are_said_and_left_out(small, tmp_pa
     assert "no law of M and of tokens: fewer than two computes" in text
     assert "above the largest size, and the law of M is without it; larger scaling.shapes would measure it" in text
     assert "4 sizes are few for a parabola" in text
+
+
+def test_one_near_optimal_value_of_each_compute_leaves_no_interval():
+    def tried(budget, lr, batch, loss):
+        setting = Setting("rate", budget, Shape(2, 32), 10_000, lr, batch, 32, 1)
+        return Outcome(setting, loss)
+
+    grid = [tried(budget, lr, batch, 2.0 + (lr != best)) for budget, best in ((1e11, 1e-2), (1e12, 5e-3))
+            for lr in (5e-3, 1e-2) for batch in (8, 16)]  # fmt: skip
+    found = rates.as_found(grid)
+    assert found["lr"]["exponent"] < 0 and found["lr"]["exponent_interval"] is None
+    assert found["lr"]["coefficient_interval"] is None and found["batch_tokens"]["exponent_interval"][0] < 0
+    one_compute = [*grid, tried(1e12, 6e-3, 8, 2.001)]  # of the other one the best rate is still the only one
+    assert rates.as_found(one_compute)["lr"]["exponent_interval"] is None
+    both = rates.as_found([*one_compute, tried(1e11, 2e-2, 8, 2.001)])["lr"]["exponent_interval"]
+    assert both[0] < both[1]
+
+
+def test_what_is_known_is_written_where_every_isoflop_run_has_diverged(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "cost_of", lambda study, settings: "")
+    monkeypatch.setattr(known, "loss_of", lambda m, tokens, lr, batch: float("nan") if m * tokens > 3e11 else 2.0 + lr)
+    grid = ["scaling.rate_budgets=[1e10,1e11]", "scaling.rates=[5e-3,5.1e-3]", "scaling.batches=[16]"]
+    arguments = [*small, *KNOWN, *grid, f"scaling.dir={tmp_path}"]
+    assert command.study(arguments, known.Known(noise=0.0), lambda trainings: []) == 0
+    found, text = json.loads((tmp_path / "scaling.json").read_text()), (tmp_path / "scaling.txt").read_text()
+    assert found["allocation"]["curves"] == [] and "every IsoFLOP run diverged: there are no laws" in text
+    assert "no intervals of the batch: fewer than two computes have several" in " ".join(text.split()) and "[?]" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"grid.png", "rates.png"}
 
 
 def test_a_grid_without_any_loss_ends_the_study_before_more_is_trained(small, tmp_path, nothing_drawn):
