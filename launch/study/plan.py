@@ -223,7 +223,12 @@ class Plan:
 
     def folder_of(self, original: Original) -> Path:
         """Return the folder of what comes of an original."""
-        return self.folder / f"seed-{original.seed}" / ("smaller" if original.smaller else "")
+        return self.folder / f"seed-{original.seed}" / (self._smaller if original.smaller else "")
+
+    @property
+    def _smaller(self) -> str:
+        """The name of the smaller model, whose layers are not part of the recipe."""
+        return f"smaller-{self.smaller_model.n_layers}layers"
 
     def path_of(self, original: Original) -> Path:
         """Return where its weights are, or will be once it is trained."""
@@ -253,7 +258,7 @@ class Plan:
         overrides = [*self.pretrain, f"train.seed={original.seed}"]
         if original.smaller:
             overrides.append(f"model.n_layers={self.smaller_model.n_layers}")
-        kind = "smaller" if original.smaller else "pretrained"
+        kind = self._smaller if original.smaller else "pretrained"
         return Training(f"{self.folder.name}-{kind}-s{original.seed}", self.path_of(original), tuple(overrides))
 
     def training(self, run: Uptraining, begins: Path) -> Training:
@@ -274,7 +279,7 @@ class Plan:
         at = self.step_of(self.settings.alpha)
         if run.steps[-1] > at and at in run.steps:  # what heads hold is looked at there
             overrides += [f"checkpoint.every_steps={at}", f"checkpoint.keep_every={at}"]
-        kind = "smaller-" if run.original.smaller else ""
+        kind = f"{self._smaller}-" if run.original.smaller else ""
         name = f"{self.folder.name}-{kind}{run.name}-s{run.original.seed}"
         return Training(name, self.run_dir(run), (*overrides, *self.shared))
 

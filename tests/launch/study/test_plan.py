@@ -112,6 +112,16 @@ def test_a_folder_is_of_one_recipe_and_of_the_shares_that_its_runs_measure(other
     assert problem.startswith(f"study.dir={tmp_path}: holds runs of another recipe {said}"), problem
 
 
+def test_smaller_models_of_other_layers_have_folders_of_their_own(command):
+    for more, layers in ((["study.kv_heads=[1]"], 1), (["study.kv_heads=[2]"], 2), (["study.smaller_layers=3"], 3)):
+        found = plan([*command, *more])
+        original = Original(1, smaller=True)
+        above = found.folder / "seed-1" / f"smaller-{layers}layers"
+        assert found.pretraining(original).run_dir == above / "pretrained"
+        assert f"model.n_layers={layers}" in found.pretraining(original).overrides
+        assert found.run_dir(found.compared(original, 4)[0]).parent == above / "uptrained"
+
+
 def test_the_recipe_is_kept_before_anything_is_trained(command, tmp_path):
     here = [*command, f"study.dir={tmp_path}", "study.seeds=[1]", "study.sections=[decode]"]
     assert study.run(here, StandIn(lambda run_dir, step: None)) == 1

@@ -66,9 +66,10 @@ def of_seed(number, first):
 def test_every_model_is_trained_once_and_a_second_command_trains_nothing(done, command, capsys):
     folder, _, starts = done
     assert sorted(starts.folders[:4]) == sorted(
-        f"{above}/pretrained" for above in ("it's kept/seed-1", "it's kept/seed-2", "seed-1/smaller", "seed-2/smaller")
+        f"{above}/pretrained"
+        for above in ("it's kept/seed-1", "it's kept/seed-2", "seed-1/smaller-1layers", "seed-2/smaller-1layers")
     )
-    smaller = {"smaller/uptrained/4-original-0.3" for _ in range(2)}
+    smaller = {"smaller-1layers/uptrained/4-original-0.3" for _ in range(2)}
     assert set(starts.folders[4:]) == of_seed(1, True) | of_seed(2, False) | smaller
     assert len(starts.folders) == 4 + 8 + 8 + 2
     assert study.run([*command, "study.sections=[uptraining,windows]"], starts) == 0
@@ -140,7 +141,7 @@ def test_windows_and_the_smaller_model_are_what_is_trained(done):
     assert [(model["kv_heads"], model["window"]) for model in models] == [(4, None), (4, 8), (1, None), (1, 8)]
     assert [model["cache_bytes"] // (2 * 8 * 4 * 4) for model in models] == [4 * 32, 4 * 8, 32, 8]
     assert all(model["val_loss"]["n"] == 2 for model in models)
-    smaller = open_source(folder / "seed-1/smaller/uptrained/4-original-0.3").weights.config
+    smaller = open_source(folder / "seed-1/smaller-1layers/uptrained/4-original-0.3").weights.config
     assert (smaller.n_layers, smaller.n_kv_heads) == (1, 4)  # with the cache of MQA of 4 layers
     assert found["sections"]["smaller"]["against"][0]["cache"] == 1.0
 
