@@ -17,6 +17,10 @@ START_SECONDS = 3.0
 """Of a run on a CPU that a process with all imports forks: the engine, its end, a checkpoint and W&B's."""
 STEP_SECONDS = 0.003
 """Of a step on a CPU besides its passes: data, optimizer, records."""
+GPU_START_SECONDS = 25.0
+"""Of a run on GPUs, a command of its own: imports, CUDA and NCCL, the engine, a checkpoint. Assumed, not measured."""
+GPU_STEP_SECONDS = 0.03
+"""Of a step on GPUs besides its FLOPs: small models wait for kernels to be launched. Assumed, not measured."""
 MOST_FLOPS = 2e10
 """Of a micro-batch that is timed, a second on a slow core; the speed of larger models is that of the largest timed."""
 PROBE_SECONDS = 0.15
@@ -44,27 +48,30 @@ def cost_of(study: Plan, settings: Sequence[Setting]) -> str:
 def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
     """Estimate the seconds that runs take on this machine; None where nothing is known of its GPUs.
 
-    On a CPU a forward and a backward pass of each model are timed, on GPUs `ON_GPU` of their peak is reckoned with.
+    On a CPU a forward and a backward pass of each model are timed, on GPUs `ON_GPU` of their peak is reckoned with;
+    what a run and a step take besides is added. As many runs share the time as `parallel_runs` and the devices allow,
+    and the longest run is the least that it takes.
     """
     train, parallel = study.config.train, study.config.parallel
     ranks = parallel.pp * parallel.tp * (parallel.dp or 1)
-    if torch.cuda.is_available():
-        peak = peak_flops(torch.device("cuda"))
-        if peak is None:
-            return None
-        flops = sum(study.ladder.model(one.shape).flops_per_token(one.seq_len) * one.tokens for one in settings)
-        return flops / (ON_GPU * peak * max(torch.cuda.device_count(), 1))
-    cores = len(os.sched_getaffinity(0))
-    busy = min(cores, ranks * (study.settings.parallel_runs or max(1, cores // ranks)))
-    rates = _flops_per_second(study, settings)
+    on_gpus = torch.cuda.is_available()
+    peak = peak_flops(torch.device("cuda")) if on_gpus else None
+    if on_gpus and peak is None:
+        return None
+    devices = max(torch.cuda.device_count(), 1) if on_gpus else len(os.sched_getaffinity(0))
+    start, step = (GPU_START_SECONDS, GPU_STEP_SECONDS) if on_gpus else (START_SECONDS, STEP_SECONDS)
+    rates = {str(one.shape): ON_GPU * peak for one in settings} if peak else _flops_per_second(study, settings)
     held_out = train.val_sequences * train.seq_len * HELD_OUT
     of_runs = [
-        study.ladder.model(one.shape).flops_per_token(one.seq_len) * (one.tokens + held_out) / rates[str(one.shape)]
-        + STEP_SECONDS * one.steps
-        + START_SECONDS
+        study.ladder.model(one.shape).flops_per_token(one.seq_len)
+        * (one.tokens + held_out)
+        / (rates[str(one.shape)] * min(ranks, devices))
+        + step * one.steps
+        + start
         for one in settings
     ]
-    return max(sum(of_runs) / busy, max(of_runs) / ranks)
+    busy = min(devices, ranks * (study.settings.parallel_runs or max(1, devices // ranks)))
+    return max(sum(of_runs) * min(ranks, devices) / busy, max(of_runs))
 
 
 def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from launch import cli
-from launch.scaling import command, rates
+from launch.scaling import command, cost, rates
 from launch.scaling.ladder import Shape
 from launch.scaling.outcomes import Outcome
 from launch.scaling.plan import Laws, Setting, plan
@@ -317,6 +317,25 @@ def test_the_command_is_there(small, tmp_path, monkeypatch, capsys):
     assert cli.main(["scaling", *small, "scaling.sizes=4"]) == 0 and given == [[*small, "scaling.sizes=4"]]
     assert cli.main(["scaling", "--gpus-per-node", "8"]) == 2
     assert "with --print slurm it would" in capsys.readouterr().err
+
+
+def test_time_on_gpus_counts_starts_steps_and_the_gpus_that_runs_may_take(small, monkeypatch):
+    monkeypatch.setattr(cost.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cost.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(cost, "peak_flops", lambda device: 1e15)
+
+    def seconds(*more):
+        study = plan([*small, "scaling.dir=/nowhere/yet", "scaling.rate_budgets=[]", *more])
+        return cost.seconds_of(study, study.isoflop(None)), study.isoflop(None)
+
+    alone, settings = seconds("scaling.parallel_runs=1")
+    least = sum(cost.GPU_START_SECONDS + cost.GPU_STEP_SECONDS * one.steps for one in settings)
+    assert least < alone < 1.01 * least  # the FLOPs of such small models are next to nothing
+    assert seconds("scaling.parallel_runs=2")[0] == pytest.approx(alone / 2)
+    assert seconds("scaling.parallel_runs=2", "parallel.tp=4")[0] == pytest.approx(alone / 2, rel=0.01)
+    assert seconds("scaling.parallel_runs=4", "parallel.tp=4")[0] == pytest.approx(alone / 2, rel=0.01)  # of 8 GPUs
+    longest = max(cost.GPU_START_SECONDS + cost.GPU_STEP_SECONDS * one.steps for one in settings)
+    assert alone / 8 < longest < seconds()[0] < 1.01 * longest  # the others are over before it
 
 
 def test_rates_of_laws_are_held_to_what_was_tried(small):
