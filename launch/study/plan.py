@@ -8,8 +8,10 @@ from typing import Any
 
 from conf.clusters import cluster_of
 from conf.compose import compose_overrides, quoted
+from conf.overrides import key_of
 from conf.paths import checked, path_problems
 from conf.schema import Config
+from conf.search import OWN, split_options
 from conf.train_settings import Rate
 from launch.settings import settings_of
 from launch.study.settings import (
@@ -33,9 +35,14 @@ from train.pretrained import Source, open_source
 
 PREFIX = "study."
 _SHARED = (
-    *("parallel.", "wandb.", "alerts.", "checkpoint.", "uptrain.rate", "data.cache_dir"),
-    *("model.attention", "model.kernels", "train.precision", "--config-"),
+    *("parallel.", "wandb.", "alerts.", "checkpoint.", "launch.", "cluster", "uptrain.rate"),
+    *("data.cache_dir", "data.path", "data.tokenizer"),
+    *("model.attention", "model.kernels", "train.precision", "train.micro_batch"),
 )
+"""Keys, or beginnings of keys, of what is no part of a recipe: how and where runs run, and where their data lie."""
+_OF_GIVEN = ("init_from", "train.val_sequences")
+"""What else a study of given weights takes."""
+_RECIPE = ("model", "data", "optimizer", "schedule", "train")
 _SET = {
     "hydra.run.dir": "study.dir=… says where a study is kept",
     "name": "study.dir=… names the study, and each run in it by its model",
@@ -296,16 +303,20 @@ def plan(overrides: Sequence[str]) -> Plan:
     """
     settings, problems = settings_of(StudySettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
     rest = [text for text in overrides if not text.startswith(PREFIX)]
-    given = {text.partition("=")[0].lstrip("+~") for text in rest}
+    given = {key_of(text) for text in rest}
     if refused := [f"{key}: is the study's to set; {works}" for key, works in _SET.items() if key in given]:
         raise BadInput([*problems, *refused])
-    if not given & {"init_from", "model", "--config-name"}:
+    options, rest = split_options(rest)
+    if not given & {"init_from", "model"} and options.config_name == OWN:
         rest = ["model=tiny_mha", *rest]
-    composition = compose_overrides(rest)
+    composition = compose_overrides([*options.arguments, *rest])
     begins = composition.config.init_from
     source = open_source(begins, key="init_from") if begins is not None else None
+    if source and (refused := _not_of_given(rest)):
+        raise BadInput([*problems, *refused])
     # Each uptraining takes its recipe from the weights.
-    shared = [text for text in rest if text.startswith(_SHARED)]
+    shared = [*options.arguments, *(text for text in rest if _is_shared(text))]
+    rest = [*options.arguments, *rest]
     if not any(text.startswith("parallel.") for text in rest):
         rest, shared = [*rest, "parallel.dp=1"], [*shared, "parallel.dp=1"]  # so that several runs share the machine
 
@@ -324,6 +335,23 @@ def plan(overrides: Sequence[str]) -> Plan:
     if problems := _problems(study):
         raise BadInput(problems)
     return study
+
+
+def _is_shared(override: str) -> bool:
+    """Tell whether an override applies to every run, uptrainings included."""
+    key = key_of(override)
+    return any(key.startswith(one) if one.endswith(".") else key == one for one in _SHARED)
+
+
+def _not_of_given(overrides: Sequence[str]) -> list[str]:
+    """Say which overrides no uptraining of given weights would take, which have their recipe from these."""
+    found = dict.fromkeys(key_of(text) for text in overrides if not _is_shared(text))
+    return [
+        f"{key}: {what}; leaving it out would work"
+        for key in found
+        if key not in _OF_GIVEN
+        for what in ["is the original's" if key.partition(".")[0] in _RECIPE else "reaches no uptraining"]
+    ]
 
 
 def _name_of(source: Source) -> str:

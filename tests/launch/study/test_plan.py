@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from launch.study.settings import Section, Window
 from launch.study.training import calibration_rows
 from model.problems import BadInput
 from tests.launch.study.small import MULTI_HEAD, StandIn, small_study
+from train.pretrained import Source
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,38 @@ def test_a_folder_is_of_one_recipe_and_of_the_shares_that_its_runs_measure(other
         plan([*here, other])
     (problem,) = error.value.problems
     assert problem.startswith(f"study.dir={tmp_path}: holds runs of another recipe {said}"), problem
+
+
+def test_given_weights_bring_their_recipe_and_what_would_reach_no_uptraining_is_refused(command, tmp_path, monkeypatch):
+    """The weights stand for those of a run, which plans need no file of."""
+    model = plan(command).model
+    source = Source(tmp_path / "weights", SimpleNamespace(config=model), None, None)
+    monkeypatch.setattr("launch.study.plan.open_source", lambda path, key: source)
+    refused = [
+        "++train.seq_len=16",
+        "+data=files",
+        "optimizer.lr=0.1",
+        "schedule=wsd",
+        "model.d_ff=8",
+        "sample.tokens=3",
+    ]
+    taken = ["+train.micro_batch=2", "++data.cache_dir=here", "data.path=there", "launch.restarts=1", "cluster=h100"]
+    taken += ["train.val_sequences=4", "wandb.mode=disabled", "model.kernels=torch", "uptrain.rate=again"]
+    with pytest.raises(BadInput) as error:
+        plan(["init_from=weights", f"study.dir={tmp_path}", *refused, *taken])
+    assert error.value.problems == [
+        *(f"{key}: is the original's; leaving it out would work"
+          for key in ("train.seq_len", "data", "optimizer.lr", "schedule", "model.d_ff")),
+        "sample.tokens: reaches no uptraining; leaving it out would work",
+    ]  # fmt: skip
+
+
+def test_what_is_no_part_of_the_recipe_applies_to_every_run_however_it_is_written(command, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [config]\n")
+    more = ["++train.micro_batch=2", "++checkpoint.every_minutes=9", "--config-dir", str(tmp_path), "model.window=8"]
+    shared = plan([*command, f"study.dir={tmp_path / 'other'}", *more]).shared
+    assert {"++train.micro_batch=2", "++checkpoint.every_minutes=9", f"--config-dir={tmp_path}"} <= set(shared)
+    assert not any("window" in text or text in ("--config-dir", str(tmp_path)) for text in shared)
 
 
 def test_smaller_models_of_other_layers_have_folders_of_their_own(command):

@@ -227,6 +227,19 @@ def test_orderings_over_seeds_are_those_of_known_losses_and_a_section_that_fails
     seeds = [plan(asked).training(plan(asked).uptraining(Original(seed), 2, Method.mean), Path()) for seed in (1, 2, 3)]
     of_order = [[text for text in one.overrides if text.startswith("train.seed")] for one in seeds]
     assert of_order == [[], ["train.seed=2"], ["train.seed=3"]]
+    many = [
+        "++train.seq_len=16",
+        "+data=files",
+        "optimizer.lr=0.1",
+        "schedule=wsd",
+        "sample.tokens=3",
+        "train.val_at=[1]",
+    ]
+    with pytest.raises(BadInput) as error:
+        plan([*asked, *many])
+    keys = ["train.seq_len", "data", "optimizer.lr", "schedule", "sample.tokens", "train.val_at"]
+    assert [problem.partition(":")[0] for problem in error.value.problems] == keys
+    assert error.value.problems[0] == "train.seq_len: is the original's; leaving it out would work"
     for other, word in (("seed-2", "init_from"), ("seed-1", "study.seeds[0]")):
         changed = [f'init_from="{folder / other / "pretrained"}"', "study.seeds=[2,3]"]
         with pytest.raises(BadInput, match=r"holds runs of another recipe \(" + re.escape(word)):
