@@ -127,7 +127,9 @@ while [ -n "$told" ]; do  # a trap ends `wait` before the run has ended
     wait $run; code=$?
 done
 if [ -n "$again" ] && [ $code -eq 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID"  # where the run is complete by now, it says so and ends
+    # of an array the task alone: the array's own number would queue all of its tasks again
+    job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+    scontrol requeue "${{job:-$SLURM_JOB_ID}}"  # where the run is complete by now, it says so and ends
 fi
 exit $code
 """

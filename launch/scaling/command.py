@@ -115,7 +115,10 @@ def print_array(overrides: Sequence[str], gpus_per_node: int | None) -> int:
         _say(f"{planned.folder}: all runs are done; the same command without --print fits the laws to them")
         return 0
     planned.keep_recipe()
-    print(as_array(planned.folder.name, left, gpus_per_node, again), end="")
+    script, said = as_array(planned.folder.name, left, gpus_per_node, again)
+    print(script, end="")
+    for sentence in said:
+        _say(sentence)
     _say(f"{len(left)} runs are printed; `deepnarrow prepare` with the same data.… prepares their data ahead")
     return 0
 

@@ -50,9 +50,13 @@ def test_an_sbatch_script_asks_for_the_nodes_of_the_layout_and_runs_the_same_com
     assert json.loads(ran.stdout) == [os.getcwd(), "-m", "deepnarrow", "launch", "--gpus-per-node", "8", *overrides]
 
 
-@pytest.mark.parametrize(("code", "told", "again"), [(0, True, True), (1, True, False), (0, False, False)])
+@pytest.mark.parametrize(
+    ("code", "told", "again", "task"),
+    [(0, True, "7", {}), (1, True, None, {}), (0, False, None, {})]
+    + [(0, True, "5_2", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"})],
+)
 def test_a_job_is_queued_again_where_it_was_told_to_and_the_run_is_saved(
-    code, told, again, printed, tmp_path, monkeypatch
+    code, told, again, task, printed, tmp_path, monkeypatch
 ):
     run = tmp_path / "python"  # ends when it is told to; as a run that saves, not at once
     run.write_text(f"#!/bin/bash\ntrap 'sleep 0.3; exit {code}' USR1\n{'kill -USR1 $PPID; sleep 60 & wait' * told}\n")
@@ -61,10 +65,10 @@ def test_a_job_is_queued_again_where_it_was_told_to_and_the_run_is_saved(
         file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(run))
     script = printed("slurm", "model=7b", "parallel.pp=8", "parallel.dp=1")
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **task}
     assert subprocess.run(["bash"], input=script, env=environment, text=True, timeout=60).returncode == code
-    assert (tmp_path / "said").exists() == again
-    assert not again or (tmp_path / "said").read_text() == "requeue 7\n"
+    assert (tmp_path / "said").exists() == (again is not None)
+    assert again is None or (tmp_path / "said").read_text() == f"requeue {again}\n"
 
 
 def test_a_jobset_has_a_pod_for_each_node_in_which_torchrun_starts_the_ranks(printed):

@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from launch import cli
-from launch.scaling import command, cost, rates
+from launch.cluster.printed import job_of
+from launch.scaling import command, cost, rates, slurm
 from launch.scaling.ladder import Shape
 from launch.scaling.outcomes import Outcome
 from launch.scaling.plan import Laws, Setting, plan
@@ -275,7 +277,7 @@ def test_real_runs_are_stopped_gone_on_with_and_fitted(small, tmp_path, capsys):
     assert {"runs", "isoflop_minima", "grid", "rates", "isoflop", "loss"} <= keys
 
 
-def test_each_run_of_an_array_is_started_with_what_is_its_own(small, tmp_path, capsys):
+def test_each_run_of_an_array_is_started_with_what_is_its_own(small, tmp_path, capsys, monkeypatch):
     few = ["scaling.rate_budgets=[1e11,1e12]", "scaling.rates=[5e-3,1e-2]", "scaling.batches=[32]", "scaling.sizes=3"]
     few += ["scaling.budgets=[1e12,2e12,4e12]", f"scaling.dir={tmp_path / 'on nodes'}"]
     arguments = [*small, *KNOWN, *few]
@@ -285,10 +287,16 @@ def test_each_run_of_an_array_is_started_with_what_is_its_own(small, tmp_path, c
         assert cli.main(options) == 0
         return capsys.readouterr()
 
-    study, script = plan(arguments), printed().out
+    study, first = plan(arguments), printed()
+    script = first.out
     grid = study.grid()
     assert f"#SBATCH --array=0-{len(grid) - 1}\n" in script and "--gpus-per-node=1\n" in script
-    assert "--exclusive" not in script  # a run on one of the 8 GPUs leaves the others to others
+    assert "#SBATCH --exclusive\n" in script and "each run takes 1 of the 8 GPUs of a node" in first.err
+    one_gpu = [*options[:-1], "1"]
+    monkeypatch.setattr(slurm, "job_of", lambda *given: replace(job_of(*given), said=["Mind the gap."]))
+    assert cli.main(one_gpu) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("Mind the gap.") == 1 and not any("of the" in line for line in said), said
     known.Known(stop_after=1)([study.training(one) for one in grid], at_once=None)
     script = printed().out
     assert "#SBATCH --array=0-2\n" in script and "The same command with --print then prints the runs" in script
