@@ -1,7 +1,6 @@
 """The trainings of a study: what each section needs, pretrained first, then uptrained, several at a time."""
 
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.settings import Section
+from launch.supervise import PASSED_ON
 from launch.trainings.starts import Starter, starter
 from launch.trainings.train_all import Training, train_all
 from model.problems import BadInput
@@ -21,7 +21,7 @@ from train.pretrained import Source, open_source
 SHARD_BYTES = 5 * 10**9
 CALIBRATION_ROWS = 8
 """Training sequences by whose keys and values heads are compared."""
-_BY_THE_USER = {0, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))}
+_BY_THE_USER = {0, *(128 + number for number in PASSED_ON)}
 """What `train_all` returns where it was told to stop."""
 Starts = Callable[[int, int | None], AbstractContextManager[Starter]]
 
