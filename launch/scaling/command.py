@@ -11,7 +11,7 @@ from launch.scaling.cost import cost_of
 from launch.scaling.findings import findings
 from launch.scaling.outcomes import outcomes_of
 from launch.scaling.pictures import draw
-from launch.scaling.plan import Laws, Plan, plan
+from launch.scaling.plan import ISOFLOP, Laws, Plan, Setting, plan
 from launch.scaling.rates import laws_of_grid
 from launch.scaling.slurm import as_array
 from launch.scaling.text import as_text
@@ -20,6 +20,7 @@ from launch.trainings.wandb_of_study import Table, wandb_of_study
 from model.problems import BadInput
 from train.data.sources import prepare_run
 from train.like import take_over
+from train.records import is_over
 from train.strict_json import dumps
 
 RESULTS, TEXT = "scaling.json", "scaling.txt"
@@ -76,6 +77,7 @@ def study(
             return code
         by = _laws(planned)
     isoflop = planned.isoflop(by)
+    _say_unused(planned, isoflop)
     if by is not None and not all(planned.training(one).is_done for one in isoflop):
         _say(f"rate {by.lr}, batch {by.batch_tokens} tokens; {len(isoflop)} IsoFLOP runs with them")
     if (code := _trained(planned, isoflop, train)) is not None:
@@ -109,7 +111,9 @@ def print_array(overrides: Sequence[str], gpus_per_node: int | None) -> int:
     left = _left(planned, planned.grid())
     again = "The same command with --print then prints the runs that are trained by what these find."
     if not left:
-        left = _left(planned, planned.isoflop(_laws(planned)))
+        isoflop = planned.isoflop(_laws(planned))
+        _say_unused(planned, isoflop)
+        left = _left(planned, isoflop)
         again = "The same command without --print then fits the laws to all runs, and trains nothing."
     if not left:
         _say(f"{planned.folder}: all runs are done; the same command without --print fits the laws to them")
@@ -143,6 +147,16 @@ def _tables(found: dict[str, Any]) -> dict[str, Table]:
         "runs": (columns, [[run[key] for key in columns] for run in found["runs"]]),
         "isoflop_minima": (list(curves[0]), [list(curve.values()) for curve in curves]) if curves else ((), ()),
     }
+
+
+def _say_unused(planned: Plan, isoflop: Sequence[Setting]) -> None:
+    """Say how many finished IsoFLOP runs of the folder are not of the study, as after its grid has moved the laws."""
+    folder = planned.folder / ISOFLOP
+    wanted = {one.name for one in isoflop}
+    unused = [path for path in folder.glob("*") if path.name not in wanted and is_over(path)]
+    if unused:
+        what = "run there is" if len(unused) == 1 else "runs there are"
+        _say(f"{folder}: {len(unused)} finished {what} of another compute, model, rate, batch or seed, and not used")
 
 
 def _say(text: str) -> None:

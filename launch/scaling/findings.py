@@ -175,6 +175,12 @@ def _of_allocation(found: dict[str, Any]) -> list[str]:
             f"every IsoFLOP run diverged: there are no laws of M, tokens and loss, and no pictures of them; {works}"
         )
         return notes
+    best = sum(not curve["measured"] for curve in allocated["curves"])
+    if best and allocated["loss"]:
+        notes.append(
+            f"loss law and held-out loss: of {best} of the {len(allocated['curves'])} computes the least loss is the "
+            "best run's, as no parabola has its minimum between the sizes; another size might go below it"
+        )
     if lost:
         notes.append(f"{lost} of the computes have no run that did not diverge, and are left out of all laws")
     if allocated["m"] is None:

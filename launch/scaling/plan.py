@@ -18,6 +18,8 @@ from launch.trainings.train_all import Training
 from model.problems import BadInput
 
 PREFIX = "scaling."
+ISOFLOP = "isoflop"
+"""The folder of the IsoFLOP runs."""
 SMALL = (
     "model=tiny_mha",
     "model.head_dim=16",  # so that widths, multiples of it, lie close together
@@ -190,7 +192,7 @@ class Plan:
             f"schedule.warmup_steps={warmup}",
             f"train.seed={setting.seed}",
         ]
-        run_dir = self.folder / ("rates" if setting.kind == "rate" else "isoflop") / setting.name
+        run_dir = self.folder / ("rates" if setting.kind == "rate" else ISOFLOP) / setting.name
         return Training(f"{self.folder.name}-{setting.name}", run_dir, tuple(overrides), may_diverge=True)
 
     def keep_recipe(self) -> None:

@@ -140,7 +140,9 @@ def test_what_is_done_is_not_done_again(of_known_law, capsys):
     assert planned.folder == laws.folder and len(planned.isoflop(None)) == 30
 
 
-def test_a_study_that_was_stopped_goes_on(small, tmp_path, nothing_drawn):
+def test_a_study_that_was_stopped_goes_on_and_a_larger_grid_trains_isoflop_runs_anew(
+    small, tmp_path, nothing_drawn, capsys
+):
     arguments = [*small, *KNOWN, *COARSE, f"scaling.dir={tmp_path}", "scaling.seeds=[1,2]"]
     for stop_after in (20, 40):  # within the grid, and within the IsoFLOP runs
         trains = known.Known(stop_after=stop_after)
@@ -151,6 +153,12 @@ def test_a_study_that_was_stopped_goes_on(small, tmp_path, nothing_drawn):
     found = json.loads((tmp_path / "scaling.json").read_text())
     assert len(rest.trained) == len(found["runs"]) - 60 == 2 * (2 * 3 * 4 + 25) - 60
     assert any("2 seeds: losses of one setting have a standard deviation of 0.0" in note for note in found["notes"])
+    assert "not used" not in capsys.readouterr().err
+    more = known.Known()
+    assert command.study([*arguments, "scaling.rates=[5e-3,8e-3,1e-2,2e-2]"], more, lambda trainings: []) == 0
+    assert len([name for name in more.trained if name.startswith("isoflop")]) == 50
+    said = capsys.readouterr().err
+    assert "50 finished runs there are of another compute, model, rate, batch or seed, and not used" in said
 
 
 def test_minima_outside_of_what_was_measured_are_said_and_left_out(small, tmp_path, nothing_drawn):
@@ -162,6 +170,7 @@ def test_minima_outside_of_what_was_measured_are_said_and_left_out(small, tmp_pa
     assert found["allocation"]["m"] is None and not any(c["measured"] for c in found["allocation"]["curves"])
     assert "no law of M and of tokens: fewer than two computes" in text
     assert "above the largest size, and the law of M is without it; larger scaling.shapes would measure it" in text
+    assert "of 5 of the 5 computes the least loss is the best run's" in text
     assert "4 sizes are few for a parabola" in text
 
 
