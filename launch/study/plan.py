@@ -49,9 +49,8 @@ _SET = {
     "resume": "the same command goes on, and a study.dir of its own begins anew",
     "uptrain.alpha": "study.alphas=[…] says how long uptrainings are",
     "train.seed": "study.seeds=[…] would work",
-    **dict.fromkeys(
-        ["checkpoint.every_steps", "checkpoint.keep_every"], "it saves where it looks; checkpoint.every_minutes works"
-    ),
+    "checkpoint.every_steps": "it saves where it looks; checkpoint.every_minutes works",
+    "checkpoint.keep_every": "it keeps what it looks at; checkpoint.keep_last works",
 }
 """Overrides that a study sets itself, and what works in their place."""
 ORIGINAL = "original"

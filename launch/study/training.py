@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.settings import Section
 from launch.supervise import PASSED_ON
-from launch.trainings.starts import Starter, starter
+from launch.trainings.starts import Started, Starter, starter
 from launch.trainings.train_all import Training, train_all
 from model.problems import BadInput
 from model.regroup import Regrouped
 from train import pretrained as trained
+from train.preflight import PreparedRun
 from train.pretrained import Source, open_source
 
 SHARD_BYTES = 5 * 10**9
@@ -47,6 +49,33 @@ class KeptStarts:
         self._stack.close()
 
 
+class _Watching:
+    """Starts trainings, and keeps the folders of those that have ended, in this order."""
+
+    def __init__(self, starts: Starter, ended: list[Path]):
+        self.slots, self._starts, self._ended = starts.slots, starts, ended
+
+    def start(self, prepared: PreparedRun, slot: int) -> Started:
+        return _Watched(self._starts.start(prepared, slot), lambda: self._ended.append(prepared.run_dir))
+
+
+@dataclass
+class _Watched:
+    started: Started
+    tell: Callable[[], None]
+
+    def poll(self) -> int | None:
+        if (code := self.started.poll()) is not None:
+            self.tell()
+        return code
+
+    def signal(self, number: int) -> bool:
+        return self.started.signal(number)
+
+    def kill(self) -> None:
+        self.started.kill()
+
+
 class SectionTrainings:
     """Trains what sections need, once each.
 
@@ -70,6 +99,7 @@ class SectionTrainings:
         self._study, self._say, self._starts = study, say, starts
         self._wanted = {section: with_those_before(runs) for section, runs in wanted.items()}
         self._sources: dict[Path, Source] = {}
+        self._why: dict[Path, str] = {}  # by folder, of the trainings that have failed
         self.failed: dict[Section, str] = {}
 
     @property
@@ -111,13 +141,20 @@ class SectionTrainings:
         return None
 
     def _train(self, groups: Mapping[Section, Sequence[Training]]) -> int | None:
-        """Train all together; if one fails, the rest section by section, so that it takes no other section with it."""
+        """Train all together; if one fails, the rest section by section, so that it takes no other section with it.
+
+        What has failed is not trained again: the sections that need it fail for the same reason.
+        """
         together = {training.run_dir: training for group in groups.values() for training in group}
         code, why = self._all(list(together.values()))
         if code in _BY_THE_USER or (code is None and not why):
             return code
         for section, group in groups.items():
             if not all(training.is_done for training in group):
+                folders = [training.run_dir.absolute() for training in group]
+                if known := [self._why[folder] for folder in folders if folder in self._why]:
+                    self._fails(section, known[0])
+                    continue
                 code, why = self._all(group)
                 if code in _BY_THE_USER:
                     return code
@@ -127,11 +164,23 @@ class SectionTrainings:
 
     def _all(self, trainings: Sequence[Training]) -> tuple[int | None, str]:
         """Train; return what `train_all` does, and why it failed if it has."""
+        ended: list[Path] = []
+
+        @contextmanager
+        def watching(ranks: int, at_once: int | None) -> Iterator[Starter]:
+            with self._starts(ranks, at_once) as starts:
+                yield _Watching(starts, ended)
+
         try:
-            code = train_all(trainings, at_once=self._study.settings.parallel_runs, say=self._say, start=self._starts)
+            code = train_all(trainings, at_once=self._study.settings.parallel_runs, say=self._say, start=watching)
         except BadInput as error:
             return None, "; ".join(error.problems)
-        return code, f"a training ended with exit code {code}" if code else ""
+        why = f"a training ended with exit code {code}" if code else ""
+        if why and code not in _BY_THE_USER:
+            done = {training.run_dir.absolute(): training.is_done for training in trainings}
+            # Those that ended after the first that failed were told to.
+            self._why |= dict.fromkeys([folder for folder in ended if not done[folder]][:1], why)
+        return code, why
 
     def _fails(self, section: Section, why: str) -> None:
         self.failed[section] = why

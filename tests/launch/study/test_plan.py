@@ -76,7 +76,7 @@ def test_null_is_every_divisor_and_windows_are_parts_of_the_context(overrides, t
         (["train.seed=2"], "train.seed: is the study's to set; study.seeds=[…] would work"),
         (["hydra.run.dir=/elsewhere"], "hydra.run.dir: is the study's to set; study.dir="),
         (["++checkpoint.every_steps=7"], "checkpoint.every_steps: is the study's to set; it saves where it looks"),
-        (["checkpoint.keep_every=7"], "checkpoint.keep_every: is the study's to set; it saves where it looks"),
+        (["checkpoint.keep_every=7"], "checkpoint.keep_every: is the study's to set; it keeps what it looks at"),
         (["uptrain.alpha=0.1"], "uptrain.alpha: is the study's to set"),
         (["model.n_heads=5"], "model.n_kv_heads=4: does not divide model.n_heads=5"),
         (["parallel.pp=99"], "parallel.pp=99: more stages than the 4 layers"),
