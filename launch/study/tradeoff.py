@@ -79,7 +79,7 @@ def longest(model: Found) -> dict[str, Any]:
 def efficiency(found: Found) -> list[dict[str, Any]]:
     """Compute (cost of the original - cost with fewer heads) / loss in quality, in seconds per step and nats.
 
-    The loss in quality is the mean over seeds.
+    The loss in quality is the mean over seeds. Where not every seed loses there is no ratio, None.
     """
     original, *others = found["models"]
     cost = longest(original)["seconds"]
@@ -87,7 +87,7 @@ def efficiency(found: Found) -> list[dict[str, Any]]:
     for model in others:
         saved = cost - longest(model)["seconds"]
         above = difference(model["val_loss"], original["val_loss"])
-        ratio = saved / above["mean"] if above["mean"] > 0 else None
+        ratio = saved / above["mean"] if all(value > 0 for value in above["values"]) else None
         gains.append({"name": model["name"], "seconds_saved": saved, "nats_lost": above, "seconds_per_nat": ratio})
     return gains
 
@@ -125,8 +125,11 @@ def _text(found: Found, facts: Found) -> str:
     cost = most["seconds"] * 1000
     for gain in found["efficiency_gain"]:
         saved, lost = gain["seconds_saved"] * 1000, gain["nats_lost"]
-        no_loss = gain["seconds_per_nat"] is None
-        ratio = "no quality was lost" if no_loss else f"{gain['seconds_per_nat'] * 1000:,.0f} ms per nat"
+        if gain["seconds_per_nat"] is not None:
+            ratio = f"{gain['seconds_per_nat'] * 1000:,.0f} ms per nat"
+        else:
+            none = all(value <= 0 for value in lost["values"])
+            ratio = "no quality was lost" if none else "not told apart from none: not every seed lost quality"
         lines.append(
             f"{gain['name']}: efficiency gain = ({cost:.1f} - {cost - saved:.1f} ms) / ({said(lost)} nats) = {ratio}"
         )

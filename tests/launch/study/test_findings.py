@@ -109,7 +109,7 @@ def test_differences_are_taken_seed_by_seed():
     assert ordering(spread([0.0, 0.0])).startswith("in no order (lower with 0 of 2")
 
 
-def decode(seconds, small_seconds=0.016):
+def decode(seconds, small_seconds=0.016, of_four=(0, 0, 0)):
     def model(name, layers, cache, loss, longest):
         times = [{"batch": 1, "context": c, "seconds": s} for c, s in ((10, 0.02), (20, longest))]
         shape = {"kv_heads": 8, "layers": layers, "parameters": 100 * layers, "kv_cache_bytes_per_token": cache}
@@ -117,7 +117,7 @@ def decode(seconds, small_seconds=0.016):
 
     models = [
         model("MHA", 6, 64, over_seeds(2.99), seconds[0]),
-        model("GQA-4", 6, 32, over_seeds(3.01), seconds[1]),
+        model("GQA-4", 6, 32, over_seeds(3.01, *of_four), seconds[1]),
         model("MQA", 6, 8, over_seeds(2.98), seconds[2]),
         model("MHA, 3 layers", 3, 32, over_seeds(3.05), small_seconds),
     ]
@@ -129,6 +129,21 @@ def test_efficiency_is_time_saved_over_quality_lost():
     four, one, _ = decode((0.04, 0.03, 0.015))["efficiency_gain"]
     assert four["seconds_per_nat"] == pytest.approx((0.04 - 0.03) / (3.01 - 2.99))
     assert one["seconds_saved"] == pytest.approx(0.025) and one["seconds_per_nat"] is None
+
+
+@pytest.mark.parametrize(
+    ("of_four", "said"),
+    [
+        ((0.0, 0.0, -0.03), "(0.0100 ± 0.0173 nats) = not told apart from none: not every seed lost quality"),
+        ((0.1, 0.0, -0.02), "= not told apart from none: not every seed lost quality"),
+        ((-0.03, -0.03, -0.03), "= no quality was lost"),
+    ],
+)
+def test_an_efficiency_is_that_of_a_loss_with_every_seed(of_four, said):
+    found = decode((0.04, 0.03, 0.015), of_four=of_four)
+    assert found["efficiency_gain"][0]["seconds_per_nat"] is None
+    (line,) = (line for line in tradeoff.DECODE.text(found, {}).splitlines() if line.startswith("GQA-4: efficiency"))
+    assert line.endswith(said), line
 
 
 class Asked:
