@@ -86,9 +86,9 @@ def study(
 
 
 def _report(planned: Plan, by: Laws | None) -> int:
-    tokens = sum(data.num_train_tokens for data in prepare_run(planned.config).by_name.values())
+    data = prepare_run(planned.config)
     grid, isoflop = (outcomes_of(planned, settings) for settings in (planned.grid(), planned.isoflop(by)))
-    found = findings(planned, grid, isoflop, by, tokens)
+    found = findings(planned, grid, isoflop, by, data)
     (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     text = as_text(found)
     (planned.folder / TEXT).write_text(text + "\n", "utf-8")

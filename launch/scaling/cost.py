@@ -110,4 +110,5 @@ def _about(seconds: float | None) -> str:
     if seconds is None:
         return "how long they take is not known of this GPU"
     minutes = seconds / 60
-    return f"about {minutes:.0f} min here" if minutes >= 2 else f"about {seconds:.0f} s here"
+    about = f"about {minutes:.0f} min here" if minutes >= 2 else f"about {seconds:.0f} s here"
+    return f"{about}, reckoned by {ON_GPU:.0%} of a GPU's peak and not measured" if torch.cuda.is_available() else about

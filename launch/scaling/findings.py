@@ -1,16 +1,19 @@
 """The results of a scaling study: fitted laws beside the paper's, and what is to be known before they are believed."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from conf.schema import Config
 from launch.scaling import allocation, laws, rates
 from launch.scaling.fits import BAND, PowerLaw
 from launch.scaling.ladder import embedding_share
 from launch.scaling.outcomes import Outcome
 from launch.scaling.plan import Laws, Plan
+from train.data.sources import PreparedSources, shares
 
 FURTHER = 10.0
 """How many times the largest compute the laws are asked for, besides."""
@@ -28,7 +31,7 @@ PAPER = {
 
 
 def findings(
-    study: Plan, grid: Sequence[Outcome], isoflop: Sequence[Outcome], by: Laws | None, train_tokens: int
+    study: Plan, grid: Sequence[Outcome], isoflop: Sequence[Outcome], by: Laws | None, data: PreparedSources
 ) -> dict[str, Any]:
     """Return all numbers of a study.
 
@@ -36,7 +39,7 @@ def findings(
         study: the plan.
         grid, isoflop: what came of its runs.
         by: the laws that the IsoFLOP runs were trained by; None without a grid.
-        train_tokens: the tokens of the corpus.
+        data: the corpora.
 
     Returns:
         A dict for JSON: the data and the shape of sequences; ``runs``, one for each; ``rates``, as
@@ -46,13 +49,18 @@ def findings(
     """
     config = study.config
     all_runs = [*grid, *isoflop]
+
+    @cache
+    def epochs(tokens: int, global_batch: int) -> float:
+        return epochs_of(config, tokens, global_batch, data)
+
     found: dict[str, Any] = {
         "data": ", ".join(config.data.sources) or config.data.source.name,
-        "train_tokens": train_tokens,
+        "train_tokens": data.num_train_tokens,
         "vocab_size": config.model.vocab_size,
         "seq_len": config.train.seq_len,
         "schedule": config.schedule.decay.name,
-        "runs": [_run(study, one, train_tokens) for one in all_runs],
+        "runs": [_run(study, one, epochs(one.setting.tokens, one.setting.global_batch)) for one in all_runs],
         "rates": rates.as_found(grid),
         "allocation": allocation.as_found(isoflop),
         "paper": {
@@ -61,7 +69,10 @@ def findings(
         },
     }
     found["further"] = _further(found, FURTHER * max(study.settings.budgets))
-    return {**found, "notes": [*_scale(found), *_of_rates(found, study, by), *_of_allocation(found), *_of_runs(found)]}
+    return {
+        **found,
+        "notes": [*_scale(found, study), *_of_rates(found, study, by), *_of_allocation(found), *_of_runs(found)],
+    }
 
 
 def law_of(found: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -76,7 +87,21 @@ def as_power_law(law: dict[str, Any]) -> PowerLaw:
     return PowerLaw(law["coefficient"], law["exponent"])
 
 
-def _run(study: Plan, one: Outcome, train_tokens: int) -> dict[str, Any]:
+def epochs_of(config: Config, tokens: int, global_batch: int, data: PreparedSources) -> float:
+    """Return how often a run sees its data, of weighted sources the one that it sees most often.
+
+    Args:
+        config: of the recipe.
+        tokens, global_batch: of the run, in tokens and in sequences.
+        data: its corpora.
+    """
+    if not config.data.sources:
+        return tokens / max(data.num_train_tokens, 1)
+    train = replace(config.train, total_tokens=tokens, global_batch=global_batch, max_steps=None)
+    return max(share.epochs for share in shares(replace(config, train=train), data))
+
+
+def _run(study: Plan, one: Outcome, epochs: float) -> dict[str, Any]:
     setting = one.setting
     model = study.ladder.model(setting.shape)
     return {
@@ -89,7 +114,7 @@ def _run(study: Plan, one: Outcome, train_tokens: int) -> dict[str, Any]:
         "batch_tokens": setting.global_batch * setting.seq_len,
         "steps": setting.steps,
         "tokens": setting.tokens,
-        "epochs": setting.tokens / max(train_tokens, 1),
+        "epochs": epochs,
         "compute": setting.compute,
         "loss": one.loss,
         "bits_per_byte": one.bits_per_byte,
@@ -102,7 +127,7 @@ def _further(found: dict[str, Any], compute: float) -> dict[str, Any]:
     return {"compute": compute, **given, "paper": {name: law.at(compute) for name, (law, _) in PAPER.items()}}
 
 
-def _scale(found: dict[str, Any]) -> list[str]:
+def _scale(found: dict[str, Any], study: Plan) -> list[str]:
     runs = found["runs"]
     shares, heads = [run["embedding_share"] for run in runs], [run["head_flops_share"] for run in runs]
     most, largest = max(run["epochs"] for run in runs), max(run["compute"] for run in runs)
@@ -118,7 +143,8 @@ def _scale(found: dict[str, Any]) -> list[str]:
         f"embedding and head are {min(shares):.0%} to {max(shares):.0%} of the parameters, and the head "
         f"{min(heads):.0%} to {max(heads):.0%} of the FLOPs, which M does not count"
     )
-    repeated = f"; the longest sees its data {most:.1f} times" if most > 1 else ""
+    what = "the source that it repeats most" if study.config.data.sources else "its data"
+    repeated = f"; the longest sees {what} {most:.1f} times" if most > 1 else ""
     notes.append(f"the shortest run has {smallest:,} steps{repeated}")
     return notes
 
