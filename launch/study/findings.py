@@ -1,5 +1,6 @@
 """The findings of a study: a section for each question, each with its numbers, its text and its tables."""
 
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -75,12 +76,56 @@ def facts(results: Results) -> dict[str, Any]:
     }
 
 
-def as_text(found: Found, parts: Mapping[Section, Part] = PARTS) -> str:
-    """Render `findings` as text: what the study is of, and each section under a heading."""
-    blocks = ["\n".join(_head(found))]
+def made(
+    what: str,
+    found: Found,
+    make: Callable[[Section, Found], Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return what is made of each section that has findings, by its name, without those where that fails.
+
+    Args:
+        what: is made, in a word.
+        found: the result of `findings`.
+        make: makes it of a section and its findings.
+        say: is told what could not be made, and why.
+    """
+    whole = {}
+    for name, section in found["sections"].items():
+        if FAILED not in section:
+            one = attempted(partial(_named, what, partial(make, Section(name), section)))
+            if FAILED in one:
+                say(f"{name}: its {what} cannot be made: {one[FAILED]}; its numbers and the other sections are kept")
+            else:
+                whole[name] = one[what]
+    return whole
+
+
+def _named(what: str, make: Callable[[], Any]) -> dict[str, Any]:
+    return {what: make()}
+
+
+def say_aside(text: str) -> None:
+    """Print to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def as_text(found: Found, parts: Mapping[Section, Part] = PARTS, say: Callable[[str], None] = say_aside) -> str:
+    """Render `findings` as text: what the study is of, and each section under a heading.
+
+    Args:
+        found: the result of `findings`.
+        parts: what sections are made of.
+        say: is told which section has no text, and why; that stands in its place too.
+    """
+    blocks, faults = ["\n".join(_head(found))], list[str]()
+    texts = made("text", found, lambda name, section: parts[name].text(section, found), faults.append)
+    for fault in faults:
+        say(fault)
     for name, section in found["sections"].items():
         part = parts[Section(name)]
-        text = f"failed: {section[FAILED]}" if FAILED in section else part.text(section, found)
+        why = next((fault for fault in faults if fault.startswith(f"{name}: ")), "")
+        text = f"failed: {section[FAILED]}" if FAILED in section else texts.get(name, why)
         heading = f"{name}: {part.title}"
         blocks.append(f"{heading}\n{'-' * len(heading)}\n{text}")
     return "\n\n".join(blocks)
@@ -108,11 +153,9 @@ def _head(found: Found) -> list[str]:
     return lines
 
 
-def tables(found: Found, parts: Mapping[Section, Part] = PARTS) -> dict[str, Table]:
-    """Return the tables of all sections by name."""
-    return {
-        name: table
-        for section, of in found["sections"].items()
-        if FAILED not in of
-        for name, table in parts[Section(section)].tables(of).items()
-    }
+def tables(
+    found: Found, parts: Mapping[Section, Part] = PARTS, say: Callable[[str], None] = say_aside
+) -> dict[str, Table]:
+    """Return the tables of all sections by name; `say` is told which section has none, and why."""
+    of_sections = made("tables", found, lambda name, section: parts[name].tables(section), say)
+    return {name: table for of in of_sections.values() for name, table in of.items()}

@@ -1,6 +1,5 @@
 """The command `deepnarrow gqa-study`: pretrain, regroup, uptrain, measure, and report the results."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import to_jsonable
-from launch.study.findings import FAILED, PARTS, as_text, findings, tables
+from launch.study.findings import FAILED, PARTS, as_text, findings, say_aside, tables
 from launch.study.long_range import problems_of as problems_of_rows
 from launch.study.long_range import rows_of
 from launch.study.part import Part
@@ -18,7 +17,7 @@ from launch.study.results import Results, held_out_batches
 from launch.study.settings import Section
 from launch.study.training import KeptStarts, SectionTrainings, Starts
 from launch.trainings.train_all import problems_of
-from launch.trainings.wandb_of_study import wandb_of_study
+from launch.trainings.wandb_of_study import Table, wandb_of_study
 from model.problems import BadInput
 from train.strict_json import dumps
 
@@ -46,12 +45,12 @@ def run(overrides: Sequence[str], starts: Starts | None = None, parts: Mapping[S
             held.callback(kept.close)
             starts = kept
         wanted = {section: parts[section].runs(study) for section in study.sections}
-        trainings = SectionTrainings(study, wanted, _say, starts)
+        trainings = SectionTrainings(study, wanted, say_aside, starts)
         _check(study, trainings)
         study.keep_recipe()
         number, left, tokens = trainings.cost
         if left:
-            _say(f"{number} trainings, {left} to be done, of {tokens:,} tokens together")
+            say_aside(f"{number} trainings, {left} to be done, of {tokens:,} tokens together")
         if (code := trainings.run()) is not None:
             return code
     return _report(study, trainings.failed, parts)
@@ -74,23 +73,25 @@ def _check(study: Plan, trainings: SectionTrainings) -> None:
 def _report(study: Plan, failed: Mapping[Section, str], parts: Mapping[Section, Part]) -> int:
     """Measure, write what was found, and log it."""
     study.folder.mkdir(parents=True, exist_ok=True)
-    found = findings(Results(study, failed, _say), failed, parts)
+    found = findings(Results(study, failed, say_aside), failed, parts)
     (study.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
-    text = as_text(found, parts)
+    faults: list[str] = []
+
+    def fault(said: str) -> None:
+        faults.append(said)
+        say_aside(said)
+
+    text = as_text(found, parts, fault)
     (study.folder / TEXT).write_text(text + "\n", "utf-8")
     print(text)
-    pictures = draw(found, study.folder, parts)
-    print(f"\n{study.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
-    _log(study, found, pictures, parts)
-    return int(any(FAILED in section for section in found["sections"].values()))
+    pictures = draw(found, study.folder, parts, fault)
+    print(f"\n{study.folder}: {', '.join([RESULTS, TEXT, *(path.name for path in pictures)])}")
+    _log(study, found, tables(found, parts, fault), pictures)
+    return int(bool(faults) or any(FAILED in section for section in found["sections"].values()))
 
 
-def _log(study: Plan, found: Mapping[str, Any], pictures: Sequence[Path], parts: Mapping[Section, Part]) -> None:
+def _log(study: Plan, found: Mapping[str, Any], logged: Mapping[str, Table], pictures: Sequence[Path]) -> None:
     config = {"study": to_jsonable(asdict(study.settings)), **to_jsonable(asdict(study.config))}
     summary = {key: value for section in found["sections"].values() for key, value in section.items()
                if key in ("orderings", "efficiency_gain")}  # fmt: skip
-    wandb_of_study(study.config.wandb, study.folder, config, tables(found, parts), pictures, summary)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    wandb_of_study(study.config.wandb, study.folder, config, logged, pictures, summary)
