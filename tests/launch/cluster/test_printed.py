@@ -52,8 +52,10 @@ def test_an_sbatch_script_asks_for_the_nodes_of_the_layout_and_runs_the_same_com
 
 @pytest.mark.parametrize(
     ("code", "told", "again", "task"),
-    [(0, True, "7", {}), (1, True, None, {}), (0, False, None, {})]
-    + [(0, True, "5_2", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"})],
+    [
+        *[(0, True, "7", {}), (1, True, None, {}), (0, False, None, {})],
+        (0, True, "5_2", {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "2"}),
+    ],
 )
 def test_a_job_is_queued_again_where_it_was_told_to_and_the_run_is_saved(
     code, told, again, task, printed, tmp_path, monkeypatch
