@@ -113,13 +113,15 @@ HELP = {
         "Pretrains a multi-head model with each of three seeds, regroups it to fewer and fewer heads, uptrains every\n"
         "one of them, and answers with tables and pictures: what it costs in quality and buys at inference, a smaller\n"
         "model beside, what heads hold, long range, sliding windows, other warm starts, and when it pays.\n\n"
-        "  deepnarrow gqa-study                              a model of 1.8 million parameters, minutes on two cores\n"
+        "  deepnarrow gqa-study                              a model of 1.8 million parameters, on two cores\n"
         "  deepnarrow gqa-study study.sections=[uptraining,decode] study.seeds=[1]          the first questions alone\n"
         "  deepnarrow gqa-study init_from=runs/7b-files-5e0c2f1 parallel.pp=4 study.kv_heads=[8,4,1]\n\n"
-        "Takes overrides of the pretraining, and study.sections, study.seeds, study.kv_heads, study.methods,\n"
+        "Takes overrides of the pretraining (with init_from, whose recipe is that of the weights, those of layout,\n"
+        "machine, logs and saves), and study.sections, study.seeds, study.kv_heads, study.methods,\n"
         "study.warm_starts, study.alphas, study.alpha, study.windows, study.smaller_layers, study.contexts,\n"
         "study.batches, study.device, study.parallel_runs, study.dir; docs/gqa-study.md says what each section\n"
-        "measures and how to read it. The same command goes on where it was stopped.",
+        "measures and how to read it. The same command goes on where it was stopped; a folder of another recipe or of\n"
+        "other shares is refused.",
     ),
     "roofline": (
         "say when fewer key/value heads pay: prefill and decoding on a device, counted, and measured here",
@@ -136,7 +138,7 @@ HELP = {
         "Tries rates and batches at small computes, trains several sizes of model for each of several computes by\n"
         "what came of that, and fits the laws of DeepSeek LLM (arXiv 2401.02954, section 3): the best rate and batch,\n"
         "model and tokens by compute, with intervals, and the loss of the largest predicted from the others.\n\n"
-        "  deepnarrow scaling                                    44 small models, about half an hour on two cores\n"
+        "  deepnarrow scaling                                    44 small models, on two cores\n"
         "  deepnarrow scaling model=8x512 data=files data.path=/corpus train.micro_batch=8 \\\n"
         "      scaling.budgets=[1e17,3e17,1e18,3e18] scaling.rate_budgets=[3e16,3e17] scaling.batches=[32,64,128] \\\n"
         "      scaling.rates=[5e-4,1e-3,2e-3,4e-3] --print slurm > job\n\n"
@@ -150,7 +152,7 @@ HELP = {
         "Trains models of other aspects d_model / n_layers, from 8 times the preset's to an eighth, at equal\n"
         "parameters and at equal FLOPs on the same tokens, and sets loss against training speed, decode time,\n"
         "KV cache, and bubble and balance of pipelines.\n\n"
-        "  deepnarrow depth-study                                50 small runs, some 20 minutes on two cores\n"
+        "  deepnarrow depth-study                                50 small runs, on two cores\n"
         "  deepnarrow depth-study model=67b --plan               its shapes, costs and pipelines; nothing is trained\n"
         "  deepnarrow depth-study model=12x768 data=files data.path=/corpus parallel.dp=8 depth.aspects=[4,1,1/4]\n\n"
         "Takes overrides of every run, and depth.aspects, depth.equal, depth.lrs, depth.seeds, depth.pp,\n"

@@ -14,7 +14,9 @@ if not GPUS:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="the shortest files of tests alone: two minutes on two cores")
+    parser.addoption(
+        "--fast", action="store_true", help="the shortest files of tests alone: little more than a minute on two cores"
+    )
     parser.addoption(
         "--remember-durations", action="store_true", help="write how long each file took into tests/durations.json"
     )

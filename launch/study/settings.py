@@ -27,14 +27,15 @@ class Section(Enum):
     windows = "windows"
     """Sliding windows together with grouping: quality against cache."""
     warm_starts = "warm_starts"
-    """Groups by similarity, and grouping step by step, against the mean of neighbours."""
+    """Groups by similarity, and grouping step by step, against neighbours by the first method."""
     roofline = "roofline"
     """When it pays: prefill and decoding under the roofline of a device and of this machine."""
 
 
 @dataclass
 class StudySettings:
-    """The settings ``study.…``; every other override belongs to the pretraining."""
+    """The settings ``study.…``; every other override belongs to the pretraining, and those of layout, machine, logs and
+    saves to every uptraining too. With init_from, overrides of the recipe are refused."""
 
     sections: list[Section] | None = None
     """What is asked: uptraining, decode, smaller, heads, long_range, windows, warm_starts, roofline. Null asks all, but
@@ -51,7 +52,7 @@ class StudySettings:
     """The methods of regrouping by neighbours that are compared in uptraining: mean, first, random. Other sections
     regroup by the first of them."""
     warm_starts: list[Method] = field(default_factory=lambda: [one for one in Method if one.by_similarity])
-    """The methods by similarity that are compared with the mean of neighbours: similar, aligned, svd."""
+    """The methods by similarity that are compared with the first of study.methods: similar, aligned, svd."""
     alphas: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.1, 0.2])
     """The shares of the original tokens after which an uptraining is measured. Those above study.alpha are trained
     with the first seed and the first method alone."""
