@@ -1,8 +1,21 @@
 """What W&B wrote offline, in the terms of the tests."""
 
 import json
+import time
 
 from train.wandb_file import records
+
+SECONDS = 30
+
+
+def logged_keys(folder):
+    """What the first run of a folder has logged, once W&B's process has closed its file, a moment after `finish`."""
+    (path, *_) = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + SECONDS
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+        assert time.monotonic() < deadline, f"{path}: no exit was written in {SECONDS} s"
+        time.sleep(0.05)
+    return {item.key or item.nested_key[0] for record in records(path) for item in record.history.item}
 
 
 def history_and_config(path):
