@@ -21,12 +21,12 @@ class Nursery:
     """One process for a whole session that all ranks are forked from."""
 
     def __init__(self) -> None:
-        self._forks = Forks(1, {"PYTHONWARNINGS": "ignore"})
-        atexit.register(self._forks.close)
+        self.forks = Forks(1, {"PYTHONWARNINGS": "ignore"})
+        atexit.register(self.forks.close)
 
     def start(self, module: str, num: int, arguments: Sequence[str], logs: Path, **environment: str) -> "Ranks":
         """Run `python -m module ARGUMENTS` as `num` ranks; each writes to rankN.log in `logs`."""
-        return Ranks(self._forks.start(module, num, arguments, logs, environment))
+        return Ranks(self.forks.start(module, num, arguments, logs, environment))
 
 
 class Ranks:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from conf.compose import Composition, compose_overrides, quoted
+from conf.overrides import key_of
 from conf.schema import Config, recipe_fields, to_jsonable
 from conf.train_settings import Decay, Rate, ScheduleConfig
 from conf.validate import Machine, validate
@@ -81,7 +82,7 @@ def implied(config: Config, source: Source, overrides: Sequence[str]) -> list[st
     Raises:
         BadInput: an uptraining of weights whose recipe is not known.
     """
-    given = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    given = {key_of(override) for override in overrides}
     described = to_jsonable(asdict(source.weights.config))
     values = {f"model.{key}": value for key, value in described.items() if key not in _NOT_SHAPE}
     if config.uptrain.alpha is not None:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,21 @@ class PeakBytes:
         found = [event["args"] for event in events if event.get("name") == "[memory]"]
         before = found[0]["Total Allocated"] - found[0]["Bytes"]
         self.bytes = max(one["Total Allocated"] for one in found) - before
+
+
+def device_here() -> tuple[torch.device, torch.dtype]:
+    """Return what is timed on: the GPU in bf16, or the CPU in fp32 where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, PyTorch computes on one thread of the CPU, whose own time `launch.bench.common.own_time` tells."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

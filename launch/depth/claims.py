@@ -15,14 +15,10 @@ def verdicts(found: dict[str, Any]) -> list[dict[str, str]]:
         {
             "source": source,
             "claims": claims,
-            "here": "; ".join(filter(None, (judge(found, equal) for equal in _equals(found)))) or _NOTHING,
+            "here": "; ".join(filter(None, (judge(found, equal) for equal in found["orderings"]))) or _NOTHING,
         }
         for source, claims, judge in _CLAIMS
     ]
-
-
-def _equals(found: dict[str, Any]) -> list[str]:
-    return list(found["orderings"])
 
 
 def with_all_seeds(shapes: Iterable[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
@@ -39,9 +35,9 @@ def _deeper(found: dict[str, Any], equal: str) -> str:
     if len(found["seeds"]) < 2:
         return f"at equal {equal}, not judged: one seed"
     order, shapes = found["orderings"][equal], _shapes(found, equal)
-    if not any(shape["is_preset"] for shape in shapes):
+    preset = next((shape for shape in shapes if shape["is_preset"]), None)
+    if preset is None:
         return f"at equal {equal}, not judged: the preset has no loss for each seed"
-    preset = next(shape for shape in found["shapes"] if shape["equal"] == equal and shape["is_preset"])
     said = []
     for which, of_kind in (
         ("deeper", [shape["name"] for shape in shapes if shape["n_layers"] > preset["n_layers"]]),

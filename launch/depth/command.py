@@ -1,10 +1,9 @@
 """The command `deepnarrow depth-study`: shapes of an equal cost are trained, timed, compared and reported."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from conf.schema import to_jsonable
 from launch.depth.findings import costs, decode_context, findings
@@ -13,21 +12,12 @@ from launch.depth.pictures import draw
 from launch.depth.plan import Plan, Setting, plan
 from launch.depth.text import as_text, costs_as_text
 from launch.depth.timing import Timed, times_of
-from launch.trainings.train_all import Training, problems_of, train_all
+from launch.trainings.train_all import Training, Trains, problems_of, train_all
 from launch.trainings.wandb_of_study import Table, wandb_of_study
+from launch.trainings.written import say_aside, write_results
 from model.problems import BadInput
 from train.data.sources import prepare_run
 from train.like import take_over
-from train.strict_json import dumps
-
-RESULTS, TEXT = "depth.json", "depth.txt"
-
-
-class Trains(Protocol):
-    """What trains the runs of a study, as `launch.trainings.train_all` does."""
-
-    def __call__(self, trainings: Sequence[Training], *, at_once: int | None) -> int | None:
-        """Train all that is not done; return None where all are done, else the exit code."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,9 +59,9 @@ def study(
         raise BadInput(problems)
     planned.keep_recipe()
     for line in planned.missing:
-        _say(line)
+        say_aside(line)
     seeds = len(planned.settings.seeds)
-    _say(
+    say_aside(
         f"{planned.folder}: {len(planned.models)} shapes, {len(planned.lrs)} rates with the first seed and the best of "
         f"them with {seeds - 1} more: {len(first) + (seeds - 1) * len(planned.models)} runs of {planned.tokens:,} "
         "tokens"
@@ -87,15 +77,10 @@ def study(
 def _report(planned: Plan, first: Sequence[Setting], others: Sequence[Setting], time: Callable[..., Timed]) -> int:
     train = planned.config.train
     context = decode_context(planned)
-    times = time(planned.models, train.micro_batch, train.seq_len, planned.settings.decode_batch, context, _say)
+    times = time(planned.models, train.micro_batch, train.seq_len, planned.settings.decode_batch, context, say_aside)
     tokens = sum(data.num_train_tokens for data in prepare_run(planned.config).by_name.values())
     found = findings(planned, outcomes_of(planned, first), outcomes_of(planned, others), times, tokens)
-    (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
-    text = as_text(found)
-    (planned.folder / TEXT).write_text(text + "\n", "utf-8")
-    print(text)
-    pictures = draw(found, planned.folder)
-    print(f"\n{planned.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
+    pictures = write_results(planned.folder, "depth", found, as_text, draw)
     config = {"depth": to_jsonable(asdict(planned.settings)), **to_jsonable(asdict(planned.config))}
     summary = {key: found[key] for key in ("orderings", "claims", "notes")}
     wandb_of_study(planned.config.wandb, planned.folder, config, _tables(found), pictures, summary)
@@ -116,7 +101,3 @@ def _tables(found: dict[str, Any]) -> dict[str, Table]:
         "models": table(found["models"], without="pipelines"),
         "runs": table(found["runs"], without=""),
     }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

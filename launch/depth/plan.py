@@ -11,7 +11,7 @@ from launch.depth import pipelines
 from launch.depth.settings import DepthSettings, Equal, aspects_of
 from launch.depth.settings import problems as problems_of_settings
 from launch.depth.shapes import Shape, said, shapes_of
-from launch.settings import settings_of
+from launch.trainings.asked import asked_of, shape_overrides, unmeasured
 from launch.trainings.recipe import keep_recipe, other_recipe, recipe_of
 from launch.trainings.train_all import Training
 from model.config import ModelConfig
@@ -20,11 +20,10 @@ from train.length import length_of
 
 PREFIX = "depth."
 SMALL = "model=tiny_depth"
-"""The preset where no model is named: of two CPU cores and minutes."""
+"""The preset where no model is named: for two CPU cores."""
 _OF_ALL = ("train.val_every=0", "sample.tokens=0")
 RATES = (0.5, 1.0, 2.0)
 """The rates that are tried by default, as multiples of optimizer.lr."""
-_SHAPE_KEYS = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
 _SET = {
     "hydra.run.dir": "depth.dir=… says where the study is kept",
     "name": "depth.dir=… names the study, and each run in it by its shape, rate and seed",
@@ -118,10 +117,9 @@ class Plan:
 
     def training(self, setting: Setting) -> Training:
         """Return a setting as a run of its own folder; at a rate that is tried it may diverge, which is a result."""
-        model = self.models[setting.model]
         overrides = [
             *self.base,
-            *(f"model.{key}={'null' if (value := getattr(model, key)) is None else value}" for key in _SHAPE_KEYS),
+            *shape_overrides(self.models[setting.model]),
             f"optimizer.lr={setting.lr!r}",
             f"train.seed={setting.seed}",
         ]
@@ -142,31 +140,28 @@ def plan(overrides: Sequence[str]) -> Plan:
     Raises:
         BadInput: the study cannot work; it lists every problem.
     """
-    settings, problems = settings_of(DepthSettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
-    rest = [text for text in overrides if not text.startswith(PREFIX)]
-    given = {text.partition("=")[0].lstrip("+~") for text in rest}
-    problems += problems_of_settings(settings)
-    problems += [f"{key}: is the study's to set; {works}" for key, works in _SET.items() if key in given]
+    asked = asked_of(overrides, DepthSettings, PREFIX, _SET)
+    settings, given = asked.settings, asked.keys
+    problems = [*asked.problems, *problems_of_settings(settings), *asked.refused]
     if settings.lrs is not None and "optimizer.lr" in given:
         problems.append("optimizer.lr: depth.lrs says which rates are tried; either of the two alone would work")
     if problems:
         raise BadInput(problems)
     small = [SMALL] if not given & {"model", "--config-name"} else []
-    # One replica for a run, so that several runs share the machine.
-    alone = [] if any(text.startswith("parallel.") for text in rest) else ["parallel.dp=1"]
-    base = [*small, *alone, *_OF_ALL, *rest]
+    # One replica for a run, whatever else of its layout is given, so that several runs share the machine.
+    alone = [] if "parallel.dp" in given else ["parallel.dp=1"]
+    base = [*small, *alone, *_OF_ALL, *asked.rest]
     composition = compose_overrides(base)
     config = composition.config
     problems = list(composition.problems) + config.model.problems()
+    if config.parallel.dp is None:
+        problems.append("parallel.dp=null: each run would take the whole machine; parallel.dp=1 would work")
     if config.train.seq_len < 1:
         problems.append(f"train.seq_len={config.train.seq_len}: must be at least 1")
     if problems:
         raise BadInput(problems)
     default = f"runs/depth-{config.name}"
-    try:
-        folder = checked("depth.dir", default if settings.dir is None else settings.dir)
-    except BadInput as error:
-        raise BadInput(error.problems) from None
+    folder = checked("depth.dir", default if settings.dir is None else settings.dir)
     shapes, missing = shapes_of(config.model, settings.equal, aspects_of(settings)[0], config.train.seq_len)
     found = Plan(settings, config, base, shapes, missing, folder)
     if problems := _problems(found):
@@ -176,9 +171,7 @@ def plan(overrides: Sequence[str]) -> Plan:
 
 def _problems(found: Plan) -> list[str]:
     settings, config = found.settings, found.config
-    problems = path_problems("depth.dir", found.folder)
-    if not config.data.val_fraction:
-        problems.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
+    problems = path_problems("depth.dir", found.folder) + unmeasured(config)
     for pp in settings.pp:
         problems += [
             one for one in pipelines.problems(config.parallel, pp, settings.micro_batches) if one not in problems

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import cross_entropy
 
-from launch.bench.common import RandomWeights, device_name, own_time
-from launch.study.decode import decode_seconds, device_here, one_thread
+from launch.bench.common import RandomWeights, device_here, device_name, one_thread, own_time
+from launch.study.decode import decode_seconds
 from model.config import ModelConfig
 from model.transformer import Transformer
 

@@ -188,7 +188,6 @@ def _curve_as_found(curve: Curve) -> dict[str, Any]:
         "loss": parabola and parabola.loss,
         "curvature": parabola and parabola.curvature,
         "measured": bool(parabola and parabola.measured),
-        "best_m": float(curve.m[curve.losses.argmin()]),
         "lowest": curve.lowest,
         "why": curve.why,
     }

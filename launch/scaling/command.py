@@ -1,10 +1,9 @@
 """The command `deepnarrow scaling`: try rates and batches, train a ladder of models, fit laws, and report them."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from conf.schema import to_jsonable
 from launch.scaling.cost import cost_of
@@ -15,22 +14,13 @@ from launch.scaling.plan import ISOFLOP, Laws, Plan, Setting, plan
 from launch.scaling.rates import laws_of_grid
 from launch.scaling.slurm import as_array
 from launch.scaling.text import as_text
-from launch.trainings.train_all import Training, problems_of, train_all
+from launch.trainings.train_all import Training, Trains, problems_of, train_all
 from launch.trainings.wandb_of_study import Table, wandb_of_study
+from launch.trainings.written import say_aside, write_results
 from model.problems import BadInput
 from train.data.sources import prepare_run
 from train.like import take_over
 from train.records import is_over
-from train.strict_json import dumps
-
-RESULTS, TEXT = "scaling.json", "scaling.txt"
-
-
-class Trains(Protocol):
-    """What trains the runs of a study, as `launch.trainings.train_all` does."""
-
-    def __call__(self, trainings: Sequence[Training], *, at_once: int | None) -> int | None:
-        """Train all that is not done; return None where all are done, else the exit code."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,36 +55,30 @@ def study(
     planned = plan(overrides)
     grid = planned.grid()
     tried = all(planned.training(one).is_done for one in grid)
-    by = _laws(planned) if tried else None
+    by = _laws(planned, grid) if tried else None
     isoflop = planned.isoflop(by)
     if problems := check([planned.training(one) for one in [*grid, *isoflop]]):
         raise BadInput(problems)
     planned.keep_recipe()
-    _say(f"{planned.folder}: {cost_of(planned, [*grid, *isoflop])}")
+    say_aside(f"{planned.folder}: {cost_of(planned, [*grid, *isoflop])}")
     if not tried:
-        _say(f"{len(grid)} runs of rates and batches")
+        say_aside(f"{len(grid)} runs of rates and batches")
         if (code := _trained(planned, grid, train)) is not None:
             return code
-        by = _laws(planned)
-    isoflop = planned.isoflop(by)
+        by = _laws(planned, grid)
+        isoflop = planned.isoflop(by)
     _say_unused(planned, isoflop)
     if by is not None and not all(planned.training(one).is_done for one in isoflop):
-        _say(f"rate {by.lr}, batch {by.batch_tokens} tokens; {len(isoflop)} IsoFLOP runs with them")
+        say_aside(f"rate {by.lr}, batch {by.batch_tokens} tokens; {len(isoflop)} IsoFLOP runs with them")
     if (code := _trained(planned, isoflop, train)) is not None:
         return code
-    return _report(planned, by)
+    return _report(planned, by, grid, isoflop)
 
 
-def _report(planned: Plan, by: Laws | None) -> int:
+def _report(planned: Plan, by: Laws | None, grid: Sequence[Setting], isoflop: Sequence[Setting]) -> int:
     data = prepare_run(planned.config)
-    grid, isoflop = (outcomes_of(planned, settings) for settings in (planned.grid(), planned.isoflop(by)))
-    found = findings(planned, grid, isoflop, by, data)
-    (planned.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
-    text = as_text(found)
-    (planned.folder / TEXT).write_text(text + "\n", "utf-8")
-    print(text)
-    pictures = draw(found, planned.folder)
-    print(f"\n{planned.folder}: {RESULTS}, {TEXT}, {', '.join(path.name for path in pictures)}")
+    found = findings(planned, outcomes_of(planned, grid), outcomes_of(planned, isoflop), by, data)
+    pictures = write_results(planned.folder, "scaling", found, as_text, draw)
     config = {"scaling": to_jsonable(asdict(planned.settings)), **to_jsonable(asdict(planned.config))}
     summary = {key: found[key] for key in ("rates", "allocation", "further", "notes")}
     wandb_of_study(planned.config.wandb, planned.folder, config, _tables(found), pictures, summary)
@@ -108,22 +92,23 @@ def print_array(overrides: Sequence[str], gpus_per_node: int | None) -> int:
         BadInput: the study cannot work.
     """
     planned = plan(overrides)
-    left = _left(planned, planned.grid())
+    grid = planned.grid()
+    left = _left(planned, grid)
     again = "The same command with --print then prints the runs that are trained by what these find."
     if not left:
-        isoflop = planned.isoflop(_laws(planned))
+        isoflop = planned.isoflop(_laws(planned, grid))
         _say_unused(planned, isoflop)
         left = _left(planned, isoflop)
         again = "The same command without --print then fits the laws to all runs, and trains nothing."
     if not left:
-        _say(f"{planned.folder}: all runs are done; the same command without --print fits the laws to them")
+        say_aside(f"{planned.folder}: all runs are done; the same command without --print fits the laws to them")
         return 0
     planned.keep_recipe()
     script, said = as_array(planned.folder.name, left, gpus_per_node, again)
     print(script, end="")
     for sentence in said:
-        _say(sentence)
-    _say(f"{len(left)} runs are printed; `deepnarrow prepare` with the same data.… prepares their data ahead")
+        say_aside(sentence)
+    say_aside(f"{len(left)} runs are printed; `deepnarrow prepare` with the same data.… prepares their data ahead")
     return 0
 
 
@@ -132,8 +117,8 @@ def _left(planned: Plan, settings: Sequence[Any]) -> list[Training]:
     return [training for training in trainings if not training.is_done]
 
 
-def _laws(planned: Plan) -> Laws | None:
-    return laws_of_grid(outcomes_of(planned, planned.grid())) if planned.settings.rate_budgets else None
+def _laws(planned: Plan, grid: Sequence[Setting]) -> Laws | None:
+    return laws_of_grid(outcomes_of(planned, grid)) if planned.settings.rate_budgets else None
 
 
 def _trained(planned: Plan, settings: Sequence[Any], train: Trains) -> int | None:
@@ -156,8 +141,6 @@ def _say_unused(planned: Plan, isoflop: Sequence[Setting]) -> None:
     unused = [path for path in folder.glob("*") if path.name not in wanted and is_over(path)]
     if unused:
         what = "run there is" if len(unused) == 1 else "runs there are"
-        _say(f"{folder}: {len(unused)} finished {what} of another compute, model, rate, batch or seed, and not used")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        say_aside(
+            f"{folder}: {len(unused)} finished {what} of another compute, model, rate, batch or seed, and not used"
+        )

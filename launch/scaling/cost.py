@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import cross_entropy
 
+from launch.bench.common import one_thread
 from launch.scaling.plan import Plan, Setting
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -77,9 +78,7 @@ def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
 def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, float]:
     """Time a pass of each model on one core, the smallest first."""
     found, micro_batch, last = dict[str, float](), study.config.train.micro_batch, 0.0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for one in sorted(settings, key=lambda one: one.m):
             model = study.ladder.model(one.shape)
             flops = model.flops_per_token(one.seq_len) * micro_batch * one.seq_len
@@ -88,8 +87,6 @@ def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, flo
                     flops / _pass_seconds(model, micro_batch, one.seq_len) if flops < MOST_FLOPS or not last else last
                 )
                 found[str(one.shape)] = last
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from launch.trainings.asked import shape_overrides
 from model.config import ModelConfig
 from model.problems import BadInput, either
 
@@ -80,9 +81,7 @@ class Ladder:
 
     def overrides(self, shape: Shape) -> list[str]:
         """Return the overrides that make the preset a shape."""
-        model = self.model(shape)
-        keys = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        return [f"model.{key}={getattr(model, key)}" for key in keys]
+        return shape_overrides(self.model(shape))
 
     def problem(self, shape: Shape) -> str | None:
         """Say why there is no model of a shape; None where there is one."""

@@ -12,7 +12,7 @@ from launch.scaling.ladder import Ladder, Shape, shapes_of
 from launch.scaling.laws import M_OPT
 from launch.scaling.settings import ScalingSettings
 from launch.scaling.settings import problems as problems_of_settings
-from launch.settings import settings_of
+from launch.trainings.asked import asked_of, unmeasured
 from launch.trainings.recipe import keep_recipe, other_recipe, recipe_of
 from launch.trainings.train_all import Training
 from model.problems import BadInput
@@ -32,7 +32,7 @@ SMALL = (
     "train.spike_sigmas=null",  # batches of a thousand tokens are uneven, and a rate that is too high is to be seen
     "schedule.warmup_steps=100",
 )
-"""The recipe where no model is named: of two CPU cores and minutes."""
+"""The recipe where no model is named: for two CPU cores."""
 _OF_ALL = ("train.val_every=0", "sample.tokens=0")
 _SET = {
     "hydra.run.dir": "scaling.dir=… says where the study is kept",
@@ -209,11 +209,9 @@ def plan(overrides: Sequence[str]) -> Plan:
     Raises:
         BadInput: the study cannot work; it lists every problem.
     """
-    settings, problems = settings_of(ScalingSettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
-    rest = [text for text in overrides if not text.startswith(PREFIX)]
-    given = {text.partition("=")[0].lstrip("+~") for text in rest}
-    problems += problems_of_settings(settings)
-    problems += [f"{key}: is the study's to set; {works}" for key, works in _SET.items() if key in given]
+    asked = asked_of(overrides, ScalingSettings, PREFIX, _SET)
+    settings, given = asked.settings, asked.keys
+    problems = [*asked.problems, *problems_of_settings(settings), *asked.refused]
     if settings.rate_budgets:
         problems += [
             f"{key}: is what {tried}=[…] tries; scaling.rate_budgets=[] tries none, and takes it for every run"
@@ -225,7 +223,7 @@ def plan(overrides: Sequence[str]) -> Plan:
     small = SMALL if not given & {"model", "--config-name"} else ()
     # One replica for a run, whatever else of its layout is given, so that several runs share the machine.
     alone = [] if "parallel.dp" in given else ["parallel.dp=1"]
-    base = [*small, *alone, *_OF_ALL, *rest]
+    base = [*small, *alone, *_OF_ALL, *asked.rest]
     composition = compose_overrides(base)
     config = composition.config
     problems = list(composition.problems) + _model_problems(config)
@@ -265,9 +263,7 @@ def _model_problems(config: Config) -> list[str]:
 
 def _problems(found: Plan) -> list[str]:
     settings, config = found.settings, found.config
-    problems = path_problems("scaling.dir", found.folder)
-    if not config.data.val_fraction:
-        problems.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
+    problems = path_problems("scaling.dir", found.folder) + unmeasured(config)
     if not settings.rate_budgets and not isinstance(config.train.global_batch, int):
         problems.append(f"train.global_batch={config.train.global_batch}: grows; one number of sequences would work")
         return problems

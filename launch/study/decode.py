@@ -6,15 +6,14 @@ On a CPU one thread computes, and the time is its own: what other processes take
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from launch.bench.common import own_time
+from launch.bench.common import device_here, one_thread, own_time
 from launch.study.roofline.counts import Phase
 from model.config import ModelConfig
 from model.generate import Decoder
@@ -109,24 +108,6 @@ def seconds_by_turns(
         found[heads][phase].append({"batch": batch, "context": context, "seconds": statistics.median(seconds)})
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu, 1 thread"
     return Timed(found, f"{name}, {str(dtype).removeprefix('torch.')}", done)
-
-
-def device_here() -> tuple[torch.device, torch.dtype]:
-    """Return what is timed on: the GPU in bf16, or the CPU in fp32 where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
-    return torch.device("cpu"), torch.float32
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, PyTorch computes on one thread of the CPU, whose own time `launch.bench.common.own_time` tells."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _steps(

@@ -1,6 +1,5 @@
 """The findings of a study: a section for each question, each with its numbers, its text and its tables."""
 
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,6 +10,7 @@ from launch.study.part import Found, Part
 from launch.study.results import Results
 from launch.study.settings import Section
 from launch.trainings.wandb_of_study import Table
+from launch.trainings.written import say_aside
 from model.problems import BadInput
 
 PARTS: dict[Section, Part] = {
@@ -103,11 +103,6 @@ def made(
 
 def _named(what: str, make: Callable[[], Any]) -> dict[str, Any]:
     return {what: make()}
-
-
-def say_aside(text: str) -> None:
-    """Print to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def as_text(found: Found, parts: Mapping[Section, Part] = PARTS, say: Callable[[str], None] = say_aside) -> str:

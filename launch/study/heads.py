@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launch.bench.common import device_here
 from model.batch import Batch
 from model.config import AttentionBackend, ModelConfig
 from model.context import Context
@@ -264,7 +265,7 @@ def _watched(
     weights: Weights, batches: Sequence[Batch], measured: Sequence[Sequence[bool]], queries: int
 ) -> Iterator[tuple[_Watch, Block]]:
     """Run rows through a model, one layer after another; yield each block with what its attention has done."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_here()
     batches = [batch.to(device) for batch in batches]
     hidden = [batch.tokens for batch in batches]
     contexts = [Context(documents=batch.documents) for batch in batches]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from launch.bench.common import device_here
 from model.batch import Batch
 from model.loss import IGNORED
 from model.problems import BadInput
@@ -170,9 +170,7 @@ def _cue(context: int) -> int:
 
 def scored(weights: Weights, probes: Sequence[Probe]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Score the requests of probes by a model, on a GPU in bf16; return their sums and counts by measure."""
-    on_gpu = torch.cuda.is_available()
-    device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-    scorer = load_scorer(weights, Layout(dp=1, pp=1), device, dtype)
+    scorer = load_scorer(weights, Layout(dp=1, pp=1), *device_here())
     scores = scorer.score([request for probe in probes for request in probe.requests])
     values_N, at = np.array([one.log_likelihood for one in scores]), 0
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}

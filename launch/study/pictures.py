@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from launch.study.findings import PARTS, made, say_aside
+from launch.study.findings import PARTS, made
 from launch.study.part import Found, Part
 from launch.study.settings import Section
+from launch.trainings.written import say_aside
 
 
 def draw(

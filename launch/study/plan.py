@@ -13,7 +13,6 @@ from conf.paths import checked, path_problems
 from conf.schema import Config
 from conf.search import OWN, split_options
 from conf.train_settings import Rate
-from launch.settings import settings_of
 from launch.study.settings import (
     Section,
     StudySettings,
@@ -23,6 +22,7 @@ from launch.study.settings import (
     sections_of,
     windows_of,
 )
+from launch.trainings.asked import asked_of, unmeasured
 from launch.trainings.recipe import keep_recipe, other_recipe, recipe_of
 from launch.trainings.train_all import Training
 from model.config import ModelConfig
@@ -215,9 +215,12 @@ class Plan:
         repeated schedule differs by length, and each share is a run. With the first seed shares go on above
         ``study.alpha``.
         """
-        method = None if kv_heads == self.model.n_kv_heads else self.settings.methods[0]
-        first = original == Original(self.settings.seeds[0])
-        return self.by_share(original, kv_heads, method, math.inf if first else self.settings.alpha)
+        most = math.inf if original == Original(self.settings.seeds[0]) else self.settings.alpha
+        return self.by_share(original, kv_heads, self.first_method(kv_heads), most)
+
+    def first_method(self, kv_heads: int) -> Method | None:
+        """Return the method by which a number of heads is compared with others; None for the original's."""
+        return None if kv_heads == self.model.n_kv_heads else self.settings.methods[0]
 
     def by_share(self, original: Original, kv_heads: int, method: Method | None, most: float) -> list[Uptraining]:
         """Return the uptrainings that give all shares up to one, as few as the learning rate allows."""
@@ -303,13 +306,12 @@ def plan(overrides: Sequence[str]) -> Plan:
     Raises:
         BadInput: the study cannot work; it lists every problem.
     """
-    settings, problems = settings_of(StudySettings, PREFIX, [text for text in overrides if text.startswith(PREFIX)])
-    rest = [text for text in overrides if not text.startswith(PREFIX)]
-    given = {key_of(text) for text in rest}
-    if refused := [f"{key}: is the study's to set; {works}" for key, works in _SET.items() if key in given]:
-        raise BadInput([*problems, *refused])
-    options, rest = split_options(rest)
-    if not given & {"init_from", "model"} and options.config_name == OWN:
+    asked = asked_of(overrides, StudySettings, PREFIX, _SET)
+    settings, problems = asked.settings, asked.problems
+    if asked.refused:
+        raise BadInput([*problems, *asked.refused])
+    options, rest = split_options(asked.rest)
+    if not asked.keys & {"init_from", "model"} and options.config_name == OWN:
         rest = ["model=tiny_mha", *rest]
     composition = compose_overrides([*options.arguments, *rest])
     begins = composition.config.init_from
@@ -376,9 +378,7 @@ def _problems(study: Plan) -> list[str]:
     """Return the problems of the study's own settings."""
     settings, config = study.settings, study.config
     found = path_problems("study.dir", study.folder) + problems_of_lists(settings)
-    found += problems_of_model(settings, config.model, config.train.seq_len, study.source is None)
-    if not config.data.val_fraction:
-        found.append("data.val_fraction=0: a study measures the loss on held-out documents; 0.01 would work")
+    found += problems_of_model(settings, config.model, config.train.seq_len, study.source is None) + unmeasured(config)
     if not config.checkpoint.enabled:
         found.append("checkpoint.enabled=false: a study reads the weights of its runs; true would work")
     if Section.roofline in study.sections:

@@ -60,8 +60,7 @@ class Results:
     def by_share(self, seed: int, kv_heads: int, method: Method | None, smaller: bool = False) -> dict[float, float]:
         """Return the losses of a number of heads at all shares that are trained with a seed."""
         study, original = self.study, Original(seed, smaller)
-        first = None if kv_heads == study.model.n_kv_heads else study.settings.methods[0]
-        if method == first:
+        if method == study.first_method(kv_heads):
             runs = study.compared(original, kv_heads)
         else:
             runs = study.by_share(original, kv_heads, method, study.settings.alpha)
@@ -69,10 +68,8 @@ class Results:
 
     def loss(self, kv_heads: int, alpha: float, smaller: bool = False) -> dict[str, Any]:
         """Return the loss of a number of heads by the first method at a share, as `launch.study.seeds.spread` does."""
-        return spread([self.by_share(seed, kv_heads, self._first(kv_heads), smaller)[alpha] for seed in self.seeds])
-
-    def _first(self, kv_heads: int) -> Method | None:
-        return None if kv_heads == self.study.model.n_kv_heads else self.study.settings.methods[0]
+        method = self.study.first_method(kv_heads)
+        return spread([self.by_share(seed, kv_heads, method, smaller)[alpha] for seed in self.seeds])
 
     def name_of(self, kv_heads: int) -> str:
         """Return the name of a model: MHA, GQA-4 or MQA."""
@@ -90,7 +87,8 @@ class Results:
 
     def converted(self, seed: int, kv_heads: int) -> StoredWeights:
         """Return the weights right after conversion, by the first method."""
-        return self._open(weights(self.study, self.study.uptraining(Original(seed), kv_heads, self._first(kv_heads))))
+        method = self.study.first_method(kv_heads)
+        return self._open(weights(self.study, self.study.uptraining(Original(seed), kv_heads, method)))
 
     def _open(self, path: Path) -> StoredWeights:
         if path not in self._weights:

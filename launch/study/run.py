@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from conf.schema import to_jsonable
-from launch.study.findings import FAILED, PARTS, as_text, findings, say_aside, tables
+from launch.study.findings import FAILED, PARTS, as_text, findings, tables
 from launch.study.long_range import problems_of as problems_of_rows
 from launch.study.long_range import rows_of
 from launch.study.part import Part
@@ -15,17 +16,19 @@ from launch.study.pictures import draw
 from launch.study.plan import Plan, plan
 from launch.study.results import Results, held_out_batches
 from launch.study.settings import Section
-from launch.study.training import KeptStarts, SectionTrainings, Starts
+from launch.study.training import KeptStarts, SectionTrainings
+from launch.trainings.starts import Starts
 from launch.trainings.train_all import problems_of
 from launch.trainings.wandb_of_study import Table, wandb_of_study
+from launch.trainings.written import say_aside, write_results
 from model.problems import BadInput
-from train.strict_json import dumps
-
-RESULTS, TEXT = "study.json", "study.txt"
 
 
 def run(overrides: Sequence[str], starts: Starts | None = None, parts: Mapping[Section, Part] = PARTS) -> int:
-    """Run everything of a study that has not been done yet; return the exit code: 1 where a section has failed.
+    """Run everything of a study that has not been done yet; return the exit code.
+
+    It is 1 where a section, or its text, tables or pictures, has failed; where it is told to stop, what `train_all`
+    returns.
 
     Each training is a run with its own folder and its own run in W&B. A training that is complete is not repeated, and
     one that was stopped is resumed. Where a training or a measurement of a section fails, the others go on.
@@ -72,20 +75,15 @@ def _check(study: Plan, trainings: SectionTrainings) -> None:
 
 def _report(study: Plan, failed: Mapping[Section, str], parts: Mapping[Section, Part]) -> int:
     """Measure, write what was found, and log it."""
-    study.folder.mkdir(parents=True, exist_ok=True)
     found = findings(Results(study, failed, say_aside), failed, parts)
-    (study.folder / RESULTS).write_text(dumps(found, indent=2) + "\n", "utf-8")
     faults: list[str] = []
 
     def fault(said: str) -> None:
         faults.append(said)
         say_aside(said)
 
-    text = as_text(found, parts, fault)
-    (study.folder / TEXT).write_text(text + "\n", "utf-8")
-    print(text)
-    pictures = draw(found, study.folder, parts, fault)
-    print(f"\n{study.folder}: {', '.join([RESULTS, TEXT, *(path.name for path in pictures)])}")
+    text_of, drawn = partial(as_text, parts=parts, say=fault), partial(draw, parts=parts, say=fault)
+    pictures = write_results(study.folder, "study", found, text_of, drawn)
     _log(study, found, tables(found, parts, fault), pictures)
     return int(bool(faults) or any(FAILED in section for section in found["sections"].values()))
 

@@ -55,16 +55,13 @@ def beyond_spread(above: Mapping[str, Any]) -> bool:
     return above["sd"] is not None and same and abs(above["mean"]) > BEYOND * above["sd"]
 
 
-def claim(
-    text: str, by_seed: Sequence[Mapping[str, tuple[bool, str]]], without: str, first_alone: bool = False
-) -> dict[str, Any]:
+def claim(text: str, by_seed: Sequence[Mapping[str, tuple[bool, str]]], without: str) -> dict[str, Any]:
     """Judge a claim over seeds.
 
     Args:
         text: the claim.
         by_seed: for each seed whether it holds, and the evidence, by model.
         without: what there is to say where no model can be judged.
-        first_alone: whether only one seed was measured far enough.
 
     Returns:
         A dict for JSON: ``claim``; ``held``, whether it holds for each model with each seed, None where there is none;
@@ -77,7 +74,6 @@ def claim(
         "claim": text,
         "held": all(held == len(by_seed) for held in held_for.values()) if models else None,
         "seeds": len(by_seed),
-        "first_seed_alone": first_alone,
         "held_for": held_for,
         "evidence": evidence or without,
     }

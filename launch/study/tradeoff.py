@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.study.decode import decode_seconds, device_here
+from launch.bench.common import device_here
+from launch.study.decode import decode_seconds
 from launch.study.part import COLORS, SIZE, Found, Part
 from launch.study.plan import Plan, Uptraining
 from launch.study.results import Results

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,11 @@ import torch
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.settings import Section
 from launch.supervise import PASSED_ON
-from launch.trainings.starts import Started, Starter, starter
+from launch.trainings.starts import Starter, Starts, starter
 from launch.trainings.train_all import Training, train_all
 from model.problems import BadInput
 from model.regroup import Regrouped
 from train import pretrained as trained
-from train.preflight import PreparedRun
 from train.pretrained import Source, open_source
 
 SHARD_BYTES = 5 * 10**9
@@ -25,7 +23,6 @@ CALIBRATION_ROWS = 8
 """Training sequences by whose keys and values heads are compared."""
 _BY_THE_USER = {0, *(128 + number for number in PASSED_ON)}
 """What `train_all` returns where it was told to stop."""
-Starts = Callable[[int, int | None], AbstractContextManager[Starter]]
 
 
 class KeptStarts:
@@ -47,33 +44,6 @@ class KeptStarts:
         """End what starts trainings, and what still runs."""
         self._kept.clear()
         self._stack.close()
-
-
-class _Watching:
-    """Starts trainings, and keeps the folders of those that have ended, in this order."""
-
-    def __init__(self, starts: Starter, ended: list[Path]):
-        self.slots, self._starts, self._ended = starts.slots, starts, ended
-
-    def start(self, prepared: PreparedRun, slot: int) -> Started:
-        return _Watched(self._starts.start(prepared, slot), lambda: self._ended.append(prepared.run_dir))
-
-
-@dataclass
-class _Watched:
-    started: Started
-    tell: Callable[[], None]
-
-    def poll(self) -> int | None:
-        if (code := self.started.poll()) is not None:
-            self.tell()
-        return code
-
-    def signal(self, number: int) -> bool:
-        return self.started.signal(number)
-
-    def kill(self) -> None:
-        self.started.kill()
 
 
 class SectionTrainings:
@@ -164,22 +134,14 @@ class SectionTrainings:
 
     def _all(self, trainings: Sequence[Training]) -> tuple[int | None, str]:
         """Train; return what `train_all` does, and why it failed if it has."""
-        ended: list[Path] = []
-
-        @contextmanager
-        def watching(ranks: int, at_once: int | None) -> Iterator[Starter]:
-            with self._starts(ranks, at_once) as starts:
-                yield _Watching(starts, ended)
-
+        failed: list[Training] = []
+        at_once = self._study.settings.parallel_runs
         try:
-            code = train_all(trainings, at_once=self._study.settings.parallel_runs, say=self._say, start=watching)
+            code = train_all(trainings, at_once=at_once, say=self._say, start=self._starts, failed=failed.append)
         except BadInput as error:
             return None, "; ".join(error.problems)
         why = f"a training ended with exit code {code}" if code else ""
-        if why and code not in _BY_THE_USER:
-            done = {training.run_dir.absolute(): training.is_done for training in trainings}
-            # Those that ended after the first that failed were told to.
-            self._why |= dict.fromkeys([folder for folder in ended if not done[folder]][:1], why)
+        self._why |= dict.fromkeys([training.run_dir.absolute() for training in failed], why)
         return code, why
 
     def _fails(self, section: Section, why: str) -> None:

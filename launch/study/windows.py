@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launch.study.decode import device_here
+from launch.bench.common import device_here
 from launch.study.part import COLORS, SIZE, Found, Part
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.results import Results
@@ -22,8 +22,7 @@ _MARKERS = "os^Dv<>p"
 
 
 def _windowed(study: Plan, seed: int, kv_heads: int, window: Window) -> Uptraining:
-    method = None if kv_heads == study.model.n_kv_heads else study.settings.methods[0]
-    return study.uptraining(Original(seed), kv_heads, method, window=window)
+    return study.uptraining(Original(seed), kv_heads, study.first_method(kv_heads), window=window)
 
 
 def _runs(study: Plan) -> list[Uptraining]:

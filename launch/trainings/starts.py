@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -51,20 +51,25 @@ class Starter(Protocol):
         """Start a training in a slot that is free."""
 
 
+Starts = Callable[[int, int | None], AbstractContextManager[Starter]]
+"""What makes a starter, of the ranks of the largest training and how many are to run at a time, as `starter` does."""
+
+
 class ForkStarter:
     """Forks the ranks of each training, which share the cores.
 
     Args:
         ranks: of the largest training.
         at_once: trainings at a time; None is as many as the cores allow.
+        forks: what forks them; None is a process of its own, which imports everything.
     """
 
-    def __init__(self, ranks: int, at_once: int | None = None):
+    def __init__(self, ranks: int, at_once: int | None = None, forks: Forks | None = None):
         cores = len(os.sched_getaffinity(0))
         self.slots = at_once or max(1, cores // ranks)
         # A run of its own takes as many threads as OMP_NUM_THREADS says; so do these.
         threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // (ranks * self.slots)))
-        self._forks = Forks(threads)
+        self._forks = forks or Forks(threads)
 
     def start(self, prepared: PreparedRun, slot: int) -> Started:
         """Fork the ranks of a training."""

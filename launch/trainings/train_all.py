@@ -2,17 +2,16 @@
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from conf.compose import quoted
 from launch.supervise import PassedOn, shell_code
-from launch.trainings.starts import Started, Starter, log_tail, starter
+from launch.trainings.starts import Started, Starter, Starts, log_tail, starter
+from launch.trainings.written import say_aside
 from model.problems import BadInput
 from parallel.layout import Layout
 from train.preflight import PreparedRun, preflight
@@ -87,8 +86,9 @@ def train_all(
     trainings: Sequence[Training],
     *,
     at_once: int | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
-    start: Callable[[int, int | None], AbstractContextManager[Starter]] = starter,
+    say: Callable[[str], None] = say_aside,
+    start: Starts = starter,
+    failed: Callable[[Training], None] = lambda training: None,
 ) -> int | None:
     """Train all that is not done, in this order, and wait for it.
 
@@ -100,10 +100,11 @@ def train_all(
         at_once: runs at a time; None is as many as the cores, or GPUs, allow.
         say: reports progress.
         start: makes what starts them.
+        failed: is told which one has failed.
 
     Returns:
-        None where all are done; 0 where they were stopped, and the same command goes on; else the exit code for the
-        shell of the one that failed.
+        None where all are done; 0 where they were stopped, and the same command goes on; 128 + N where a second signal
+        N ended them at once; else the exit code for the shell of the one that failed, also while it was being stopped.
 
     Raises:
         BadInput: a training cannot work; those before it have been trained.
@@ -115,7 +116,7 @@ def train_all(
     with PassedOn() as signals, start(_most_ranks(left, first), at_once) as starts:
         under_way = _UnderWay(starts.slots)
         signals.to(under_way)
-        return _train(left, len(trainings), starts, under_way, signals, say)
+        return _train(left, len(trainings), starts, under_way, signals, say, failed)
 
 
 @dataclass
@@ -123,6 +124,13 @@ class _Run:
     training: Training
     started: Started
     began: float
+
+
+class Trains(Protocol):
+    """What trains the runs of a study, as `train_all` does."""
+
+    def __call__(self, trainings: Sequence[Training], *, at_once: int | None) -> int | None:
+        """Train all that is not done; return None where all are done, else the exit code."""
 
 
 class _UnderWay:
@@ -158,6 +166,7 @@ def _train(
     under_way: _UnderWay,
     signals: PassedOn,
     say: Callable[[str], None],
+    tell: Callable[[Training], None],
 ) -> int | None:
     waiting, done, failed = list(left), total - len(left), 0
     try:
@@ -182,6 +191,7 @@ def _train(
                     what = f"ended with {code}" if code else "ended without an error, and is not complete"
                     say(f"{run.training.name}: {what} ({run.training.run_dir}); it said last:\n"
                         f"{log_tail(run.training.run_dir)}")  # fmt: skip
+                    tell(run.training)
                     under_way.signal(signal.SIGTERM)
             time.sleep(LOOK_SECONDS)
     except (BadInput, OSError, RuntimeError):  # one cannot be started

@@ -1,7 +1,6 @@
 """`deepnarrow roofline`: what prefill and decoding take at least on a device, by key/value heads, and take here."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from conf.clusters import cluster_of
+from conf.paths import unwritable
 from conf.schema import Config
 from launch.describe import settings
 from launch.study.roofline.counts import ceilings_of
 from launch.study.roofline.findings import MOST_CONTEXT, roofline_findings
 from launch.study.roofline.tables import as_text
+from launch.trainings.written import say_aside
 from model.config import ModelConfig
 from model.problems import BadInput
 from parallel.plan.cluster import Cluster
@@ -132,10 +133,7 @@ def _out_problems(out: Path | None) -> list[str]:
         return []
     if out.exists() and not out.is_dir():
         return [f"--out={out}: is a file, and results are several; a folder would work"]
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
-        return [f"--out={out}: cannot be written; a folder that can be would work"]
-    return []
+    return [f"--out={out}: cannot be written; a folder that can be would work"] if unwritable(out) else []
 
 
 def _measured(
@@ -145,7 +143,7 @@ def _measured(
     from launch.study.roofline.measured import measured_findings
 
     weights = {n: RandomWeights(replace(model, n_kv_heads=n)) for n in kv_heads}
-    return measured_findings(weights, batches or MEASURED_BATCHES, contexts or MEASURED_CONTEXTS, _say)
+    return measured_findings(weights, batches or MEASURED_BATCHES, contexts or MEASURED_CONTEXTS, say_aside)
 
 
 def _write(found: dict[str, Any], text: str, out: Path) -> list[str]:
@@ -159,7 +157,3 @@ def _write(found: dict[str, Any], text: str, out: Path) -> list[str]:
     if found["measured"] is not None:
         pictures += draw(found["measured"], out, "measured")
     return [RESULTS, TEXT, *(path.name for path in pictures)]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from launch.bench.common import copy_bytes, device_name, own_time, product_flops
-from launch.study.decode import Points, device_here, one_thread, seconds_by_turns
+from launch.bench.common import copy_bytes, device_here, device_name, one_thread, own_time, product_flops
+from launch.study.decode import Points, seconds_by_turns
 from launch.study.roofline.counts import Ceilings, Phase, cache_bytes, weight_bytes
 from launch.study.roofline.findings import roofline_findings
 from model.config import ModelConfig

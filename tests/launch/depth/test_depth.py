@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import threading
-import time
-from contextlib import contextmanager
 
 import pytest
 
@@ -14,13 +9,12 @@ from launch import cli
 from launch.depth import command, timing
 from launch.depth.plan import plan
 from launch.depth.timing import Timed
-from launch.trainings.starts import ForkStarter
-from launch.trainings.train_all import is_complete, train_all
+from launch.trainings.train_all import is_complete
 from model.problems import BadInput
 from tests.launch.depth import known
-from tests.ranks import nursery
+from tests.launch.trainings.session import Session
+from tests.launch.wandb_parts import logged_keys
 from tests.train.checkpoint import runs
-from train.wandb_file import records
 
 KNOWN = [
     *["model.n_layers=8", "model.d_model=64", "model.n_heads=8", "model.n_kv_heads=4", "model.d_ff=176"],
@@ -200,6 +194,11 @@ def test_what_cannot_work_is_said_at_once(small, tmp_path):
         assert [line for line in said if line.startswith(key)], (key, said)
     said = problems_of([*arguments, "depth.aspects=[64,1/4]"])
     assert len(said) == 2 and "64x at equal params" in said[0] and "8x, 4x, 2x, 1x" in said[0]
+    (said,) = problems_of([*arguments, "parallel.dp=null"])
+    assert said == "parallel.dp=null: each run would take the whole machine; parallel.dp=1 would work"
+    assert (
+        plan([*arguments, "parallel.tp=2"]).config.parallel.dp == 1
+    )  # the layout beside it leaves replicas as they are
     (said,) = problems_of([*arguments, "depth.lrs=[0.01]"])
     assert said.startswith("optimizer.lr: ")
     said = problems_of([*arguments, "parallel.schedule=dualpipev", "depth.micro_batches=4"])
@@ -246,48 +245,11 @@ REAL = [
 ]
 
 
-class Session:
-    """Trains with the ranks of the session's nursery; told to stop once so many runs are done."""
-
-    def __init__(self, folder, stop_after=None):
-        self.folder, self.stop_after, self.began = folder, stop_after, []
-
-    def __call__(self, trainings, *, at_once):
-        if self.stop_after is not None:
-            threading.Thread(target=self._stop, daemon=True).start()
-        return train_all(trainings, at_once=2, start=self._start)
-
-    @contextmanager
-    def _start(self, ranks, at_once):
-        starts = ForkStarter.__new__(ForkStarter)  # whose own process would import everything again
-        starts.slots, starts._forks = at_once, nursery()._forks
-        begin = starts.start
-
-        def start(prepared, slot):
-            self.began.append(prepared.run_dir.name)
-            return begin(prepared, slot)
-
-        starts.start = start
-        yield starts
-
-    def _stop(self):
-        while len([path for path in self.folder.glob("runs/*") if is_complete(path)]) < self.stop_after:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def logged_keys(folder):
-    """What the study's own run in W&B has logged."""
-    (logged,) = folder.glob("wandb/offline-run-*/*.wandb")
-    history = [record.history for record in records(logged) if record.WhichOneof("record_type") == "history"]
-    return {(item.key or item.nested_key[0]) for line in history for item in line.item}
-
-
 @pytest.mark.launch
 def test_real_runs_are_stopped_gone_on_with_and_compared(small, tmp_path, capsys):
     kept = [text for text in small if not text.startswith("optimizer.lr")]
     arguments = [*kept, *REAL, f"depth.dir={tmp_path}"]
-    stopped = Session(tmp_path, stop_after=1)
+    stopped = Session(tmp_path, "runs/*", stop_after=1)
     assert command.study(arguments, stopped) == 0
     assert "the same command goes on" in capsys.readouterr().err and not (tmp_path / "depth.json").exists()
     done = {path.name for path in tmp_path.glob("runs/*") if is_complete(path)}
@@ -302,7 +264,4 @@ def test_real_runs_are_stopped_gone_on_with_and_compared(small, tmp_path, capsys
     seconds = [model["decode_seconds"] for model in found["models"]]
     assert seconds[0] < seconds[-1]  # a sixteenth of the layers
     assert all(model["tokens_per_s"] > 0 for model in found["models"])
-    deadline = time.monotonic() + 20
-    while not (keys := logged_keys(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)  # W&B's process closes its file a moment after the run has ended
-    assert {"shapes", "models", "runs", "loss", "decode"} <= keys
+    assert {"shapes", "models", "runs", "loss", "decode"} <= logged_keys(tmp_path)

@@ -1,14 +1,9 @@
 """The whole command: on losses of a known law, whose coefficients it finds, and on real runs of small models."""
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,13 +14,12 @@ from launch.scaling import command, cost, rates, slurm
 from launch.scaling.ladder import Shape
 from launch.scaling.outcomes import Outcome
 from launch.scaling.plan import Laws, Setting, plan
-from launch.trainings.starts import ForkStarter
-from launch.trainings.train_all import is_complete, train_all
+from launch.trainings.train_all import is_complete
 from model.problems import BadInput
 from tests.launch.scaling import known
-from tests.ranks import nursery
+from tests.launch.trainings.session import Session
+from tests.launch.wandb_parts import logged_keys
 from tests.train.checkpoint import runs
-from train.wandb_file import records
 
 KNOWN = [
     *["scaling.rate_budgets=[1e10,1e11,1e12]", "scaling.rates=[2e-3,3e-3,5e-3,7e-3,1e-2,1.4e-2,2e-2,2.8e-2,4e-2]"],
@@ -231,36 +225,6 @@ REAL = [
 ]
 
 
-class Session:
-    """Trains with the ranks of the session's nursery; told to stop once so many runs are done."""
-
-    def __init__(self, folder, stop_after=None):
-        self.folder, self.stop_after, self.began = folder, stop_after, []
-
-    def __call__(self, trainings, *, at_once):
-        if self.stop_after is not None:
-            threading.Thread(target=self._stop, daemon=True).start()
-        return train_all(trainings, at_once=2, start=self._start)
-
-    @contextmanager
-    def _start(self, ranks, at_once):
-        starts = ForkStarter.__new__(ForkStarter)  # whose own process would import everything again
-        starts.slots, starts._forks = at_once, nursery()._forks
-        begin = starts.start
-
-        def start(prepared, slot):
-            self.began.append(prepared.run_dir.name)
-            return begin(prepared, slot)
-
-        starts.start = start
-        yield starts
-
-    def _stop(self):
-        while len([path for path in self.folder.glob("*/*") if is_complete(path)]) < self.stop_after:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.launch
 def test_real_runs_are_stopped_gone_on_with_and_fitted(small, tmp_path, capsys):
     arguments = [*small, *REAL, f"scaling.dir={tmp_path}"]
@@ -280,10 +244,7 @@ def test_real_runs_are_stopped_gone_on_with_and_fitted(small, tmp_path, capsys):
         assert last["val_loss"] == run["loss"] and last["val_bits_per_byte"] == run["bits_per_byte"]
         started = json.loads((folder / "summary.json").read_text())
         assert started["complete"] and started["tokens"] == run["tokens"]
-    (logged, *_) = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    history = [r.history for r in records(logged) if r.WhichOneof("record_type") == "history"]
-    keys = {(item.key or item.nested_key[0]) for line in history for item in line.item}
-    assert {"runs", "isoflop_minima", "grid", "rates", "isoflop", "loss"} <= keys
+    assert {"runs", "isoflop_minima", "grid", "rates", "isoflop", "loss"} <= logged_keys(tmp_path)
 
 
 def test_each_run_of_an_array_is_started_with_what_is_its_own(small, tmp_path, capsys, monkeypatch):
@@ -321,7 +282,7 @@ def test_each_run_of_an_array_is_started_with_what_is_its_own(small, tmp_path, c
         assert started[5:] == study.training(grid[task + 1]).arguments
     known.Known()([study.training(one) for one in grid], at_once=None)
     script = printed().out
-    isoflop = study.isoflop(command._laws(study))
+    isoflop = study.isoflop(command._laws(study, grid))
     assert "#SBATCH --array=0-8\n" in script and "then fits the laws" in script and f"lr={isoflop[0].lr!r}" in script
     known.Known()([study.training(one) for one in isoflop], at_once=None)
     said = printed()

@@ -17,10 +17,10 @@ from launch.trainings.starts import ForkStarter
 from model.problems import BadInput
 from model.regroup import Method
 from tests.launch.study.small import SMALL, StandIn, small_study
+from tests.launch.wandb_parts import logged_keys
 from tests.ranks import nursery
 from tests.train.checkpoint import runs
 from train.pretrained import open_source
-from train.wandb_file import records
 
 
 class Starts:
@@ -29,8 +29,7 @@ class Starts:
     slots = 2
 
     def __init__(self):
-        self.folders, self._starter = [], object.__new__(ForkStarter)
-        self._starter._forks = nursery()._forks
+        self.folders, self._starter = [], ForkStarter(1, self.slots, nursery().forks)
 
     @contextmanager
     def __call__(self, ranks, at_once):
@@ -180,9 +179,7 @@ def test_pictures_and_tables_are_kept_and_logged(done, command):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
     asked = "study.sections=[uptraining,windows,warm_starts]"
     assert study.run([*command, "wandb.mode=offline", asked], StandIn(lambda run_dir, step: None)) == 0
-    (first, *_) = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    history = [r.history for r in records(first) if r.WhichOneof("record_type") == "history"]
-    logged = {(item.key or item.nested_key[0]) for line in history for item in line.item}
+    logged = logged_keys(folder)
     assert {"loss", "windows", "warm-starts", "val_loss", "orderings", "windows_loss", "warm_starts"} <= logged, logged
 
 
