@@ -8,7 +8,8 @@ import netrc
 import os
 import secrets
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -75,28 +76,44 @@ def _start_wandb(mode: Any, run_id: str, **run: Any) -> tuple[Any, str, int]:
 
     from train.wandb_file import last_offline_step
 
-    # By default W&B retries for 90 s, while all ranks wait.
-    os.environ["WANDB_MODE"] = mode  # W&B refuses an unknown one there, even where it is not asked to look
-    settings = wandb.Settings(silent=True, console="off")
+    with _mode_in_environment(mode):
+        settings = wandb.Settings(silent=True, console="off")
     if "WANDB_INIT_TIMEOUT" not in os.environ:
-        settings.init_timeout = INIT_TIMEOUT
+        settings.init_timeout = INIT_TIMEOUT  # by default W&B retries for 90 s, while all ranks wait
     offline_before = last_offline_step(run["dir"] / "wandb", run_id)
     logged_offline = -1 if offline_before is None else offline_before
     if mode == "online" and offline_before is not None:
         # Steps that were only logged offline can be uploaded in order, and not behind later ones.
         log.warning("W&B: this run was logged offline so far, and goes on offline; wandb sync uploads all of it")
-        mode = os.environ["WANDB_MODE"] = "offline"
+        mode = "offline"
     try:
         # Offline, the id alone says that it is the same run.
         goes_on: Literal["allow"] | None = "allow" if mode == "online" else None
-        started = wandb.init(mode=mode, settings=settings, id=run_id, resume=goes_on, **run)
+        with _mode_in_environment(mode):
+            started = wandb.init(mode=mode, settings=settings, id=run_id, resume=goes_on, **run)
         return started, mode, started.starting_step - 1 if mode == "online" else logged_offline
     except wandb.Error as error:
         if mode == "offline":
             raise
         log.warning("W&B %s failed, so this run is logged offline: %s", mode, str(error).splitlines()[0])
-    os.environ["WANDB_MODE"] = "offline"
-    return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
+    with _mode_in_environment("offline"):
+        return wandb.init(mode="offline", settings=settings, id=run_id, **run), "offline", logged_offline
+
+
+@contextmanager
+def _mode_in_environment(mode: str) -> Iterator[None]:
+    """Have WANDB_MODE say the mode for a while: W&B refuses an unknown one there, even where it is not asked to look.
+
+    Whatever else this process does with W&B then finds what its user set.
+    """
+    before = os.environ.get("WANDB_MODE")
+    os.environ["WANDB_MODE"] = mode
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_MODE", None)
+        if before is not None:
+            os.environ["WANDB_MODE"] = before
 
 
 def end_wandb() -> None:

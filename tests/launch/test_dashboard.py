@@ -60,6 +60,7 @@ def test_charts_are_of_the_names_that_runs_log(spec):
 
 
 def test_without_an_account_it_says_what_works_without_one(capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
     assert main(["dashboard"]) == 2
     said = capsys.readouterr().err
     assert "WANDB_MODE=offline" in said and "--print" in said and "deepnarrow report" in said

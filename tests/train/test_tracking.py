@@ -62,6 +62,7 @@ def test_a_run_without_a_server_or_key_is_logged_offline(monkeypatch, tmp_path, 
     tracker = Tracker(config, tmp_path, steps=1, facts={})
     assert tracker.wandb.mode == "offline" and asked == [("online", "online"), ("offline", "offline")]
     assert "no such host" in caplog.text and "and more" not in caplog.text
+    assert os.environ["WANDB_MODE"] == "no such mode", "it is the user's, for what else this process does with W&B"
 
 
 class Online:
