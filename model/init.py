@@ -21,10 +21,12 @@ def initialise(module: nn.Module, prefix: str, seed: int, std: float) -> None:
         parameter.copy_(initial_value(prefix + name, parameter.shape, seed, std))
 
 
-def initial_value(name: str, shape: torch.Size, seed: int, std: float) -> torch.Tensor:
-    """The initial value of one parameter, fp32 on the CPU, whatever device trains it: GPUs draw other numbers."""
+def initial_value(
+    name: str, shape: torch.Size, seed: int, std: float, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The initial value of one parameter, fp32, drawn on the CPU whatever device trains it: GPUs draw other numbers."""
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.ones(shape, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

@@ -10,6 +10,7 @@ B batch, L sequence, H query heads, G key/value heads (H = G x R), K head width.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
@@ -92,6 +93,8 @@ def chosen(
     # PyTorch takes there, 518, flash-attn 2 319. With documents PyTorch takes its own build of flash-attn 2.
     hopper = torch.cuda.get_device_capability(device) >= (9, 0)
     order = [AttentionBackend.flash3, AttentionBackend.flash4] if hopper else [AttentionBackend.flash2]
+    if hopper and (documents or window) and _no_varlen(device, dtype, window):
+        order.append(AttentionBackend.flash2)  # PyTorch would compute what a mask hides
     reasons: list[str] = []
     for one in order:
         reason = obstacle(one, device, dtype, documents, window)
@@ -233,10 +236,13 @@ def _activate(name: str | None) -> None:
 
     if current_flash_attention_impl() == name:
         return
-    if name is None:
-        restore_flash_attention_impl()
-    else:
-        activate_flash_attention_impl(name)
+    with warnings.catch_warnings():
+        # That a kernel takes the place of another is what is asked for.
+        warnings.filterwarnings("ignore", r"Warning only once for all operators", UserWarning)
+        if name is None:
+            restore_flash_attention_impl()
+        else:
+            activate_flash_attention_impl(name)
 
 
 def sdpa(

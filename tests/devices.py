@@ -7,14 +7,22 @@ import os
 
 import torch
 
-GPUS = torch.cuda.device_count()
+_ASKED = "DEEPNARROW_TESTS_CUDA_VISIBLE_DEVICES"
+"""What CUDA_VISIBLE_DEVICES was before it was hidden, for the workers of pytest-xdist; empty for not set."""
+if "PYTEST_XDIST_WORKER" in os.environ and _ASKED in os.environ:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if os.environ[_ASKED]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[_ASKED]
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+GPUS = torch.cuda.device_count()
 
 
 def hide_gpus_from_children() -> None:
     """Have processes that are started from here on run on the CPU; this one keeps its GPUs."""
     if GPUS:
         torch.cuda.init()  # it reads the variable now, and not again
+    if VISIBLE != "":
+        os.environ[_ASKED] = VISIBLE or ""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 

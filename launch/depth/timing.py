@@ -53,7 +53,7 @@ def times_of(
     train: dict[str, float] = {}
     try:
         train = _train(models, micro_batch, seq_len, say)
-        weights = {at: RandomWeights(model) for at, model in enumerate(models.values())}
+        weights = {at: RandomWeights(model, device=device_here()[0]) for at, model in enumerate(models.values())}
         found, device = decode_seconds(weights, [decode_batch], [decode_context], say, ROUNDS)
     except (RuntimeError, MemoryError) as error:  # what was trained is reported all the same
         name = device_name(device_here()[0])

@@ -196,14 +196,14 @@ LONG_RANGE = Part(
 
 
 def _roofline(results: Results, _: Mapping[str, Found]) -> dict[str, Any]:
-    from launch.bench.common import RandomWeights
+    from launch.bench.common import RandomWeights, device_here
 
     study = results.study
     cluster = cluster_of(study.settings.device)
     width = 2 if cluster.has_gpus else 4
     ceilings = ceilings_of(cluster, width)
     counted = roofline_findings(study.model, study.few, command.BATCHES, command.CONTEXTS, ceilings, 1, width)
-    shapes: dict[int, Weights] = {n: RandomWeights(results.model(n)) for n in study.few}
+    shapes: dict[int, Weights] = {n: RandomWeights(results.model(n), device=device_here()[0]) for n in study.few}
     measured = measured_findings(shapes, command.MEASURED_BATCHES, command.MEASURED_CONTEXTS, results.say)
     return {"device": counted, "here": measured}
 

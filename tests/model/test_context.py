@@ -13,6 +13,7 @@ from model.init import initialise
 from model.kernels import FLASH, causal_attention, chosen, obstacle, which_and_why
 from model.loss import cross_entropy
 from model.transformer import Transformer
+from model.varlen import varlen
 from tests.shapes import small
 
 BACKENDS = [AttentionBackend.reference, AttentionBackend.sdpa, AttentionBackend.auto]
@@ -129,6 +130,39 @@ def test_a_flash_backend_takes_documents_where_its_varlen_kernel_runs(monkeypatc
     assert chosen(AttentionBackend.auto, device, dtype, documents=True)[0] is backend
     said = which_and_why(small(attention=backend, kernels=Kernels.plain), device, dtype, documents=True)
     assert said.startswith(f"attention: {backend.name}, documents by its varlen kernel (")
+
+
+@pytest.mark.parametrize("sees", ["documents", "window"])
+def test_what_pytorch_would_mask_is_flash_attn_2s_on_hopper_too(monkeypatch, sees):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("model.kernels.obstacle", lambda b, *_: None if b.name == "flash2" else f"{b.name} fails")
+    asked = AttentionBackend.auto, torch.device("cuda"), torch.bfloat16
+    for missing, taken in (("is missing", AttentionBackend.flash2), (None, AttentionBackend.sdpa)):
+        monkeypatch.setattr("model.kernels._no_varlen", lambda *_, missing=missing: missing)
+        backend, why = chosen(*asked, **{sees: True})
+        assert backend is taken and "flash3 fails; flash4 fails" in why
+    monkeypatch.setattr("model.kernels._no_varlen", lambda *_: "is missing")
+    assert chosen(*asked)[0] is AttentionBackend.sdpa
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_grouped_queries_are_said_to_a_varlen_kernel_that_asks(monkeypatch, told):
+    """PyTorch 2.11's has no such argument."""
+    asked = []
+
+    def newer(q, k, v, *borders, window_size, enable_gqa=False):
+        asked.append(enable_gqa)
+        return q
+
+    def older(q, k, v, *borders, window_size):
+        asked.append(None)
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", newer if told else older)
+    q, documents = torch.zeros(1, 4, 4, 8), documents_of(torch.zeros(1, 4, dtype=torch.bool))
+    varlen(q, q[:, :, :2], q[:, :, :2], documents)
+    varlen(q, q, q, documents)
+    assert asked == ([True, False] if told else [None, None])
 
 
 @pytest.mark.parametrize(

@@ -139,10 +139,10 @@ def _out_problems(out: Path | None) -> list[str]:
 def _measured(
     model: ModelConfig, kv_heads: Sequence[int], batches: list[int] | None, contexts: list[int] | None
 ) -> dict[str, Any]:
-    from launch.bench.common import RandomWeights
+    from launch.bench.common import RandomWeights, device_here
     from launch.study.roofline.measured import measured_findings
 
-    weights = {n: RandomWeights(replace(model, n_kv_heads=n)) for n in kv_heads}
+    weights = {n: RandomWeights(replace(model, n_kv_heads=n), device=device_here()[0]) for n in kv_heads}
     return measured_findings(weights, batches or MEASURED_BATCHES, contexts or MEASURED_CONTEXTS, say_aside)
 
 
