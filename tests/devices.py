@@ -21,6 +21,7 @@ def hide_gpus_from_children() -> None:
     """Have processes that are started from here on run on the CPU; this one keeps its GPUs."""
     if GPUS:
         torch.cuda.init()  # it reads the variable now, and not again
+        torch.cuda.device_count()  # which is remembered from here on
     if VISIBLE != "":
         os.environ[_ASKED] = VISIBLE or ""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

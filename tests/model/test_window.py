@@ -338,5 +338,6 @@ def test_gpu_backends_see_the_window_as_the_definition_does(backend, dtype, docu
             lambda q, k, v, run=attend: run(q, k, v, AttentionBackend.reference), *(x.double() for x in tensors)
         )
         near = 2e-2 if dtype is torch.bfloat16 else 1e-4
+        largest = max(one.abs().max().item() for one in exact)  # a window of 1 gives queries no gradient
         for got, want in zip(with_gradients(attend, *tensors), exact, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=near, atol=near * want.abs().max().item())
+            torch.testing.assert_close(got.double(), want, rtol=near, atol=near * largest)
