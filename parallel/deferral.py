@@ -19,6 +19,7 @@ from torch import nn
 from model.layers import FusedLinears
 
 Deferred = Callable[[], None]
+AddProduct = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class DeferredGradients:
@@ -47,22 +48,27 @@ class DeferredGradients:
             self._deferred = None
 
     def gradients(
-        self, weights: Sequence[nn.Parameter], compute: Callable[[], Sequence[torch.Tensor]]
+        self, weights: Sequence[nn.Parameter], grads: Sequence[torch.Tensor], of_input: Callable[[], torch.Tensor]
     ) -> Sequence[torch.Tensor | None]:
-        """Compute the gradients of weights, or defer them and return None for each.
+        """Compute the gradients of the weights of linear layers that share an input, or defer them.
 
         Args:
-            weights: the parameters, each of which gets one gradient.
-            compute: the function that computes the gradients.
+            weights: (d_out, d_in) the weight of each layer.
+            grads: (..., d_out) the gradient of each layer's output.
+            of_input: returns the input, (..., d_in); it is called when the gradients are computed.
+
+        Returns:
+            The gradient of each weight; None for one that is deferred, or was added to its sum (`add_products_to`).
         """
         if self._deferred is None:
-            return compute()
+            return _weight_gradients(weights, grads, of_input())
 
         def add() -> None:
-            # Autograd accumulates them, so that its hooks on the parameters (`parallel/zero.py`) are called.
             with torch.no_grad():
-                gradients = list(compute())
-            torch.autograd.backward([weight.view_as(weight) for weight in weights], gradients)
+                found = _weight_gradients(weights, grads, of_input())
+            left = [(weight, grad) for weight, grad in zip(weights, found, strict=True) if grad is not None]
+            if left:  # autograd accumulates them, so that its hooks on the parameters are called
+                torch.autograd.backward([weight.view_as(weight) for weight, _ in left], [grad for _, grad in left])
 
         self._deferred.append(add)
         return [None] * len(weights)
@@ -81,11 +87,53 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x = saved_input(ctx)
         grad_x = input_gradient(grads, ctx.weights) if ctx.needs_input_grad[0] else None
-        return (
-            grad_x,
-            None,
-            *ctx.deferred.gradients(ctx.weights, lambda: [grad.flatten(0, -2).T @ x.flatten(0, -2) for grad in grads]),
-        )
+        return grad_x, None, *ctx.deferred.gradients(ctx.weights, grads, lambda: x)
+
+
+def add_products_to(weight: nn.Parameter, add: AddProduct) -> None:
+    """Have the gradient of a linear layer's weight added to a sum as it is computed, in place of made by itself.
+
+    Autograd gets no gradient of it then. Megatron-LM calls this the fusion of gradient accumulation.
+
+    Args:
+        weight: (d_out, d_in) the parameter.
+        add: takes two matrices, (d_out, tokens) and (tokens, d_in), and adds their product to the sum.
+    """
+    weight.add_product = add  # type: ignore[attr-defined]
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """Add the product of two matrices to a sum, in one kernel that rounds the sum alone.
+
+    For 16-bit matrices cuBLAS has that kernel. On an H200, at the 67B's shapes, it takes 0.77 to 0.80 times as long as
+    a product in bf16 and its addition. A CPU has none, and makes the product by itself.
+
+    Args:
+        total: (m, n) fp32, added to in place.
+        left: (m, k).
+        right: (k, n), of the dtype of `left`.
+        first: whether the sum begins with this product; what `total` held is overwritten then.
+    """
+    if left.dtype == total.dtype:
+        torch.mm(left, right, out=total) if first else torch.addmm(total, left, right, out=total)
+    elif total.device.type == "cpu":
+        (total.copy_ if first else total.add_)(left @ right)
+    elif first or total.is_meta:  # where nothing is computed, PyTorch 2.11 has no kernel that adds
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _weight_gradients(
+    weights: Sequence[nn.Parameter], grads: Sequence[torch.Tensor], x: torch.Tensor
+) -> list[torch.Tensor | None]:
+    found: list[torch.Tensor | None] = []
+    flat_x = x.flatten(0, -2)
+    for weight, grad in zip(weights, grads, strict=True):
+        left: torch.Tensor = grad.flatten(0, -2).T
+        add: AddProduct | None = getattr(weight, "add_product", None)
+        found.append(add(left, flat_x) if add else left @ flat_x)
+    return found
 
 
 def saved_input(ctx: Any) -> torch.Tensor:

@@ -90,9 +90,7 @@ class LayerMemory:
         ff = model.d_ff / tp
         shard = vocabulary_shard(model, tp, 0)
         self.vocab = shard.stop - shard.start
-        # Weights, whose gradients have the stages' precision.
-        self._w_qkv = model.d_model * (heads + 2 * keys) * self.bytes
-        self._w_out, self._w_down = model.d_model * heads * self.bytes, model.d_model * ff * self.bytes
+        # The gradient of the embedding or of a head in pieces; others are added to their sums as they are multiplied.
         self._w_vocab = self.vocab * model.d_model * self.bytes
         self.block_parameters = model.d_model * (2 * heads + 2 * keys + 3 * ff) + 2 * model.d_model
         # Activations of a micro-batch.
@@ -172,14 +170,11 @@ class LayerMemory:
                 tally.take(2 * F)
         tally.take(0 if saves_norms else F)  # the product
         tally.take(F)  # its gradient
-        if not split:
-            with tally.holding(self._w_down):
-                pass
-            tally.give(self._gathered, F)
+        tally.give(*(() if split else (self._gathered, F)))
         tally.take(2 * F)  # the gradients of gate and up
         tally.give(F, 2 * F)
         tally.take(R if recompute is Recompute.selective else 0)
-        self._column_parallel(tally, split, 2 * self._w_down)
+        self._column_parallel(tally, split)
         tally.give(0 if split else R + 2 * F)
         tally.take(R)  # the gradient of the sum
         tally.give(R, self._scale, R)  # of the norm, and the sum
@@ -190,16 +185,13 @@ class LayerMemory:
         R, Q, K = self.R, self.Q, self.K
         tally.take(self._gathered)
         tally.take(Q)
-        if not split:
-            with tally.holding(self._w_out):
-                pass
-            tally.give(self._gathered)
+        tally.give(0 if split else self._gathered)
         tally.take(Q + 2 * K)  # the gradients of queries, keys and values
         tally.give(Q, Q + 2 * K, self._sums, 0 if split else Q)
         with tally.holding(Q + K):
             pass
         tally.take(0 if recompute is Recompute.none else R)
-        self._column_parallel(tally, split, self._w_qkv)
+        self._column_parallel(tally, split)
         tally.give(0 if split else R + Q + 2 * K)
         tally.take(R)  # the norm's
         tally.give(R, self._scale)
@@ -209,28 +201,19 @@ class LayerMemory:
         tally.give(0 if split and not self._cut else R)
         tally.give(R)  # the input
 
-    def _column_parallel(self, tally: Tally, split: bool, weights: float) -> None:
+    def _column_parallel(self, tally: Tally, split: bool) -> None:
         """Leave the gradient of the input."""
         tally.take(0 if split else self._gathered)
         tally.take(self.D)
         tally.take(self._scattered)
-        if not split:
-            with tally.holding(weights):
-                pass
-            tally.give(self._gathered)
+        tally.give(0 if split else self._gathered)
         if self._cut:
             tally.give(self.D + self._scattered - self.R)
 
     def block_weights(self, tally: Tally) -> None:
         """Compute the deferred gradients of a block's weights. What they are made of goes at the end of the pass."""
-        for weights, gathered in (
-            (self._w_down, 0.0),
-            (2 * self._w_down, self._gathered),
-            (self._w_out, 0.0),
-            (self._w_qkv, self._gathered),
-        ):
-            with tally.holding(gathered, weights):
-                pass
+        with tally.holding(self._gathered):
+            pass
 
     @property
     def kept_gradient(self) -> float:
@@ -280,7 +263,7 @@ class LayerMemory:
         """Run the backward pass of the loss and the head, which leaves the gradient of the head's input."""
         statistics = 3 * self.tokens * _FP32
         if self._pieces == 1:
-            self._column_parallel(tally, split, self._w_vocab)
+            self._column_parallel(tally, split)
             tally.give(statistics, 0 if split else self.V + self.R)
         else:
             in_fp32 = self.tokens * _FP32 * self.width
@@ -298,7 +281,7 @@ class LayerMemory:
     def head_weights(self, tally: Tally) -> None:
         """Compute the deferred gradient of the head's weight."""
         if self._pieces == 1:
-            with tally.holding(self._gathered, self._w_vocab):
+            with tally.holding(self._gathered):
                 pass
 
     @cached_property

@@ -155,16 +155,16 @@ class _ColumnParallel(torch.autograd.Function):
             with heart.in_collective:
                 gather.wait()
             x = _gathered(gathering, tp)
+            del gathering  # a micro-batch of several sequences has been copied from it
         if tp.sequence_parallel:
             grad_x, reduction, _alive = _start_reduce_scatter(grad_x, tp)
         else:
             reduction = dist.all_reduce(grad_x, group=tp.group, async_op=True)
 
-        def grad_weights() -> list[torch.Tensor]:
-            whole = x if gather or not tp.sequence_parallel else _gather(x, tp)
-            return [grad.flatten(0, -2).T @ whole.flatten(0, -2) for grad in grads]
+        def whole_input() -> torch.Tensor:
+            return x if gather or not tp.sequence_parallel else _gather(x, tp)
 
-        gradients = ctx.deferred.gradients(weights, grad_weights)
+        gradients = ctx.deferred.gradients(weights, grads, whole_input)
         with heart.in_collective:
             reduction.wait()
         return grad_x, None, None, *gradients

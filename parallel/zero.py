@@ -6,11 +6,12 @@ two moments. In bytes per parameter that is
 
     bf16:  2 + 4 + 12 / dp          fp32:  4 + 4 + 8 / dp          (in fp32 the master weights are the weights)
 
-A gradient is added to its slot in the buffer as soon as autograd has computed it, and freed. Once a bucket has those of
-the last micro-batch, it is reduced over the replicas, each of which gets its share, while the backward pass continues
-with the layers before. After the optimizer has moved the shares, the weights are gathered while the next forward pass
-begins, in the order in which it needs them: a layer waits for its own buckets and no others. DeepSpeed's optimizers do
-both after the passes, all at once (arXiv 2401.02954, section 2.4, has the first of the two).
+The gradient of a linear layer's weight is a product of two matrices, and is added to its slot in the buffer by the
+kernel that multiplies them, unrounded; others as soon as autograd has computed them, and freed. Once a bucket has
+those of the last micro-batch, it is reduced over the replicas, each of which gets its share, while the backward pass
+continues with the layers before. After the optimizer has moved the shares, the weights are gathered while the next
+forward pass begins, in the order in which it needs them: a layer waits for its own buckets and no others. DeepSpeed's
+optimizers do both after the passes, all at once (arXiv 2401.02954, section 2.4, has the first of the two).
 
 Gradients are those of the loss summed over all labels. The mean is taken, and clipped, where Adam reads the gradients.
 """
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.build import Layer
+from parallel.deferral import add_product, add_products_to
 from parallel.heartbeat import heart
 from parallel.sharding import ParameterInfo
 
@@ -153,6 +155,14 @@ class Bucket:
         assert gradient is not None
         total = slot.of(self.gradients)
         (total.add_ if self._arrived[index] else total.copy_)(gradient)
+        return self._counted(index)
+
+    def add_product(self, index: int, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """Accumulate a gradient, the product of two matrices; return whether it was the last of the step."""
+        add_product(self.slots[index].of(self.gradients), left, right, first=not self._arrived[index])
+        return self._counted(index)
+
+    def _counted(self, index: int) -> bool:
         self._arrived[index] += 1
         self._missing -= 1
         return self._missing == 0
@@ -231,6 +241,8 @@ class Zero:
                 # A strong reference from an autograd hook to its bucket would be a cycle that Python's GC cannot see.
                 hook = partial(_accumulate, weakref.ref(one), index, replicas)
                 slot.parameter.register_post_accumulate_grad_hook(hook)
+                if slot.parameter.dim() == 2:  # which a linear layer may have
+                    add_products_to(slot.parameter, partial(_accumulate_product, weakref.ref(one), index, replicas))
         for layer in layers:
             used = list(dict.fromkeys(of_parameter[parameter] for parameter, _ in layer.parameters()))
             layer.module.register_forward_pre_hook(partial(_wait_for_weights, used))
@@ -312,6 +324,14 @@ def _accumulate(of_bucket: "weakref.ref[Bucket]", index: int, replicas: Replicas
     # Autograd also calls this hook for a weight whose gradient a backward pass has deferred; it has none then.
     bucket = of_bucket()
     if bucket is not None and parameter.grad is not None and bucket.add(index) and bucket.kind.shared_by == 1:
+        bucket.reduce(replicas)
+
+
+def _accumulate_product(
+    of_bucket: "weakref.ref[Bucket]", index: int, replicas: Replicas, left: torch.Tensor, right: torch.Tensor
+) -> None:
+    bucket = of_bucket()
+    if bucket is not None and bucket.add_product(index, left, right) and bucket.kind.shared_by == 1:
         bucket.reduce(replicas)
 
 

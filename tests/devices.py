@@ -22,6 +22,7 @@ def hide_gpus_from_children() -> None:
     if GPUS:
         torch.cuda.init()  # it reads the variable now, and not again
         torch.cuda.device_count()  # which is remembered from here on
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are children, which would see none to compile for
     if VISIBLE != "":
         os.environ[_ASKED] = VISIBLE or ""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

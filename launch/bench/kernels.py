@@ -1,10 +1,12 @@
 """Each kernel by itself, forward and backward: attention backends, the loss, and the elementwise kernels and norms.
 
 Attention is measured in FLOP/s against a matrix product of the same run, the others in bytes read and written per
-second against a copy; each also against plain PyTorch, by turns.
+second against a copy; each also against plain PyTorch, by turns. On a GPU it is the GPU's own time, as in a step whose
+host is ahead of it, and beside it the host's, which is what counts where the GPU waits for it.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from launch.bench.common import composed, copy_bytes, device_name, product_flops, synchronised
+from launch.bench.common import composed, copy_bytes, device_name, product_flops
 from launch.tables import rendered
 from model.config import AttentionBackend, Kernels, ModelConfig
 from model.fused import add_rms_norm, rms_norm, rotary, silu_mul
@@ -24,6 +26,9 @@ from model.loss import cross_entropy
 
 ON_CPU = ["train.seq_len=256", "model.vocab_size=16384"]
 """The overrides that make the presets smaller on a CPU."""
+
+_AHEAD = 20
+"""Products of 8192 that a GPU has yet to do, 1.4 ms each, while the host asks for the kernels behind them."""
 
 Call = Callable[..., Any]
 """A function from leaf tensors to one tensor or several."""
@@ -57,8 +62,9 @@ def measure(overrides: Sequence[str], models: Sequence[str] = ("7b", "67b"), rou
         rounds: the number of rounds, with one forward and backward pass of each implementation.
 
     Returns:
-        The ``bounds`` and, in ``rows``, each implementation's ``seconds``, ``rate`` (FLOP/s or bytes/s), ``share`` of
-        the bound, and ``speedup`` over plain PyTorch; ``absent`` says which could not run, and why.
+        The ``bounds`` and, in ``rows``, each implementation's ``seconds``, the ``host_seconds`` that it takes to ask a
+        GPU for it, ``rate`` (FLOP/s or bytes/s), ``share`` of the bound, and ``speedup`` over plain PyTorch; ``absent``
+        says which could not run, and why.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -88,25 +94,27 @@ def as_text(found: dict[str, Any]) -> str:
     title = f"forward and backward, {found['precision']} on {found['device']}; a matrix product "
     title += f"{bounds['flops'] / 1e12:.3g} TFLOP/s, a copy beyond all caches {bounds['bytes'] / 1e9:.3g} GB/s"
     table = Table(
-        "model", "kernel", "way", "ms", "rate", "of the bound", "times as fast", title=title, title_justify="left"
+        *("model", "kernel", "way", "ms", "host ms", "rate", "of the bound", "times as fast"),
+        title=title,
+        title_justify="left",
     )
     for row in found["rows"]:
         rate = f"{row['rate'] / 1e12:.3g} TFLOP/s" if row["in_flops"] else f"{row['rate'] / 1e9:.3g} GB/s"
-        ms = f"{1000 * row['seconds']:.3f}"
-        table.add_row(row["model"], row["kernel"], row["way"], ms, rate, f"{row['share']:.1%}", f"{row['speedup']:.2f}")
+        ms = [f"{1000 * seconds:.3f}" for seconds in (row["seconds"], row["host_seconds"])]
+        share, speedup = f"{row['share']:.1%}", f"{row['speedup']:.2f}"
+        table.add_row(row["model"], row["kernel"], row["way"], *ms, rate, share, speedup)
     return "\n".join([rendered(table), *(f"{name}: {why}" for name, why in found["absent"].items())])
 
 
 def _rows(subject: Subject, device: torch.device, rounds: int, bounds: dict[str, float]) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in subject.implementations}
+    host: dict[str, list[float]] = {name: [] for name in subject.implementations}
     for number in range(rounds + 1):
         for name, call in subject.implementations.items():
-            begin = synchronised(device)
-            out = call(*subject.inputs)
-            outputs = [out] if isinstance(out, torch.Tensor) else list(out)
-            torch.autograd.grad(outputs, subject.inputs, [torch.ones_like(one) for one in outputs])
+            whole, of_host = _timed(lambda call=call: _both_passes(call, subject.inputs), device)  # type: ignore[misc]
             if number:
-                seconds[name].append(synchronised(device) - begin)
+                seconds[name].append(whole)
+                host[name].append(of_host)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     base = next(iter(medians.values()))
     bound = bounds["flops" if subject.in_flops else "bytes"]
@@ -115,6 +123,7 @@ def _rows(subject: Subject, device: torch.device, rounds: int, bounds: dict[str,
             "kernel": subject.name,
             "way": name,
             "seconds": one,
+            "host_seconds": statistics.median(host[name]),
             "rate": subject.amount / one,
             "share": subject.amount / one / bound,
             "speedup": base / one,
@@ -122,6 +131,31 @@ def _rows(subject: Subject, device: torch.device, rounds: int, bounds: dict[str,
         }
         for name, one in medians.items()
     ]
+
+
+def _both_passes(call: Call, inputs: Sequence[torch.Tensor]) -> None:
+    out = call(*inputs)
+    outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(one) for one in outputs])
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a call on its device, and those of the host that asks for it."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return (took := time.perf_counter() - begin), took
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    ahead = torch.empty(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(_AHEAD):
+        torch.mm(ahead, ahead)
+    first.record()
+    begin = time.perf_counter()
+    run()
+    host = time.perf_counter() - begin
+    last.record()
+    torch.cuda.synchronize(device)
+    return first.elapsed_time(last) / 1000, host
 
 
 def _attention(

@@ -152,7 +152,8 @@ class Recorder(TorchDispatchMode):
         made = _tensors(result)
         fresh = [one for one in made if self._record.storages.see(one)]
         if not func.is_view and _name(func) not in _FREE:
-            self._record.operation(_operation(func, args, kwargs, fresh))
+            for operation in _operations(func, args, kwargs, fresh):
+                self._record.operation(operation)
         return result
 
     @staticmethod
@@ -176,19 +177,21 @@ def _fits_in_place(func: Any, args: Any) -> bool:
     return False
 
 
-def _operation(func: Any, args: Any, kwargs: Any, fresh: Sequence[torch.Tensor]) -> Operation:
+def _operations(func: Any, args: Any, kwargs: Any, fresh: Sequence[torch.Tensor]) -> list[Operation]:
     name = _name(func)
     if name in ("mm", "bmm", "addmm", "addmm_"):
         a, b = args[1:3] if name.startswith("addmm") else args[:2]
         batch = a.shape[0] if name == "bmm" else 1
-        return Product(a.shape[-2], a.shape[-1], b.shape[-1], batch, a.element_size())
+        product = Product(a.shape[-2], a.shape[-1], b.shape[-1], batch, a.element_size())
+        total = kwargs.get("out")  # which it is added to (`parallel.deferral.add_product`)
+        return [product] if total is None else [product, Traffic(2 * total.nbytes, "accumulated gradient")]
     inputs = [tensor for one in (*args, *kwargs.values()) for tensor in _tensors(one)]
     written = [
         tensor
         for index, key in _written(func)
         for tensor in _tensors(args[index] if index < len(args) else kwargs.get(key))
     ]
-    return Traffic(sum(one.nbytes for one in (*inputs, *written, *fresh)), name)
+    return [Traffic(sum(one.nbytes for one in (*inputs, *written, *fresh)), name)]
 
 
 @cache

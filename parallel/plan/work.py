@@ -135,10 +135,11 @@ class RankLayers:
         return [self.product(self.tokens, width, d_in) for width in widths]
 
     def weight_products(self, d_in: int, *widths: int) -> list[Operation]:
-        """Make the products of the gradients of their weights, each of which is added to the accumulated one."""
+        """Make the products of the gradients of their weights, which add to the accumulated ones."""
         made: list[Operation] = []
         for width in widths:
-            made += [self.product(width, self.tokens, d_in), self.accumulated(width * d_in)]
+            added = Traffic(2 * _FP32 * width * d_in, "accumulated gradient")
+            made += [self.product(width, self.tokens, d_in), added]
         return made
 
     def accumulated(self, parameters: int) -> Traffic:
@@ -196,9 +197,8 @@ class RankLayers:
             *made,
             *before,
             self._message(operation, self.tokens * d_in, index=reduction),
-            *(one for one in weights if isinstance(one, Product)),
+            *weights,
             Wait(reduction),
-            *(one for one in weights if isinstance(one, Traffic)),  # autograd accumulates what a layer has returned
         ]
 
     def column_weights(self, d_in: int, *widths: int) -> list[Operation]:

@@ -64,12 +64,12 @@ class _NotingStage(torch.autograd.Function):
         ctx.note("B")
         late = ctx.deferred.active
 
-        def compute() -> list[torch.Tensor]:
+        def of_input() -> torch.Tensor:
             if late:
                 ctx.note("W")
-            return [grad.clone()]
+            return torch.eye(len(grad))  # by which the gradient is that of the weight
 
-        return grad, *ctx.deferred.gradients([ctx.weight], compute), None, None
+        return grad, *ctx.deferred.gradients([ctx.weight], [grad.T], of_input), None, None
 
 
 def _stage(index: int, deferred: DeferredGradients, notes: list[Note]) -> Callable[..., torch.Tensor]:

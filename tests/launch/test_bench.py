@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from model.weights import streamed_logits
 from parallel.schedules import ONE_F_ONE_B, placement_of
 from parallel.stages import split_for
 from tests.shapes import preset, small
+from tests.spawned import spawn
 
 SHAPE = [
     *["model.n_layers=4", "model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=96"],
@@ -49,6 +51,8 @@ def all_found(corpus, tmp_path_factory):
         patch.setattr(pipeline, "DEFAULTS", SHAPE)
         patch.setattr(data, "DEFAULTS", [*SHAPE, "data=files", f"data.path={corpus}", "data.val_fraction=0.2"])
         patch.setattr(data, "ROUNDS", 1)
+        patch.setattr(data, "measure", partial(data.measure, seconds=0.2))
+        patch.setattr(torch.multiprocessing, "spawn", spawn)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         printed = []
         assert main(["bench"]) == 0
@@ -318,9 +322,19 @@ def test_the_memory_of_a_step_is_what_is_predicted(precision, recompute, pieces)
     cases = [("8x512", 4, True), ("8x512", 3, False)]
     found = stage.measure([*shape, *how, "train.seq_len=512"], cases, micro_batches=2, rounds=1)
     for row in found["rows"]:
-        assert 0.95 < row["predicted_bytes"] / row["peak_bytes"] < 1.05, row
+        # What is predicted is a GPU's; on a CPU, formulas that are not compiled hold what they make on the way.
+        assert 0.93 < row["predicted_bytes"] / row["peak_bytes"] < 1.05, row
         assert row["tokens_per_second"] == pytest.approx(2 * 512 / row["seconds"])
     assert "sdpa" in found["kernels"] and "8x512, 3 blocks" in stage.as_text(found).replace("\n", " ")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("recompute", "pieces"), [("none", 1), ("selective", 4), ("ffn", 1), ("full", 4)])
+def test_a_gpu_allocates_what_is_predicted(recompute, pieces):
+    how = [f"parallel.recompute={recompute}", f"parallel.head_pieces={pieces}", "train.micro_batch=1"]
+    found = stage.measure([*how, "train.seq_len=2048"], [("7b", 2, True), ("7b", 2, False)], micro_batches=2, rounds=1)
+    for row in found["rows"]:
+        assert row["predicted_bytes"] == pytest.approx(row["peak_bytes"], rel=0.01), row
 
 
 def test_the_flops_of_a_stage_are_those_of_its_layers():

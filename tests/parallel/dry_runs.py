@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from model.batch import Batch
 from model.config import Kernels
 from model.layers import rotary_tables
+from parallel import deferral
 from parallel.deepspeed_engine import start_process_group
 from parallel.dry_run import run
 from parallel.dry_run.rank import _adamw, _fewest_micro_batches, _label_buckets, _moments, _step
@@ -112,6 +113,12 @@ def on_copies(call: Callable[..., Any], receives: bool) -> Callable[..., Any]:
     return run
 
 
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """`parallel.deferral.add_product`; what a CPU makes by itself, where a GPU has a kernel, is not followed."""
+    with _disable_current_modes():
+        deferral.add_product(total, left, right, first)
+
+
 CALLS = {
     "all_reduce": True,
     "all_gather_into_tensor": True,
@@ -131,7 +138,7 @@ def for_real(job: Job) -> list[Held]:
         engine = build_engine(job.model, job.layout, job.stages, job.settings, _adamw, torch.device("cpu"))
         engine.pipeline.around = record.around
         _label_buckets(engine, record)
-        with mock.patch.multiple(dist, **on_gloo):
+        with mock.patch.multiple(dist, **on_gloo), mock.patch("parallel.zero.add_product", add_product):
             _step(engine, record, source, _fewest_micro_batches(job))
             record.storages.label(_moments(engine), Kind.optimizer)
             _step(engine, record, source, job.settings.accumulation)
