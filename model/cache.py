@@ -5,6 +5,9 @@ B sequences, L tokens, G key/value heads, M positions that are allocated, K head
 
 import torch
 
+_STEP = 256
+"""Places by which what a GPU looks at grows; those that hold nothing yet are masked."""
+
 
 class KVCache:
     """The keys and values of one block: n_kv_heads of each for a token, not n_heads.
@@ -28,7 +31,9 @@ class KVCache:
         self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.empty = True
         """Whether nothing has been added."""
-        self._longest = 0
+        self.longest = 0
+        """Tokens of the longest sequence."""
+        self._step = _STEP if lengths_B.is_cuda else 1
 
     def add(self, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> None:
         """Add whole sequences to an empty cache, padded to the longest; afterwards one token of each at a time.
@@ -40,15 +45,15 @@ class KVCache:
             B, _, G, K = k_BLGK.shape
             self._k_BGMK = k_BLGK.new_zeros(B, G, self.size, K)
             self._v_BGMK = torch.zeros_like(self._k_BGMK)
-            self._longest = k_BLGK.shape[1]
-            if self._longest > self.size:
+            self.longest = k_BLGK.shape[1]
+            if self.longest > self.size:
                 k_BLGK, v_BLGK = self._last(k_BLGK), self._last(v_BLGK)
             filled = k_BLGK.shape[1]
             self._k_BGMK[:, :, :filled] = k_BLGK.transpose(1, 2)
             self._v_BGMK[:, :, :filled] = v_BLGK.transpose(1, 2)
             self.empty = False
         else:
-            self._longest += 1
+            self.longest += 1
             place_B = self.lengths_B % self.size
             self._k_BGMK[self._rows_B, :, place_B] = k_BLGK[:, 0]
             self._v_BGMK[self._rows_B, :, place_B] = v_BLGK[:, 0]
@@ -58,8 +63,15 @@ class KVCache:
 
         The token just added is among them.
         """
-        m = min(self._longest, self.size)
+        m = self.in_view()
         return self._k_BGMK[:, :, :m], self._v_BGMK[:, :, :m], (self.lengths_B + 1).clamp(max=self.size)
+
+    def in_view(self, more: int = 0) -> int:
+        """Count the places that attention looks at once so many tokens have been added to each sequence, m.
+
+        On a GPU it grows in steps, so that the shapes of decoding change seldom (`model.step_graph`).
+        """
+        return min(-(-(self.longest + more) // self._step) * self._step, self.size)
 
     def _last(self, x_BLGK: torch.Tensor) -> torch.Tensor:
         """The last M tokens of each sequence at their places, (B, M, G, K)."""

@@ -12,6 +12,7 @@ from torch import nn
 from model.cache import KVCache
 from model.context import Context
 from model.problems import BadInput
+from model.step_graph import StepGraph
 from model.transformer import Block, Head
 
 
@@ -68,6 +69,7 @@ class Decoder:
         self._prompts_BL = torch.zeros(len(prompts), int(self.lengths_B.max()), dtype=torch.int64, device=weight.device)
         for row, prompt in zip(self._prompts_BL, prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt)
+        self._graph = StepGraph(self.caches) if self.lengths_B.is_cuda and self._is_alone() else None
 
     def prefill(self) -> torch.Tensor:
         """Logits of the token after each prompt, fp32 (B, V)."""
@@ -75,9 +77,17 @@ class Decoder:
 
     def step(self, tokens_B: torch.Tensor) -> torch.Tensor:
         """Append one token to each sequence, int64 (B,); logits of the token after it, fp32 (B, V)."""
-        logits_BV = self._run(tokens_B.to(self.lengths_B.device).unsqueeze(1), torch.zeros_like(self.lengths_B))
+        tokens_B1 = tokens_B.to(self.lengths_B.device).unsqueeze(1)
+        logits_BV = self._graph.step(self._one, tokens_B1) if self._graph else self._one(tokens_B1)
         self.lengths_B += 1
         return logits_BV
+
+    def _is_alone(self) -> bool:
+        """Whether this process needs no other one for a step."""
+        return True
+
+    def _one(self, tokens_B1: torch.Tensor) -> torch.Tensor:
+        return self._run(tokens_B1, torch.zeros_like(self.lengths_B))
 
     @torch.no_grad()
     def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:

@@ -43,11 +43,14 @@ class StageDecoder(Decoder):
         room: int,
         ranks: Ranks,
     ):
-        super().__init__([layer for layers in stages.values() for layer in layers], prompts, room)
         self._config, self._ranks = config, ranks
+        super().__init__([layer for layers in stages.values() for layer in layers], prompts, room)
         layers = iter(self._layers)
         self._stages = {stage: list(islice(layers, len(own))) for stage, own in sorted(stages.items())}
         self._dtype = next(self._layers[0][0].parameters()).dtype
+
+    def _is_alone(self) -> bool:
+        return len(self._ranks.pipeline) == 1 and self._ranks.tensor_parallel.size == 1
 
     @torch.no_grad()
     def _run(self, tokens_BL: torch.Tensor, last_B: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from model.generate import Decoder, Sampling, complete, drawing, generate
 from model.init import initialise
 from model.kernels import cached_attention, reference
 from model.problems import BadInput
+from model.step_graph import StepGraph
 from model.transformer import Transformer, layer_builders
 from tests.model.test_huggingface import SHAPES, Drawn, written
 from tests.shapes import small
@@ -97,6 +98,70 @@ def test_whichever_end_comes_first_ends_a_sequence():
     ends = {free[0][4], free[0][7], free[1][2]}
     for tokens, whole in zip(finish(layers, prompts(config), 12, ends), free, strict=True):
         assert tokens == whole[: next((at for at, token in enumerate(whole) if token in ends), None)]
+
+
+class PretendedGraph:
+    """A CUDA graph that a CPU can record: it runs the same again, and counts no token."""
+
+    def replay(self):
+        longest = [cache.longest for cache in self.caches]
+        self.logits.copy_(self.run())
+        for cache, before in zip(self.caches, longest, strict=True):
+            cache.longest = before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_are_recorded_until_more_places_are_in_view(monkeypatch, caplog, shape, fails):
+    config = SHAPES[shape]
+    _, layers = loaded(config)
+    plain, graphed = (Decoder(layers, prompts(config), 40) for _ in range(2))
+    recorded = []
+
+    def record(self, run, tokens_B1):
+        if fails:
+            graphed.caches[0].longest += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self._tokens_B1, graph = tokens_B1.clone(), PretendedGraph()
+        graph.caches, graph.run = self._caches, lambda: run(self._tokens_B1)
+        graph.logits = self._logits_BV = run(self._tokens_B1)
+        recorded.append(graphed.caches[0].longest)
+        return graph
+
+    monkeypatch.setattr(StepGraph, "_record", record)
+    graphed._graph = StepGraph(graphed.caches)
+    for cache in graphed.caches:
+        cache._step = 8
+    assert torch.equal(plain.prefill(), graphed.prefill())
+    replayed, replay = [], PretendedGraph.replay
+    monkeypatch.setattr(PretendedGraph, "replay", lambda graph: replayed.append(replay(graph)))
+    for token in range(18):
+        tokens_B = torch.full((len(LENGTHS),), token)
+        torch.testing.assert_close(graphed.step(tokens_B), plain.step(tokens_B), rtol=1e-5, atol=1e-5)
+    assert [cache.longest for cache in graphed.caches] == [cache.longest for cache in plain.caches]
+    if fails:
+        assert caplog.text.count("steps are not recorded as a CUDA graph: operation not permitted") == 1
+    elif None in config.windows:
+        assert recorded == [13, 18, 26]  # the second token of those for which 16, 24 and 32 places are in view
+        assert len(replayed) == 18 - 3
+    else:  # a window is full, and in view, from the first token on
+        assert recorded == [13] and len(replayed) == 18 - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gpus_graphs_give_what_its_kernels_give_one_after_another(monkeypatch, caplog, shape):
+    monkeypatch.setattr("model.cache._STEP", 8)
+    config = SHAPES[shape]
+    _, layers = loaded(config)
+    layers = [layer.to("cuda", torch.bfloat16) for layer in layers]
+    plain, graphed = (Decoder(layers, prompts(config), 40) for _ in range(2))
+    plain._graph = None
+    assert torch.equal(plain.prefill(), graphed.prefill())
+    for token in range(18):
+        tokens_B = torch.full((len(LENGTHS),), token)
+        torch.testing.assert_close(graphed.step(tokens_B), plain.step(tokens_B), rtol=1e-2, atol=1e-2)
+    assert graphed._graph._graph is not None and "not recorded" not in caplog.text
 
 
 def test_the_cache_holds_key_value_heads_and_no_more():
