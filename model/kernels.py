@@ -27,6 +27,8 @@ from model.stand_ins import AttentionKernel, stand_ins
 from model.varlen import by_document, flash_window, in_window, varlen, visible
 
 _16_BITS = (torch.bfloat16, torch.float16)
+SPLIT = 256
+"""Keys of a split (`in_splits`), a divisor of the steps in which caches come into view on a GPU (`model.cache`)."""
 
 
 def causal_attention(
@@ -324,8 +326,27 @@ def cached_attention(
     G, M = k_BGMK.shape[1:3]
     q_BGRK = q_B1HK.view(B, G, H // G, K)
     seen_BM = torch.arange(M, device=lengths_B.device) < lengths_B.unsqueeze(1)
+    if q_B1HK.is_cuda and M > SPLIT and M % SPLIT == 0 and _multiprocessors(q_B1HK.device) > B * G:
+        return in_splits(q_BGRK, k_BGMK, v_BGMK, seen_BM).reshape(B, 1, H, K)
     mask_BGRM = seen_BM.view(B, 1, 1, M).expand(B, G, H // G, M)
     return F.scaled_dot_product_attention(q_BGRK, k_BGMK, v_BGMK, attn_mask=mask_BGRM).reshape(B, 1, H, K)
+
+
+def in_splits(q_BGRK: torch.Tensor, k_BGMK: torch.Tensor, v_BGMK: torch.Tensor, seen_BM: torch.Tensor) -> torch.Tensor:
+    """Attention to the positions that are seen, in splits of them, which a GPU reads at the same time, (B, G, R, K).
+
+    PyTorch's kernels give a block of threads all keys of a sequence and head: with few of these most of a GPU is idle.
+    """
+    k_BGSNK, v_BGSNK = (x.unflatten(2, (-1, SPLIT)) for x in (k_BGMK, v_BGMK))
+    scores_BGSRN = q_BGRK.unsqueeze(2) @ k_BGSNK.mT
+    scores_BGRM = scores_BGSRN.transpose(2, 3).flatten(3).float() / math.sqrt(q_BGRK.shape[-1])
+    weights_BGRM = scores_BGRM.masked_fill(~seen_BM[:, None, None], float("-inf")).softmax(-1).to(v_BGMK.dtype)
+    return (weights_BGRM.unflatten(3, (-1, SPLIT)).transpose(2, 3) @ v_BGSNK).sum(2)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def reference(

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from model.cache import KVCache
 from model.generate import Decoder, Sampling, complete, drawing, generate
 from model.init import initialise
-from model.kernels import cached_attention, reference
+from model.kernels import cached_attention, in_splits, reference
 from model.problems import BadInput
 from model.step_graph import StepGraph
 from model.transformer import Transformer, layer_builders
@@ -170,6 +170,28 @@ def test_the_cache_holds_key_value_heads_and_no_more():
     cache.add(*torch.zeros(2, 2, 3, 2, 4, dtype=torch.bfloat16))
     held = cache._k_BGMK.nbytes + cache._v_BGMK.nbytes
     assert held == 2 * 10 * small(2, head_dim=4, n_layers=1).kv_cache_bytes_per_token()
+
+
+def test_attention_in_splits_is_that_of_all_keys_at_once(monkeypatch):
+    monkeypatch.setattr("model.kernels.SPLIT", 8)
+    q, k, v = (torch.randn(3, heads, rows, 16) for heads, rows in ((2, 4), (2, 24), (2, 24)))
+    seen = torch.arange(24) < torch.tensor([[1], [13], [24]])  # splits of which none, some and all are seen
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[:, None, None])
+    torch.testing.assert_close(in_splits(q, k, v, seen), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (16, 16)])
+def test_a_gpu_attends_to_a_cache_in_splits_as_by_definition(heads):
+    (H, G), M = heads, 1024
+    tensors = [torch.randn(3, rows, n, 64, device="cuda", dtype=torch.bfloat16) for rows, n in ((1, H), (M, G), (M, G))]
+    lengths = torch.tensor([1, 300, M], device="cuda")
+    q, k, v = tensors
+    got = cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), lengths)
+    for row, length in enumerate(lengths.tolist()):
+        whole = q[row : row + 1].expand(1, length, H, 64)
+        want = reference(whole.double(), k[row : row + 1, :length].double(), v[row : row + 1, :length].double(), None)
+        torch.testing.assert_close(got[row].double(), want[0, -1:], rtol=2e-2, atol=2e-2)
 
 
 def test_cached_attention_is_the_last_row_of_the_definition():
