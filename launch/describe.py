@@ -26,7 +26,8 @@ from train.data.sources import prepare_run, shares
 from train.job import computes_in_bf16, job_of
 from train.length import Consumed, length_of, longest
 from train.like import take_over
-from train.timeline import draw_rows, expected, schedule_name
+from train.timeline import expected, schedule_name
+from train.timeline_picture import draw_rows
 from train.uptrain import compose_with_source, sound
 
 _PRESET = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -158,7 +159,8 @@ def draw_step(config: Config, path: Path) -> None:
         job = job_of(config)
         step, name = _step(job), schedule_name(job.settings.schedule, job.placement)
         title = f"{name}, {job.settings.accumulation:,} micro-batches: bubble {step.bubble:.1%}"
-        draw_rows([(title, step.spans)], job.placement, path, 1, "forward and backward passes of the whole model")
+        label = "times that of the passes of a micro-batch through the whole model"
+        draw_rows([(title, step.spans)], job.placement, path, 1, "times that of a micro-batch", label)
 
 
 def _choices(model: ModelConfig) -> list[int]:

@@ -12,9 +12,7 @@ from parallel.schedules import Action, Pass, Placement, Schedule, orders, split_
 from parallel.simulation import Costs, Span, Timeline, simulate
 from train import strict_json
 from train.records import TIMELINES
-
-COLORS = {Pass.F: "#4c78a8", Pass.B: "#f58518", Pass.W: "#54a24b"}
-NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
+from train.timeline_picture import draw_rows
 
 
 def seconds_of(what: Pass, spans: Iterable[Span]) -> float:
@@ -190,70 +188,3 @@ def draw(measured: MeasuredStep, path: Path) -> None:
 def schedule_name(schedule: Schedule, placement: Placement) -> str:
     """Name a schedule in a title."""
     return schedule.name + (f", {placement.virtual} stages a rank" if placement.virtual > 1 else "")
-
-
-def draw_rows(
-    pictures: Sequence[tuple[str, list[list[Span]]]], placement: Placement, path: Path, scale: float, unit: str
-) -> None:
-    """Draw timelines under each other, ranks as rows, passes as coloured bars.
-
-    Args:
-        pictures: a title, and the spans of each rank.
-        placement: of the stages.
-        path: of the picture.
-        scale: from the spans' time to the unit that is written below.
-        unit: that one.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    height = 0.8 * len(pictures) + 0.4 * placement.num_ranks * len(pictures)
-    figure, axes_of = pyplot.subplots(
-        len(pictures), 1, sharex=True, figsize=(11, height), layout="constrained", squeeze=False
-    )
-    found: set[Pass] = set()
-    for (title, rows), axes in zip(pictures, axes_of[:, 0], strict=True):
-        found |= bars_on(axes, rows, placement, scale)
-        axes.set_title(title, fontsize="small", loc="left")
-    axes_of[-1, 0].set_xlabel(unit + ("; paler: a rank's later stages" if placement.virtual > 1 else ""))
-    figure.legend(handles=legend_of(found), loc="outside upper right", ncols=3, fontsize="x-small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def bars_on(axes: Any, rows: Sequence[Sequence[Span]], placement: Placement, scale: float) -> set[Pass]:
-    """Draw the passes of each rank as coloured bars in a row, paler those of a rank's later stages.
-
-    Args:
-        axes: matplotlib's, to draw on.
-        rows: the spans of each rank.
-        placement: of the stages.
-        scale: from the spans' time to the unit of the axis.
-
-    Returns:
-        The kinds of passes that there are.
-    """
-    found: set[Pass] = set()
-    for rank, row in enumerate(rows):
-        stages = placement.stages_of(rank)
-        bars: dict[tuple[Pass, int], list[tuple[float, float]]] = {}  # drawn together: there may be thousands
-        for span in row:
-            key = span.action.what, stages.index(span.action.stage)
-            bars.setdefault(key, []).append((scale * span.start, scale * (span.end - span.start)))
-        for (what, turn), ranges in bars.items():
-            paler = 1.0 - 0.45 * turn / max(1, placement.virtual - 1)
-            look = {"facecolor": COLORS[what], "alpha": paler, "edgecolor": "white", "linewidth": 0.4}
-            axes.broken_barh(ranges, (rank - 0.4, 0.8), **look)
-            found.add(what)
-    axes.set_yticks(range(placement.num_ranks), [f"rank {rank}" for rank in range(placement.num_ranks)])
-    axes.invert_yaxis()
-    return found
-
-
-def legend_of(found: set[Pass]) -> list[Any]:
-    """Return the entries of a legend for kinds of passes."""
-    from matplotlib.patches import Patch
-
-    return [Patch(color=COLORS[what], label=NAMES[what]) for what in Pass if what in found]

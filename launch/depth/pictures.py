@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.depth.findings import of_equal
+from train.palette import look_of
 
 SIZE = (9.6, 4.4)
 """Inches, at 150 dots each."""
@@ -48,16 +49,18 @@ def _draw(found: dict[str, Any], path: Path, places: dict[str, float], label: st
         above = [max(shape["losses"].values()) - shape["mean"] for shape in shapes]
         axes.errorbar(at, means, (below, above), color="0.4", capsize=3, zorder=1)
         for shape, place in zip(shapes, at, strict=True):
-            color = "C3" if shape["is_preset"] else "C0"
-            axes.plot(place, shape["mean"], "o", color=color, markersize=7)
-            axes.plot([place] * len(shape["losses"]), list(shape["losses"].values()), ".", color=color, alpha=0.5)
+            look = look_of(1 if shape["is_preset"] else 0)
+            axes.plot(place, shape["mean"], markersize=7, **look)
+            axes.plot(
+                [place] * len(shape["losses"]), list(shape["losses"].values()), ".", color=look["color"], alpha=0.5
+            )
             axes.annotate(shape["name"], (place, shape["mean"]), (5, 7), textcoords="offset points", fontsize="small")
         if log:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
         axes.margins(0.12)
         axes.set_xlabel(label, fontsize="small")
-        axes.set_title(f"equal {equal}, {found['tokens']:,} tokens (red: the preset)", fontsize="medium")
+        axes.set_title(f"equal {equal}, {found['tokens']:,} tokens (square: the preset)", fontsize="medium")
         axes.grid(alpha=0.3)
     many[0][0].set_ylabel(f"validation loss, nats; bars: {len(found['seeds'])} seeds")
     figure.savefig(path, dpi=150)

@@ -10,18 +10,9 @@ from launch.plan.rows import GIB, Row
 from launch.timeline import picture
 from parallel.plan.predict import predict
 from parallel.simulation import Span
-from train.timeline import bars_on, legend_of, schedule_name
-
-_COLORS = {
-    "weights": "#4c566a",
-    "gradients": "#7b88a1",
-    "optimizer": "#a3b1c9",
-    "activations": "#e9a23b",
-    "workspace": "#c44e52",
-    "logits": "#8e6bb0",
-    "passing": "#63a56c",
-}
-"""Of each kind of memory, in the order in which they are stacked: what stays is at the bottom."""
+from train.palette import MEMORY
+from train.timeline import schedule_name
+from train.timeline_picture import DPI, WIDTH, bars_on, legend_of, prepare, rows_height, said_of
 
 
 def draw(row: Row, run: DryRun, path: Path) -> None:
@@ -48,11 +39,11 @@ def _draw(row: Row, run: DryRun, path: Path) -> None:
     job, cluster = row.candidate.job, row.candidate.prediction.cluster
     drawn = replace(job, settings=replace(job.settings, accumulation=run.micro_batches))
     timeline, placement = predict(drawn, cluster).timeline, job.placement
-    rows = min(max(0.25 * placement.num_ranks, 0.8), 8.0)
+    rows = rows_height(placement)
     figure, (above, below) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(11, rows + 3.6), layout="constrained", height_ratios=[rows, 2.6]
+        2, 1, sharex=True, figsize=(WIDTH, rows + 3.6), layout="constrained", height_ratios=[rows, 2.6]
     )
-    found = bars_on(above, timeline.spans, placement, 1000)
+    prepare(above, placement, 0.0, 1000 * timeline.seconds)
     choice = row.candidate.choice
     named = schedule_name(choice.schedule, placement) if choice.pp > 1 else "no pipeline"
     part = "" if run.micro_batches == job.settings.accumulation else f" of {job.settings.accumulation:,}"
@@ -62,12 +53,12 @@ def _draw(row: Row, run: DryRun, path: Path) -> None:
         fontsize="small",
         loc="left",
     )
-    if placement.num_ranks > 16:
-        above.set_yticks(range(0, placement.num_ranks, 8), [f"rank {r}" for r in range(0, placement.num_ranks, 8)])
     _memory(below, timeline.spans[run.peak.rank], run, cluster.memory_gib, cluster.allocatable_gib)
-    below.set_xlabel("ms" + ("; paler: a rank's later stages" if placement.virtual > 1 else ""))
-    figure.legend(handles=legend_of(found), loc="outside upper right", ncols=3, fontsize="x-small")
-    figure.savefig(path, dpi=150)
+    below.set_xlabel("ms" + said_of(placement), fontsize="small")
+    figure.legend(handles=legend_of([timeline.spans]), loc="outside upper right", ncols=3, fontsize="x-small")
+    figure.draw_without_rendering()  # now the axes have their widths
+    bars_on(above, timeline.spans, placement, 1000)
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
@@ -77,7 +68,7 @@ def _memory(axes: Any, spans: Sequence[Span], run: DryRun, memory_gib: float, al
     parts = [by_action[span.action] for span in spans]
     times = [1000 * span.start for span in spans] + [1000 * spans[-1].end]
     bottom = [0.0] * (len(spans) + 1)
-    for kind, color in _COLORS.items():
+    for kind, color in MEMORY.items():
         sizes = [part.get(kind, 0.0) / GIB for part in parts]
         top = [low + size for low, size in zip(bottom, [*sizes, sizes[-1]], strict=True)]
         if any(sizes):

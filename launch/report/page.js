@@ -2,22 +2,17 @@
 "use strict";
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
-// Okabe and Ito's colours, which colour-blind people tell apart, but for black and yellow: one is lost on a dark page,
-// the other on a white one. https://jfly.uni-koeln.de/color/
-const COLORS = {
-  light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"],
-  dark: ["#3D9BDC", "#F07A3A", "#2BBF97", "#E29BC4", "#F0B429", "#8CD3F8"], // the same, lighter
-};
+const COLORS = DATA.colors;
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 const MARKS = { skipped: "x", failed: "triangle-down" };
-const PASSES = ["#4c78a8", "#f58518", "#54a24b", "#b8b8b8"];
+const PASSES = ["--F", "--B", "--W", "--waiting"];
 
 const state = { axis: DATA.axis, log: false, single: true, hidden: new Set(), range: null };
 const preferred = matchMedia("(prefers-color-scheme: dark)");
 const theme = () => document.documentElement.dataset.theme ?? (preferred.matches ? "dark" : "light");
-const color = (run) => COLORS[theme()][run % COLORS.light.length];
+const color = (run) => COLORS[run % COLORS.length];
 // A run beyond the last colour has the first again, dashed otherwise.
-const dash = (run, turn) => DASHES[(turn + 2 * Math.floor(run / COLORS.light.length)) % DASHES.length];
+const dash = (run, turn) => DASHES[(turn + 2 * Math.floor(run / COLORS.length)) % DASHES.length];
 const shade = (hex, opacity) => hex + Math.round(255 * opacity).toString(16).padStart(2, "0");
 
 function curves(plot) {
@@ -49,7 +44,7 @@ function bars(plot) {
     name: plot.kind === "shares" ? trace.label : DATA.runs[trace.run],
     x: trace.names,
     y: trace.y,
-    marker: { color: plot.kind === "shares" ? PASSES[trace.pass] : color(trace.run) },
+    marker: { color: plot.kind === "shares" ? css(PASSES[trace.pass]) : color(trace.run) },
     hovertemplate: "%{y:.4~g}",
   }));
 }
@@ -144,7 +139,7 @@ async function drawAll() {
   const mine = ++turn;
   for (const mark of document.querySelectorAll("[data-color]")) {
     mark.style.setProperty("--run", color(Number(mark.dataset.color)));
-    mark.classList.toggle("again", Number(mark.dataset.color) >= COLORS.light.length);
+    mark.classList.toggle("again", Number(mark.dataset.color) >= COLORS.length);
   }
   for (const plot of DATA.plots) {
     await draw(plot);

@@ -11,6 +11,7 @@ from launch.report import tables, timelines
 from launch.report.facts import quantity
 from launch.report.panels import Shape, panels
 from launch.report.plots import AXES, Plots, ShownRun
+from train.palette import PASSES, PASSES_ON_DARK, SERIES, WAITING, WAITING_ON_DARK
 
 HERE = Path(__file__).parent
 AXIS_NAMES = {"tokens": "tokens", "step": "steps", "hours": "hours"}
@@ -43,7 +44,8 @@ def page(runs: Sequence[ShownRun], axis: str) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{escape(names)}</title>\n<link rel="icon" href="data:,">\n<style>{_own("page.css")}</style>\n</head>\n'
+        f'<title>{escape(names)}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>\n{_colors()}{_own('page.css')}</style>\n</head>\n"
         f"<body>\n{_bar(runs, axis)}<main>{body}"
         f'<p class="pale">{thinned}Made {escape(now)} by deepnarrow report.</p></main>\n'
         f'<script id="data" type="application/json">{_as_script(plots.as_json(axis))}</script>\n'
@@ -114,6 +116,18 @@ def _figure(plot: dict[str, Any]) -> str:
         said.append(f"no records of it in {', '.join(plot['without'])}")
     caption = f"<figcaption>{escape('; '.join(said))}</figcaption>" if said else ""
     return f'<figure><h3>{escape(plot["title"])}</h3><div id="{plot["id"]}"></div>{caption}</figure>'
+
+
+def _colors() -> str:
+    """Write the colours of passes as variables of CSS, on light pages and on dark ones."""
+    light, dark = (
+        "".join(f"--{what.name}: {color}; " for what, color in passes.items()) + f"--waiting: {waiting};"
+        for passes, waiting in ((PASSES, WAITING), (PASSES_ON_DARK, WAITING_ON_DARK))
+    )
+    return (
+        f':root {{ {light} --warn: {SERIES[4]}; }}\n:root[data-theme="dark"] {{ {dark} }}\n'
+        f'@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {dark} }} }}\n'
+    )
 
 
 def _own(name: str) -> str:

@@ -14,6 +14,7 @@ from launch.report.history import Floats, History
 from launch.report.panels import SECTIONS, Panel, Shape
 from launch.report.thinning import extremes, smoothed
 from launch.run_folder import RunFolder
+from train.palette import SERIES
 
 AXES = {
     "tokens": "tokens trained on",
@@ -77,7 +78,7 @@ class Plots:
         plots = [plot for section in self.sections for plot in section["plots"]]
         names = [run.name for run in self.runs]
         extents = {name: self._extent(name) for name in AXES}
-        facts = {"runs": names, "axes": AXES, "axis": axis, "extents": extents}
+        facts = {"runs": names, "colors": SERIES, "axes": AXES, "axis": axis, "extents": extents}
         return {**facts, "positions": self.positions, "plots": plots}
 
     def _extent(self, axis: str) -> list[float]:

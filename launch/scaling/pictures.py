@@ -7,10 +7,10 @@ import numpy as np
 
 from launch.scaling.findings import as_power_law, law_of
 from launch.scaling.fits import PowerLaw
+from train.palette import SCALE, SERIES
 
 HEIGHT = 4.2
 """Inches, at 150 dots each."""
-_COLORS = "viridis"
 
 
 def draw(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -47,7 +47,7 @@ def _grids(found: dict[str, Any], path: Path) -> Path:
         values = np.array([[losses.get((lr, batch), np.nan) for lr in rates] for batch in batches])
         finite = values[np.isfinite(values)]
         best = float(finite.min()) if finite.size else 1.0
-        shown = axes.imshow(100 * (values / best - 1), origin="lower", aspect="auto", cmap=f"{_COLORS}_r", vmin=0)
+        shown = axes.imshow(100 * (values / best - 1), origin="lower", aspect="auto", cmap=f"{SCALE}_r", vmin=0)
         for row, column in np.ndindex(values.shape):
             value = values[row, column]
             near = value <= (1 + found["rates"]["band"]) * best
@@ -96,7 +96,7 @@ def _isoflop(found: dict[str, Any], path: Path) -> Path:
     figure, (curves, models, tokens) = pyplot.subplots(1, 3, figsize=(13.8, HEIGHT), layout="constrained")
     found_curves = found["allocation"]["curves"]
     for curve, share in zip(found_curves, np.linspace(0, 0.85, len(found_curves)), strict=True):
-        color = colormaps[_COLORS](share)
+        color = colormaps[SCALE](share)
         runs = [run for run in found["runs"] if run["kind"] == "isoflop" and run["budget"] == curve["compute"]]
         m = np.array([run["m"] for run in runs])
         curves.plot(m, [run["loss"] for run in runs], "o", color=color, label=f"{curve['compute']:.3g}")
@@ -128,21 +128,27 @@ def _loss(found: dict[str, Any], path: Path) -> Path:
     axes.plot([run["budget"] for run in runs], [run["loss"] for run in runs], ".", color="0.7", label="runs")
     curves, held = allocated["curves"], allocated["held_out"]
     axes.plot(
-        [one["compute"] for one in curves], [one["lowest"] for one in curves], "o", color="C0", label="least loss"
+        [one["compute"] for one in curves], [one["lowest"] for one in curves], "o", color=SERIES[0], label="least loss"
     )
     if held:
         last = held["predictions"][0]
         before = PowerLaw(*_through(curves[:-1]))
         line = np.geomspace(curves[0]["compute"], held["compute"], 60)
-        axes.plot(line, [before.at(compute) for compute in line], "--", color="C1", label="C^-a, without the largest")
+        axes.plot(
+            line, [before.at(compute) for compute in line], "--", color=SERIES[1], label="C^-a, without the largest"
+        )
         for one, marker in zip(held["predictions"], "*P", strict=False):
             off = f"{one['error']:+.2%}"
-            axes.plot(held["compute"], one["loss"], marker, color="C1", markersize=10, label=f"by {one['law']}: {off}")
+            axes.plot(
+                held["compute"], one["loss"], marker, color=SERIES[1], markersize=10, label=f"by {one['law']}: {off}"
+            )
         if last["interval"]:
-            axes.vlines(held["compute"], *last["interval"], color="C1", alpha=0.5)
+            axes.vlines(held["compute"], *last["interval"], color=SERIES[1], alpha=0.5)
     if law := allocated["loss"]:
         line = np.geomspace(curves[0]["compute"], 2 * curves[-1]["compute"], 60)
-        axes.plot(line, law["floor"] + law["scale"] * line ** -law["exponent"], color="C0", label="floor + C^-a, all")
+        axes.plot(
+            line, law["floor"] + law["scale"] * line ** -law["exponent"], color=SERIES[0], label="floor + C^-a, all"
+        )
     _labels(axes, "validation loss, nats", log=False)
     return _saved(figure, path)
 
@@ -159,7 +165,7 @@ def _laws(axes: Any, found: dict[str, Any], name: str, computes: list[float]) ->
     line = np.geomspace(min(computes), max(computes), 60)
     if law := law_of(found, name):
         label = f"{law['coefficient']:.3g} C^{law['exponent']:.3f}"
-        axes.plot(line, [as_power_law(law).at(compute) for compute in line], color="C0", label=label)
+        axes.plot(line, [as_power_law(law).at(compute) for compute in line], color=SERIES[0], label=label)
     paper = as_power_law(found["paper"][name])
     axes.plot(line, [paper.at(c) for c in line], ":", color="black", label=f"the paper's {paper}, extrapolated")
 

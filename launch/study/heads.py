@@ -29,6 +29,7 @@ from model.stand_ins import StandIns, standing_in
 from model.transformer import Block, Head
 from model.varlen import visible
 from model.weights import Weights, loaded_layers
+from train.palette import SCALE, color_of, look_of
 
 ROWS, QUERIES = 32, 64
 """The number of rows, and of queries of a row, evenly spaced over it, whose maps are compared."""
@@ -358,8 +359,8 @@ def _draw_numbers(by_seed: Sequence[Mapping[str, Any]], path: Path) -> Path:
         for index, model in enumerate(by_seed[0]["models"]):
             lines = torch.tensor([[layer[key] for layer in one["models"][index]["layers"]] for one in by_seed])
             numbers = range(1, lines.shape[1] + 1)
-            axes.plot(numbers, lines.mean(0), color=f"C{index}", marker=".", label=model["name"])
-            axes.fill_between(numbers, lines.amin(0), lines.amax(0), color=f"C{index}", alpha=0.2, linewidth=0)
+            axes.plot(numbers, lines.mean(0), label=model["name"], markersize=4, **look_of(index))
+            axes.fill_between(numbers, lines.amin(0), lines.amax(0), color=color_of(index), alpha=0.2, linewidth=0)
         axes.set_xlabel("layer")
         axes.set_ylabel(f"effective number of {label}")
         axes.set_ylim(bottom=0)
@@ -385,10 +386,9 @@ def _draw_matrices(found: Mapping[str, Any], path: Path) -> Path:
     figure, axes = pyplot.subplots(1, len(models), figsize=(2.6 * len(models) + 1, 3.4), layout="constrained")
     shown = [axes] if len(models) == 1 else list(axes)
     for one, model in zip(shown, models, strict=True):
-        image = one.imshow(model["layers"][layer]["similarity"], vmin=0, vmax=1, cmap="viridis")
+        image = one.imshow(model["layers"][layer]["similarity"], vmin=0, vmax=1, cmap=SCALE)
         one.set_title(f"{model['name']}\n{model['layers'][layer]['patterns']:.2f} patterns", fontsize="small")
-        one.set_xticks([])
-        one.set_yticks([])
+        one.set(xticks=[], yticks=[])
         size = model["heads"] // model["kv_heads"]
         for border in range(size, model["heads"], size):  # heads between two lines share a key/value head
             one.axhline(border - 0.5, color="white", linewidth=0.8)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from train.palette import look_of
+
 TITLES = {
     "loss": "loss by tokens before, nats",
     "accuracy": "recall of a pair, share right",
@@ -78,7 +80,9 @@ def _draw(by_seed: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str,
                 error = _over_seeds(by_seed, at, measure, "error" if value == "mean" else f"{value}_error")
                 least, most = mean - error, mean + error
             bars = np.nan_to_num(np.maximum([mean - least, most - mean], 0))
-            axes.errorbar(points, mean, bars, color=f"C{at}", marker=".", linewidth=1.2, capsize=2, label=model["name"])
+            axes.errorbar(
+                points, mean, bars, linewidth=1.2, markersize=4, capsize=2, label=model["name"], **look_of(at)
+            )
         if value == "mean" and measure in first["chance"]:
             axes.axhline(first["chance"][measure], color="black", linewidth=0.8, linestyle=":", label="chance")
         elif value == "above":

@@ -8,11 +8,12 @@ from typing import Any
 from launch.study.plan import Plan, Uptraining
 from launch.study.results import Results
 from launch.trainings.wandb_of_study import Table
+from train.palette import REFERENCE, SERIES
 
 Found = Mapping[str, Any]
 """Findings of a section, or the facts of a study (`launch.study.findings.facts`): what JSON can hold."""
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-"""Black for the original, then Okabe and Ito's colours, which the colour-blind tell apart; one for each model."""
+COLORS = (REFERENCE, *SERIES)
+"""The colours of models: the original is the one that all others are compared with."""
 SIZE = (7.2, 4.4)
 """The size of a picture in inches, at 150 dots each."""
 

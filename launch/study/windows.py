@@ -17,8 +17,7 @@ from launch.study.settings import Window
 from launch.study.training import uptrainings_of
 from launch.tables import of_numbers, rendered
 from launch.trainings.wandb_of_study import Table
-
-_MARKERS = "os^Dv<>p"
+from train.palette import MARKERS
 
 
 def _windowed(study: Plan, seed: int, kv_heads: int, window: Window) -> Uptraining:
@@ -127,7 +126,7 @@ def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
     windows = list(dict.fromkeys(window_name(model) for model in found["models"]))
     for model in found["models"]:
         color = COLORS[heads.index(model["kv_heads"]) % len(COLORS)]
-        marker = _MARKERS[windows.index(window_name(model)) % len(_MARKERS)]
+        marker = MARKERS[windows.index(window_name(model)) % len(MARKERS)]
         loss = model["val_loss"]
         label = f"{model['attention']}, {window_name(model)}"
         axes.errorbar(model["cache_bytes"], loss["mean"], loss["sd"] or 0.0, marker=marker, color=color, capsize=2,

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.study.roofline.counts import Phase
+from train.palette import color_of
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-"""Okabe and Ito's colours, which the colour-blind tell apart; one for each model, then again."""
 MARKERS = {("attention", Phase.decode): "v", ("attention", Phase.prefill): "^"}
 MARKERS |= {("whole", Phase.decode): "o", ("whole", Phase.prefill): "s"}
 """The marks of attention alone and of a whole pass."""
@@ -136,7 +135,7 @@ def _ends(batches: list[int]) -> list[tuple[str, int]]:
 def _models(found: Mapping[str, Any]) -> list[tuple[str, int, Mapping[str, Any]]]:
     """Return each model's colour, how many come later, and itself: those are drawn smaller, so that equals are seen."""
     models = found["models"]
-    return [(COLORS[index % len(COLORS)], len(models) - 1 - index, model) for index, model in enumerate(models)]
+    return [(color_of(index), len(models) - 1 - index, model) for index, model in enumerate(models)]
 
 
 def _is_measured(found: Mapping[str, Any]) -> bool:

@@ -9,7 +9,10 @@ from html import unescape
 import pytest
 
 from launch.cli import main
+from parallel.schedules import Pass
 from tests.launch.report.folders import FAILED, SETTINGS, SKIPPED, record, records, write_run, write_timeline
+from tests.train.test_palette import contrast
+from train.palette import PASSES, PASSES_ON_DARK, WAITING, WAITING_ON_DARK
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
@@ -26,6 +29,20 @@ async function settled() {
   delete document.documentElement.dataset.drawn;
 }
 const found = { errors: [] };
+const styled = (selector, what) => getComputedStyle(document.querySelector(selector))[what];
+// What the page looks like: texts and what lies behind them, passes as the timelines and the bars of plots have them.
+function looks() {
+  const bars = DATA.plots.find((plot) => plot.kind === "shares");
+  return {
+    page: styled("body", "backgroundColor"),
+    card: styled("figure", "backgroundColor"),
+    on_page: [styled("body", "color"), styled("p.pale", "color")],
+    on_card: [styled("figcaption", "color"), styled("svg.timeline text", "fill"),
+      document.querySelector(`#${bars.id} .xtick text`).style.fill],
+    passes: ["F", "B"].map((what) => styled(`svg.timeline rect.${what}`, "fill")),
+    bars: document.getElementById(bars.id)._fullData.map((trace) => trace.marker.color),
+  };
+}
 addEventListener("error", (event) => found.errors.push(event.message));
 addEventListener("unhandledrejection", (event) => found.errors.push(String(event.reason)));
 (async () => {
@@ -57,9 +74,9 @@ addEventListener("unhandledrejection", (event) => found.errors.push(String(event
   found.means = lines(loss);
   click('[data-run="1"]'); await settled();
   found.alone = [lines(loss), document.querySelector('td[data-of-run="1"]').hidden];
-  const before = getComputedStyle(document.body).backgroundColor;
+  found.preferred = looks();
   click("[data-theme-button]"); await settled();
-  found.themes = [before, getComputedStyle(document.body).backgroundColor];
+  found.other = looks();
   document.getElementById("found").textContent = JSON.stringify(found);
 })();
 </script>
@@ -78,6 +95,7 @@ def seen(tmp_path_factory):
     page.write_text(page.read_text("utf-8").replace("</body>", READER + "</body>"), "utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--window-size=1400,1000"]
+    command += ["--blink-settings=preferredColorScheme=0"]  # dark
     command += ["--virtual-time-budget=120000", "--dump-dom", page.as_uri()]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     left = re.search(r'<pre id="found">(.*?)</pre>', ended.stdout, re.DOTALL)
@@ -107,6 +125,16 @@ def test_the_axis_the_zoom_and_the_runs_are_changed_for_all_plots(seen):
     assert found["means"] == 2 and found["alone"] == [1, True]
 
 
-def test_it_can_be_light_or_dark(seen):
-    light, dark = seen[0]["themes"]
-    assert {light, dark} == {"rgb(246, 247, 249)", "rgb(18, 22, 29)"}
+def rgb(text):
+    """A colour as CSS says it computed, as #RRGGBB."""
+    return "#" + "".join(f"{int(value):02X}" for value in re.findall(r"\d+", text)[:3])
+
+
+def test_it_is_dark_where_that_is_preferred_and_light_when_asked(seen):
+    dark, light = seen[0]["preferred"], seen[0]["other"]
+    assert (rgb(dark["page"]), rgb(light["page"])) == ("#12161D", "#F6F7F9")
+    for look, passes, waiting in ((dark, PASSES_ON_DARK, WAITING_ON_DARK), (light, PASSES, WAITING)):
+        assert min(contrast(rgb(color), rgb(look["page"])) for color in look["on_page"]) > 4.5  # WCAG 2.1, level AA
+        assert min(contrast(rgb(color), rgb(look["card"])) for color in look["on_card"]) > 4.5
+        assert [rgb(color) for color in look["passes"]] == [passes[Pass.F], passes[Pass.B]]
+        assert look["bars"] == [passes[Pass.F], passes[Pass.B], waiting]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_nothing_is_loaded_from_elsewhere(two):
     assert two.addresses == ["data:,"]  # the icon, which browsers would ask a server for
     styles = two.source[: two.source.index("</style>")]
     assert "url(" not in styles and "@import" not in styles
-    assert len(two.scripts) == 3 and "http" not in two.scripts[2].replace("https://jfly.uni-koeln.de/color/", "")
+    assert len(two.scripts) == 3 and "http" not in two.scripts[2]
 
 
 def test_a_curve_is_that_of_the_records_against_all_axes(two):
@@ -129,6 +130,23 @@ def test_stages_sources_and_timelines(two):
     assert two.source[: two.source.index('<script id="data"')].count("<rect") == 2 * 2 * 16
     assert "one: step 10, 1f1b, 4 micro-batches" in two.text and "one: step 90" in two.text
     assert "timelines of steps 20 are kept as well" in two.text
+
+
+def test_of_a_step_of_1152_micro_batches_its_beginning_and_its_end_are_drawn(tmp_path):
+    run = write_run(tmp_path / "run", records(20))
+    write_timeline(run, 10, micro_batches=1152)
+    page = report(tmp_path, run)
+    drawn = page.source[page.source.index('<svg class="timeline"') : page.source.index("</svg>")]
+    bars = [(float(x), float(width)) for x, width in re.findall(r'<rect [^>]*x="([\d.]+)"[^>]*width="([\d.]+)"', drawn)]
+    assert 2 * 2 * 16 <= len(bars) < 2 * 2 * 24  # of eight micro-batches, and those that are half done beside them
+    assert min(width for _, width in bars) > 8 and max(x + width for x, width in bars) <= 1000
+    assert len(re.findall(r"left out: 4[01],\d{3} ms, 99.\d% of the step, with 1,14\d whole micro-batches", drawn)) == 2
+    assert drawn.count('class="break"') == 2
+    titles = re.findall(r"<title>forward of micro-batch (\d+), stage 0: 10 ms</title>", drawn)
+    assert titles[0] == "0" and titles[-1] == "1151"
+    # The axis of the end goes on in the time of the step.
+    marks = [int(mark.replace(",", "")) for mark in re.findall(r'text-anchor="middle">([\d,]+)</text>', drawn)]
+    assert max(marks) > 40_000 and min(marks) < 200
 
 
 def test_the_head_says_how_far_and_what_differs(two):
