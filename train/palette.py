@@ -9,8 +9,8 @@ from parallel.schedules import Pass
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), on white and on dark pages. Yellow is left out, which is
 lost on white, and black, which is lost on dark pages."""
-REFERENCE = "#000000"
-"""The colour of what all others are compared with, on white: Okabe and Ito's black."""
+COLORS = ("#000000", *SERIES)
+"""The colours of series on white, of which the first is the one that others are compared with."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", "-.", ":")
 SCALE = "viridis"
@@ -36,22 +36,19 @@ MEMORY = {
 
 
 def color_of(index: int) -> str:
-    """Return the colour of a series, counted from 0; a series beyond the last colour has the first again."""
-    return SERIES[index % len(SERIES)]
+    """Return the colour of a series on white, counted from 0; one beyond the last colour has the first again."""
+    return COLORS[index % len(COLORS)]
 
 
 def look_of(index: int) -> dict[str, str]:
-    """Return the color, marker and linestyle of a series, as matplotlib's `plot` takes them.
+    """Return the color, marker and linestyle of a series on white, as matplotlib's `plot` takes them.
 
     Args:
-        index: of the series, counted from 0. Each of the first 168 looks different from all others.
+        index: of the series, counted from 0. Of the first 49 none has the color and the marker of another.
     """
-    again = index // len(SERIES)
-    return {
-        "color": color_of(index),
-        "marker": MARKERS[index % len(MARKERS)],
-        "linestyle": LINES[again % len(LINES)],
-    }
+    again = index // len(COLORS)
+    marker = MARKERS[(index + again) % len(MARKERS)]
+    return {"color": color_of(index), "marker": marker, "linestyle": LINES[again % len(LINES)]}
 
 
 def paler(color: str, share: float) -> str:

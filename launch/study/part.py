@@ -8,12 +8,9 @@ from typing import Any
 from launch.study.plan import Plan, Uptraining
 from launch.study.results import Results
 from launch.trainings.wandb_of_study import Table
-from train.palette import REFERENCE, SERIES
 
 Found = Mapping[str, Any]
 """Findings of a section, or the facts of a study (`launch.study.findings.facts`): what JSON can hold."""
-COLORS = (REFERENCE, *SERIES)
-"""The colours of models: the original is the one that all others are compared with."""
 SIZE = (7.2, 4.4)
 """The size of a picture in inches, at 150 dots each."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from launch.bench.common import device_here
 from launch.study.decode import decode_seconds
-from launch.study.part import COLORS, SIZE, Found, Part
+from launch.study.part import SIZE, Found, Part
 from launch.study.plan import Plan, Uptraining
 from launch.study.results import Results
 from launch.study.seeds import difference, ordering, said
@@ -18,6 +18,7 @@ from launch.study.training import uptrainings_of
 from launch.tables import of_numbers, rendered
 from launch.trainings.wandb_of_study import Table
 from model.config import ModelConfig
+from train.palette import color_of
 
 NEAR = 1.05
 """A model is no slower, or its cache no larger, up to so many times the other's: times are not measured closer."""
@@ -152,7 +153,7 @@ def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
     for index, model in enumerate(found["models"]):
         milliseconds, loss = longest(model)["seconds"] * 1000, model["val_loss"]
         marker = "o" if model["layers"] == found["models"][0]["layers"] else "s"
-        bar, color = loss["sd"] or 0.0, COLORS[index % len(COLORS)]
+        bar, color = loss["sd"] or 0.0, color_of(index)
         axes.errorbar(milliseconds, loss["mean"], bar, color=color, marker=marker, markersize=8, capsize=3)
         axes.annotate(model["name"], (milliseconds, loss["mean"]), (8, 8), textcoords="offset points")
     axes.invert_yaxis()
@@ -234,10 +235,10 @@ def _draw_smaller(found: Found, facts: Found, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
-    axes.axhline(0, color=COLORS[0], linewidth=0.8)
-    axes.plot(1, 0, "s", color=COLORS[0], label=found["smaller"]["name"])
+    axes.axhline(0, color=color_of(0), linewidth=0.8)
+    axes.plot(1, 0, "s", color=color_of(0), label=found["smaller"]["name"])
     for index, one in enumerate(found["against"], 1):
-        above, color = one["loss_above"], COLORS[index % len(COLORS)]
+        above, color = one["loss_above"], color_of(index)
         axes.errorbar(
             one["cache"], above["mean"], above["sd"] or 0.0, marker="o", color=color, capsize=3, label=one["name"]
         )

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from launch.study.part import COLORS, SIZE, Found, Part
+from launch.study.part import SIZE, Found, Part
 from launch.study.plan import ORIGINAL, Original, Plan, Uptraining
 from launch.study.results import Results
 from launch.study.seeds import claim, difference, line_of, ordering, said, spread
@@ -16,6 +16,7 @@ from launch.study.settings import PLAIN
 from launch.tables import of_numbers, rendered
 from launch.trainings.wandb_of_study import Table
 from model.regroup import Method
+from train.palette import look_of
 
 CLOSE = 0.01
 """The share by which GQA's loss may be higher for it to count as close to MHA."""
@@ -179,8 +180,8 @@ def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
         for method, losses in model["val_loss"].items():
             label = model["attention"] if method == ORIGINAL else f"{model['attention']}, {method}"
             x, y = [float(share) for share in losses], [one["mean"] for one in losses.values()]
-            axes.errorbar(x, y, [one["sd"] or 0.0 for one in losses.values()], linestyle=_LINES[method], capsize=2,
-                          color=COLORS[index % len(COLORS)], marker=".", label=label)  # fmt: skip
+            axes.errorbar(x, y, [one["sd"] or 0.0 for one in losses.values()], capsize=2, label=label,
+                          **{**look_of(index), "linestyle": _LINES[method]}, markersize=4)  # fmt: skip
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())

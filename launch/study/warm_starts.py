@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.study.part import COLORS, SIZE, Found, Part
+from launch.study.part import SIZE, Found, Part
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.results import Results
 from launch.study.seeds import BEYOND, beyond_spread, difference, ordering, said, spread
@@ -16,6 +16,7 @@ from launch.study.training import uptrainings_of
 from launch.tables import of_numbers, rendered
 from launch.trainings.wandb_of_study import Table
 from model.regroup import Method, shares_of, steps_of
+from train.palette import color_of
 
 STEPWISE = "step by step"
 
@@ -125,7 +126,7 @@ def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
-        color = COLORS[(index + 1) % len(COLORS)]
+        color = color_of(index + 1)
         for at, model in enumerate(found["models"]):
             if name in model["ways"]:
                 above, x = model["ways"][name]["above"], at + (index - (len(names) - 1) / 2) * width

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench.common import device_here
-from launch.study.part import COLORS, SIZE, Found, Part
+from launch.study.part import SIZE, Found, Part
 from launch.study.plan import Original, Plan, Uptraining
 from launch.study.results import Results
 from launch.study.seeds import difference, ordering, said, spread
@@ -17,7 +17,7 @@ from launch.study.settings import Window
 from launch.study.training import uptrainings_of
 from launch.tables import of_numbers, rendered
 from launch.trainings.wandb_of_study import Table
-from train.palette import MARKERS
+from train.palette import MARKERS, color_of
 
 
 def _windowed(study: Plan, seed: int, kv_heads: int, window: Window) -> Uptraining:
@@ -125,7 +125,7 @@ def _draw(found: Found, facts: Found, folder: Path) -> list[Path]:
     heads = list(dict.fromkeys(model["kv_heads"] for model in found["models"]))
     windows = list(dict.fromkeys(window_name(model) for model in found["models"]))
     for model in found["models"]:
-        color = COLORS[heads.index(model["kv_heads"]) % len(COLORS)]
+        color = color_of(heads.index(model["kv_heads"]))
         marker = MARKERS[windows.index(window_name(model)) % len(MARKERS)]
         loss = model["val_loss"]
         label = f"{model['attention']}, {window_name(model)}"

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from launch.report import page
-from launch.study.part import COLORS
 from parallel.schedules import Pass
 from train import palette
 
@@ -60,9 +59,8 @@ def test_cielab_and_contrast_are_those_of_known_colours():
 
 @seen_by
 def test_series_and_kinds_of_memory_are_told_apart(cones):
-    assert least_difference([palette.REFERENCE, *palette.SERIES], cones) > 15
+    assert least_difference(palette.COLORS, cones) > 15
     assert least_difference(palette.MEMORY.values(), cones) > 15
-    assert set(COLORS) == {palette.REFERENCE, *palette.SERIES}, "the studies have these colours too"
 
 
 @seen_by
@@ -86,10 +84,11 @@ def test_colours_stand_out_from_their_page():
 
 
 def test_a_series_looks_like_no_other():
-    looks = [tuple(palette.look_of(index).values()) for index in range(168)]
-    assert len(set(looks)) == 168
-    assert [palette.look_of(index)["color"] for index in range(6)] == list(palette.SERIES)
-    assert len({look[1:] for look in looks[:7]}) == 7, "without colours the markers tell"
+    looks = [palette.look_of(index) for index in range(49)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 49
+    assert [look["color"] for look in looks[:7]] == list(palette.COLORS)
+    assert len({look["marker"] for look in looks[:7]}) == 7, "without colours the markers tell"
+    assert {look["linestyle"] for look in looks[:7]} == {"-"} and looks[7]["linestyle"] == "--"
 
 
 def test_paler_is_nearer_to_white_and_text_is_legible():
