@@ -22,18 +22,19 @@ class KVCache:
     Args:
         lengths_B: int64, number of tokens of each sequence that are in the past; shared by the caches of all blocks.
             Whoever runs the blocks counts it up after all of them have added a token.
-        room: the most tokens of a sequence.
+        room: the most tokens of a sequence; on a GPU M is a multiple of 256.
         window: the block's; M is the smaller of the two.
     """
 
     def __init__(self, lengths_B: torch.Tensor, room: int, window: int | None = None):
-        self.lengths_B, self.room, self.size = lengths_B, room, min(room, window or room)
+        self._step = _STEP if lengths_B.is_cuda else 1
+        self.lengths_B, self.room = lengths_B, room
+        self.size = min(-(-room // self._step) * self._step, window or room + self._step)
         self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.empty = True
         """Whether nothing has been added."""
         self.longest = 0
         """Tokens of the longest sequence."""
-        self._step = _STEP if lengths_B.is_cuda else 1
 
     def add(self, k_BLGK: torch.Tensor, v_BLGK: torch.Tensor) -> None:
         """Add whole sequences to an empty cache, padded to the longest; afterwards one token of each at a time.
