@@ -32,10 +32,14 @@ CPU = torch.device("cpu")
 def composed(defaults: Sequence[str], overrides: Sequence[str]) -> Composition:
     """Compose the settings of a benchmark: its own overrides, then the user's.
 
+    Its own say no more about the shape of a model where the user names one, as in ``model=7b``.
+
     Raises:
         BadInput: the settings cannot work; it lists every problem.
     """
-    own, _ = split_options(overrides)
+    own, given = split_options(overrides)
+    if any(one.startswith("model=") for one in given):
+        defaults = [one for one in defaults if not one.startswith(("model=", "model."))]
     _, source, implied = compose_with_source(overrides, checked=False)
     # A configuration of the user's own is a whole one, and weights have their shape whatever a benchmark's are.
     composition = compose_overrides([*(defaults if own.file is None else []), *implied])

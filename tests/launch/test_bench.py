@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from launch.bench import ALL, SUBJECTS, contenders, data, documents, kernels, peers, pipeline, stage, suite
-from launch.bench.common import RandomWeights
+from launch.bench.common import RandomWeights, composed
 from launch.bench.preparation import PREPARERS
 from launch.bench.schedules import micro_batches_of
 from launch.cli import main
@@ -305,6 +305,13 @@ def test_every_preparation_has_the_cores(corpus, monkeypatch):
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(BadInput, match="gpu=H9000: its peak is not known; one of A100"):
         data.measure(SHAPE, gpu="H9000")
+
+
+def test_a_benchmarks_own_shape_gives_way_to_a_preset_that_the_user_names():
+    defaults = ["model.d_model=512", "model.n_heads=8", "model.n_kv_heads=8", "train.seq_len=64"]
+    assert composed(defaults, []).config.model.d_model == 512
+    config = composed(defaults, ["model=7b", "model.n_layers=4"]).config
+    assert (config.model.d_model, config.model.n_layers, config.train.seq_len) == (4096, 4, 64)
 
 
 def test_facts_of_the_record():
