@@ -43,5 +43,11 @@ def test_every_part_is_in_the_file_whatever_became_of_the_others(codes, tmp_path
     assert {"device", "date", "torch"} <= found.keys() and found["run"]["records"] == []
 
 
+def test_the_tests_that_a_gpu_runs_are_those_of_files_that_have_some(tmp_path):
+    files = [one for one in gpu_check.tests_command(tmp_path / "tests.xml") if one.endswith(".py")]
+    assert {"tests/parallel/test_nccl.py", "tests/model/test_attention.py"} <= set(files)
+    assert "tests/launch/test_pretrain.py" not in files and all((gpu_check.ROOT / one).is_file() for one in files)
+
+
 def test_all_parts_fit_ten_minutes_and_a_half():
     assert sum(gpu_check.LIMITS.values()) <= 630
