@@ -157,6 +157,7 @@ def bars_on(axes: Any, rows: Sequence[Sequence[Span]], placement: Placement, sca
         mean = dots * sum(end - start for start, end, _, _ in those) / len(those)
         edge = {"edgecolors": "white", "linewidths": 0.5} if mean > _EDGES else {"linewidths": 0}
         axes.add_collection(PolyCollection(corners, facecolors=color, rasterized=many, **edge), autolim=False)
+    return bool(axes.texts)
 
 
 def legend_of(pictures: Iterable[Sequence[Sequence[Span]]]) -> list[Any]:
