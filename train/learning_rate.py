@@ -54,7 +54,9 @@ def rate_share(step: int, length: Length, settings: ScheduleConfig) -> float:
         warm = min(length.tokens_after(settings.warmup_steps) / length.tokens, 1.0)
         done = (progress - warm) / (1 - warm) if warm < 1 else 1.0
         return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * done))
-    if settings.decay_share == 0 or progress < 1 - settings.decay_share:
-        return 1.0
-    done = (progress - (1 - settings.decay_share)) / settings.decay_share
-    return 1.0 + (settings.final - 1.0) * done
+    if settings.decay is Decay.wsd:
+        if settings.decay_share == 0 or progress < 1 - settings.decay_share:
+            return 1.0
+        done = (progress - (1 - settings.decay_share)) / settings.decay_share
+        return 1.0 + (settings.final - 1.0) * done
+    raise NotImplementedError(f"schedule.decay={settings.decay.name}: rate_share has no branch for it")
