@@ -17,12 +17,14 @@ ENV PATH=/opt/venv/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
-# What it stands on is a layer of its own, which a change of the code leaves as it is.
+# What it stands on is a layer of its own, which a change of the code leaves as it is. An extra comes second, and is built
+# beside what is there: flash-attn's build imports PyTorch.
 WORKDIR /opt/deepnarrow
 COPY pyproject.toml README.md LICENSE ./
 ARG EXTRA=
 RUN mkdir deepnarrow && touch deepnarrow/__init__.py \
-    && pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}" \
+    && pip install --no-cache-dir . \
+    && if [ -n "$EXTRA" ]; then pip install --no-cache-dir --no-build-isolation ".[$EXTRA]"; fi \
     && pip uninstall --yes deepnarrow
 
 COPY . /opt/deepnarrow
