@@ -67,6 +67,7 @@ class StepGraph:
     def _record(self, run: Callable[[torch.Tensor], torch.Tensor], tokens_B1: torch.Tensor) -> torch.cuda.CUDAGraph:
         self._tokens_B1 = tokens_B1.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may allocate meanwhile: one that reads batches ahead, one that saves.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits_BV = run(self._tokens_B1)
         return graph
