@@ -159,8 +159,8 @@ def draw_step(config: Config, path: Path) -> None:
         job = job_of(config)
         step, name = _step(job), schedule_name(job.settings.schedule, job.placement)
         title = f"{name}, {job.settings.accumulation:,} micro-batches: bubble {step.bubble:.1%}"
-        label = "times that of the passes of a micro-batch through the whole model"
-        draw_rows([(title, step.spans)], job.placement, path, 1, "times that of a micro-batch", label)
+        label = "time, in passes of a micro-batch through the whole model"
+        draw_rows([(title, step.spans)], job.placement, path, 1, "times a micro-batch's passes", label)
 
 
 def _choices(model: ModelConfig) -> list[int]:

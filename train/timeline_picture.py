@@ -12,8 +12,8 @@ from train.palette import PASSES, paler, text_on
 NAMES = {Pass.F: "forward", Pass.B: "backward", Pass.W: "weights"}
 WIDTH, DPI = 11.0, 150
 """Inches of a picture, and dots of an inch."""
-_MANY = 4000
-"""Bars of an SVG up to which each is a shape; more are dots inside of it, or it would be megabytes."""
+_MANY = 400
+"""Bars of an SVG's axes up to which each is a shape; more are dots inside of it, or it would be megabytes."""
 _EDGES = 5.0
 """Dots of a bar from which on it has an edge."""
 _DIGITS = 6.0
@@ -73,7 +73,8 @@ def draw_rows(
         for axes in axes_of
     ]
     below.set_text(below.get_text() + ("; numbers: micro-batches" if any(numbered) else ""))
-    figure.savefig(path, dpi=DPI)
+    with pyplot.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
@@ -153,7 +154,7 @@ def bars_on(axes: Any, rows: Sequence[Sequence[Span]], placement: Placement, sca
             if dots * shown > wide and row_dots * tall > 1.3 * _DIGITS / 72 * DPI:
                 middle = max(start, low) + shown / 2, bottom - tall / 2
                 look = {"ha": "center", "va": "center_baseline", "fontsize": _DIGITS, "color": text_on(color)}
-                axes.text(*middle, text, in_layout=False, clip_on=True, **look)
+                axes.text(*middle, text, in_layout=False, clip_on=True, zorder=1.1, rasterized=many, **look)
         mean = dots * sum(end - start for start, end, _, _ in those) / len(those)
         edge = {"edgecolors": "white", "linewidths": 0.5} if mean > _EDGES else {"linewidths": 0}
         axes.add_collection(PolyCollection(corners, facecolors=color, rasterized=many, **edge), autolim=False)
