@@ -10,7 +10,8 @@ import runpy
 import selectors
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
@@ -85,8 +86,7 @@ def _fork(order: Mapping[str, Any], rank: int, talk: TextIO) -> int:
     """Fork a rank; return its process id."""
     if pid := os.fork():
         return pid
-    code = 1
-    try:
+    with exits():
         signal.set_wakeup_fd(-1)
         os.close(talk.fileno())  # whose end tells that this process has ended, and not what it has forked
         for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -100,6 +100,15 @@ def _fork(order: Mapping[str, Any], rank: int, talk: TextIO) -> int:
         os.environ.update(order["environment"], RANK=str(rank), LOCAL_RANK=str(rank))
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__")
+    raise AssertionError("a rank that has ended goes on")
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """End this process, which was forked, with what is run within, and with its exit code, as an interpreter ends."""
+    code = 1
+    try:
+        yield
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -1,7 +1,7 @@
 """No orphan, a true exit code, a checkpoint where one can be made: real runs ended in every way.
 
-The commands are forked from a process that has imported everything (`tests.ranks`); launcher and ranks are what they
-start.
+The commands are forked from a process that has imported everything (`tests.ranks`). Launcher and ranks are forked too
+where a rank or the launcher is killed or a signal comes (`tests.launch.forked`); else they are what the commands start.
 """
 
 import json
@@ -19,7 +19,7 @@ from parallel.processes import free_port
 from tests.ranks import ROOT, nursery
 
 PRETRAIN = ROOT / "train" / "pretrain.py"
-TRAIN = ["launch.cli", "train"]
+TRAIN, FORKED = ["launch.cli", "train"], ["tests.launch.forked", "train"]
 DEEPSPEED = ["deepspeed.launcher.runner", "--num_gpus", "2"]
 
 
@@ -54,6 +54,7 @@ class Run:
 
     def __init__(self, command, overrides, folder):
         more = ["parallel.pp=2", "train.total_tokens=1e12", f"hydra.run.dir={folder}", "sample.tokens=0"]
+        more += ["train.timeline_at=[]"]  # a rank that draws one imports Matplotlib for it
         self.folder, self.arguments, self.processes = folder, [*overrides, *more], []
         before = self.records()
         self.command = Command([*command, *self.arguments], folder.parent / f"{folder.name}-said")
@@ -69,8 +70,9 @@ class Run:
     def look(self):
         """See which processes there are."""
         before, self.processes = self.processes, psutil.Process(self.command.pid).children(recursive=True)
+        # The launcher starts them in order; of a process that was forked the system tells no environment of its own.
         self.ranks = sorted(
-            (p for p in self.processes if str(PRETRAIN) in p.cmdline()[1:3]), key=lambda p: int(p.environ()["RANK"])
+            (p for p in self.processes if str(PRETRAIN) in p.cmdline()[1:3]), key=lambda p: (p.create_time(), p.pid)
         )
         self.processes += before
         assert len(self.ranks) == 2
@@ -142,7 +144,8 @@ KILLED = {
 @pytest.mark.parametrize("ending", KILLED)
 def test_however_a_run_is_killed_nothing_is_left_and_the_exit_code_is_true(ending, begin, overrides, tmp_path):
     end, code = KILLED[ending]
-    run = begin(TRAIN, [*overrides, "launch.restarts=0"], tmp_path / "run")
+    command = TRAIN if ending == "the command killed" else FORKED
+    run = begin(command, [*overrides, "launch.restarts=0"], tmp_path / "run")
     end(run)
     found = run.command.wait(timeout=60)
     assert found == code if code is not None else found not in (0, None)
@@ -151,7 +154,7 @@ def test_however_a_run_is_killed_nothing_is_left_and_the_exit_code_is_true(endin
 
 @pytest.mark.launch
 def test_a_run_that_has_been_started_again_is_told_to_stop_saves_and_ends_with_zero(begin, overrides, tmp_path):
-    run = begin(TRAIN, [*overrides, "checkpoint.every_steps=2"], tmp_path / "run")
+    run = begin(FORKED, [*overrides, "checkpoint.every_steps=2"], tmp_path / "run")
     run.ranks[1].kill()
     events, deadline = run.folder / "events.jsonl", time.monotonic() + 120
     while not (events.exists() and "recovered" in events.read_text()):
