@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, cast
 
 from hydra import compose, initialize_config_module
@@ -123,15 +124,19 @@ def _composition(primary: Primary, options: Options, overrides: list[str]) -> Co
             return Composition(_compose(primary, options, overrides), Sifted(problems=[*idle.values()]))
     except IMPOSSIBLE:
         pass
+
+    @cache
+    def composed(*some: str) -> DictConfig:
+        return _compose(primary, options, some)
+
     try:
-        defaults = _compose(primary, options, [])
         # To the end, so that ${...} in a value is looked up as well.
-        sifted = sift(overrides, defaults, lambda some: Composition(_compose(primary, options, some)))
+        sifted = sift(overrides, composed(), lambda some: Composition(composed(*some)))
     except IMPOSSIBLE as error:
         raise BadInput([f"{' '.join(options.arguments)}: {one_line(error)}"]) from None
     sifted.problems += idle.values()
     try:
-        return Composition(_compose(primary, options, sifted.sound), sifted)
+        return Composition(composed(*sifted.sound), sifted)
     except IMPOSSIBLE as error:
         raise BadInput([*sifted.problems, one_line(error)]) from None
 

@@ -1,5 +1,8 @@
 """Models and settings that several tests use."""
 
+import copy
+from functools import cache
+
 from torch import nn
 
 from conf.compose import compose_overrides
@@ -9,6 +12,11 @@ from model.config import ModelConfig
 
 def preset(*overrides: str) -> Config:
     """The configuration of a preset or of overrides."""
+    return copy.deepcopy(_composed(overrides))
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
     composition = compose_overrides([text if "=" in text else f"model={text}" for text in overrides])
     assert not composition.problems
     return composition.config

@@ -48,9 +48,9 @@ def test_groups_and_overrides():
 
 def test_the_cache_moves_by_environment(monkeypatch):
     monkeypatch.setenv("DEEPNARROW_CACHE", "/somewhere")
-    assert preset("tiny").data.cache_dir == "/somewhere"
+    assert compose_overrides([]).config.data.cache_dir == "/somewhere"
     monkeypatch.delenv("DEEPNARROW_CACHE")
-    assert preset("tiny").data.cache_dir == "~/.cache/deepnarrow"
+    assert compose_overrides([]).config.data.cache_dir == "~/.cache/deepnarrow"
 
 
 def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
