@@ -85,9 +85,9 @@ def _svg(pictures: Sequence[tuple[str, Sequence[Sequence[Span]]]], placement: Pl
         below = top + ROW * placement.num_ranks
         left = float(TEXT)
         for start, end in excerpt.stretches:
-            stretch = _Stretch(start, end, left, scale)
+            stretch, hair = _Stretch(start, end, left, scale), 1e-6 * (end - start)  # rounding shows no pass
             for rank, row in enumerate(rows):
-                shown = [span for span in row if span.end > start and span.start < end]
+                shown = [span for span in row if span.end > start + hair and span.start < end - hair]
                 parts += [
                     _bar(span, stages[rank].index(span.action.stage), placement, top + ROW * rank, stretch)
                     for span in shown
