@@ -4,9 +4,9 @@ import sysconfig
 from pathlib import Path
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, files: int = 40) -> Path:
     """Copy the files into a folder that is there."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:files]:
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 

@@ -1,7 +1,6 @@
 """The documentation against the code: links, overrides, commands, file names, and what is quoted of error messages."""
 
 import re
-import shlex
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -18,19 +17,25 @@ from launch.refine.settings import RefineSettings
 from launch.scaling.settings import ScalingSettings
 from launch.settings import settings_of
 from launch.study.settings import StudySettings
+from tests.docs_blocks import PAGES, ROOT, blocks_of, prose, taken_apart
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLOORS = ("conf", "deepnarrow", "launch", "model", "parallel", "tests", "train")
 GROUPS = ("model", "data", "schedule")
 FILES = (".py", ".json", ".jsonl", ".txt", ".yaml", ".md", ".log")
 OF_COMMANDS = {"refine": RefineSettings, "scaling": ScalingSettings, "study": StudySettings, "depth": DepthSettings}
-FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.M | re.S)
+RECORDS = {
+    "deepnarrow compare": "metrics.jsonl",
+    "deepnarrow depth-study": "depth.json",
+    "deepnarrow describe": "--picture step.png",
+    "deepnarrow gqa-study": "study.json",
+    "deepnarrow report": "report.html",
+    "deepnarrow roofline": "roofline.json",
+    "deepnarrow scaling": "scaling.json",
+    "deepnarrow timeline": "timelines/step-",
+    "wandb leet": "wandb/",
+}
+"""The file of a run or study that a command draws from, or writes its figures and pictures into."""
 ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text("utf-8"))
 
 
 def spans(text: str) -> list[str]:
@@ -46,19 +51,12 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of the console blocks, each on one line, without what a shell's comment says."""
-    found = []
-    for _, kind, block in FENCE.findall(page.read_text("utf-8")):
-        if kind == "console":
-            whole = block.replace("\\\n", " ")
-            found += [line[2:] for line in whole.splitlines() if line.startswith("$ ")]
-    return found
+    """The commands of the console blocks, each on one line."""
+    return [command.text for block in blocks_of(page) if block.kind == "console" for command in block.commands()]
 
 
 def words_of(command: str) -> list[str]:
-    words = shlex.split(command, comments=True)
-    ends = [at for at, word in enumerate(words) if word in (">", "|", "&&")]
-    return [word for word in words[: min(ends, default=len(words))] if word != "…"]
+    return taken_apart(command)[0]
 
 
 @cache
@@ -110,6 +108,31 @@ def test_every_page_is_on_the_site_and_led_to():
             assert f"({page.name})" in index and f"(docs/{page.name})" in readme, page.name
     for name in re.findall(r'"([\w-]+\.md)"', site):
         assert (ROOT / "docs" / name).is_file(), f"zensical.toml: {name}"
+
+
+@ids
+def test_every_picture_names_the_command_and_the_file_that_it_is_from(page):
+    paragraphs = re.split(r"\n\s*\n", prose(page))
+    for before, paragraph, behind in zip(["", *paragraphs[:-1]], paragraphs, [*paragraphs[1:], ""], strict=True):
+        for path in re.findall(r"!\[[^]]*\]\(([^)\s]+)|<img[^>]*\bsrc=\"([^\"]+)", paragraph):
+            caption = spans(f"{before}\n{paragraph}\n{behind}")
+            assert any(
+                any(one.startswith(command) for one in caption) and any(file in one for one in caption)
+                for command, file in RECORDS.items()
+            ), f"{page.name}: {''.join(path)}: beside it stands no command and file of {RECORDS}"
+
+
+def test_every_table_of_a_study_names_the_file_that_it_is_from():
+    """A table of figures is one of which a row has as many cells that begin with a digit as others."""
+    found = 0
+    for page in (ROOT / "docs" / f"{name}.md" for name in ("gqa", "gqa-study", "roofline", "depth-study", "scaling")):
+        for section in re.split(r"^#+ ", prose(page), flags=re.M):
+            cells = [row.strip("|").split("|") for row in re.findall(r"^\|.*\|$", section, re.M)]
+            if any(2 * len([one for one in row if re.match(r" \d", one)]) >= len(row) > 2 for row in cells):
+                found += 1
+                title = section.splitlines()[0]
+                assert any(file in section for file in RECORDS.values()), f"{page.name}: {title}: from which file?"
+    assert found >= 3
 
 
 @ids
