@@ -19,9 +19,9 @@ from launch.settings import settings_of
 from launch.study.settings import StudySettings
 from tests.docs_blocks import PAGES, ROOT, blocks_of, prose, taken_apart
 
-FLOORS = ("conf", "deepnarrow", "launch", "model", "parallel", "tests", "train")
+FLOORS = ("conf", "deepnarrow", "examples", "launch", "model", "parallel", "tests", "train")
 GROUPS = ("model", "data", "schedule")
-FILES = (".py", ".json", ".jsonl", ".txt", ".yaml", ".md", ".log")
+FILES = (".py", ".json", ".jsonl", ".txt", ".yaml", ".md", ".log", ".sh")
 OF_COMMANDS = {"refine": RefineSettings, "scaling": ScalingSettings, "study": StudySettings, "depth": DepthSettings}
 RECORDS = {
     "deepnarrow compare": "metrics.jsonl",
@@ -35,7 +35,8 @@ RECORDS = {
     "wandb leet": "wandb/",
 }
 """The file of a run or study that a command draws from, or writes its figures and pictures into."""
-ids = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+EXAMPLES = sorted((ROOT / "examples").glob("*/README.md"))
+ids = pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def spans(text: str) -> list[str]:
@@ -61,7 +62,8 @@ def words_of(command: str) -> list[str]:
 
 @cache
 def preset_names(group: str) -> set[str]:
-    return {file.stem for file in (ROOT / "conf" / group).glob("*.yaml")}
+    folders = [ROOT / "conf" / group, *ROOT.glob(f"examples/*/{group}")]
+    return {file.stem for folder in folders for file in folder.glob("*.yaml")}
 
 
 def problems_of(overrides: list[str]) -> list[str]:
@@ -79,7 +81,7 @@ def problems_of(overrides: list[str]) -> list[str]:
                 found.append(f"{text}: no such preset")
         elif section in OF_COMMANDS and "." in key:
             by_prefix.setdefault(section, []).append(text)
-        elif not text.startswith("+") and section not in ("hydra", "experiment"):
+        elif not text.startswith(("+", "data.sources.")) and section not in ("hydra", "experiment"):
             by_prefix.setdefault("", []).append(text)
     for prefix, texts in by_prefix.items():
         kind = OF_COMMANDS.get(prefix, Config)
@@ -227,7 +229,8 @@ def test_every_file_of_the_code_that_is_named_is_there(page):
     for span in spans(prose(page)):
         for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(FLOORS)})/[\w./*-]*", span):
             of_others = page.name == "coming-from.md" or "://" in span
-            if of_others or not path.endswith(("/", ".py", ".yaml", ".csv", ".js", ".css")):  # train/loss is a figure
+            # train/loss is a figure
+            if of_others or not path.endswith(("/", ".py", ".yaml", ".csv", ".js", ".css", ".sh")):
                 continue
             assert list(ROOT.glob(path.rstrip("./"))), f"{page.name}: {path}"
 
