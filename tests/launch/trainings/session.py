@@ -11,6 +11,12 @@ from launch.trainings.train_all import is_complete, train_all
 from tests.ranks import nursery
 
 
+@contextmanager
+def of_the_session(ranks, at_once):
+    """What `starter` makes, with the process that the session's ranks are forked from."""
+    yield ForkStarter(ranks, at_once, nursery().forks)
+
+
 class Session:
     """Trains two runs at a time; `began` has their folders. Told to stop once so many of a pattern are complete."""
 
@@ -24,15 +30,15 @@ class Session:
 
     @contextmanager
     def _start(self, ranks, at_once):
-        starts = ForkStarter(ranks, at_once, nursery().forks)
-        begin = starts.start
+        with of_the_session(ranks, at_once) as starts:
+            begin = starts.start
 
-        def start(prepared, slot):
-            self.began.append(prepared.run_dir.name)
-            return begin(prepared, slot)
+            def start(prepared, slot):
+                self.began.append(prepared.run_dir.name)
+                return begin(prepared, slot)
 
-        starts.start = start
-        yield starts
+            starts.start = start
+            yield starts
 
     def _stop(self):
         while len([path for path in self.folder.glob(self.runs) if is_complete(path)]) < self.stop_after:

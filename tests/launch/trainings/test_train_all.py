@@ -14,6 +14,7 @@ from launch.trainings.forks import Forks
 from launch.trainings.starts import LOGS, CommandStarter, starter
 from launch.trainings.train_all import Training, last_record, problems_of, train_all, val_losses
 from model.problems import BadInput
+from tests.launch.trainings.session import of_the_session
 from tests.train.checkpoint import runs
 from train.checkpoint.folder import newest_first
 
@@ -23,12 +24,12 @@ SHORT = ["train.total_tokens=1024", "train.val_every=2", "train.val_sequences=4"
 class Kept:
     """Starts trainings as a study does, and keeps which began in which slot."""
 
-    def __init__(self):
-        self.began = []
+    def __init__(self, starts=starter):
+        self.began, self._starts = [], starts
 
     @contextmanager
     def __call__(self, ranks, at_once):
-        with starter(ranks, at_once) as found:
+        with self._starts(ranks, at_once) as found:
             begin = found.start
 
             def start(prepared, slot):
@@ -67,7 +68,7 @@ def test_runs_are_trained_side_by_side_and_once(three, tmp_path):
 
 @pytest.mark.launch
 def test_a_signal_has_all_save_and_the_same_call_goes_on(three, tmp_path):
-    said, kept = [], Kept()
+    said, kept = [], Kept(of_the_session)
     long = [replace(one, overrides=(*one.overrides, "train.total_tokens=1e8")) for one in three]
 
     def stop():
@@ -242,7 +243,11 @@ def test_a_signal_as_the_last_one_ends_begins_no_further_phase(played):
     assert said[-1] == "stopped after 1 of 1 trainings; the same command goes on"
 
 
-def test_ranks_end_with_the_process_that_they_are_forked_from(tmp_path):
+NO_IMPORTS = "from launch.trainings import fork_server; fork_server.PRELOADED = (); fork_server.main()"
+
+
+def test_ranks_end_with_the_process_that_they_are_forked_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.trainings.forks._SERVER", NO_IMPORTS)
     (tmp_path / "waits.py").write_text("import time; time.sleep(600)")
     with Forks(environment={"PYTHONPATH": str(tmp_path)}) as forks:
         ranks = forks.start("waits", 2, [], tmp_path)
