@@ -137,7 +137,9 @@ class Forks:
         shared |= {"MASTER_PORT": str(free_port()), SUPERVISOR: str(os.getpid()), **(environment or {})}
         order = {"module": module, "num": num, "arguments": list(arguments), "logs": str(logs), "append": append}
         try:
-            print(json.dumps({**order, "environment": shared}), file=self._process.stdin, flush=True)
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps({**order, "environment": shared}) + "\n")
+            self._process.stdin.flush()
             ranks = self._started.get(timeout=START_TIMEOUT)
         except (OSError, queue.Empty):
             ranks = None

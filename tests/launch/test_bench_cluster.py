@@ -17,6 +17,7 @@ from parallel.plan.cluster import Cluster
 from parallel.plan.costs import Prices
 from parallel.plan.operations import Attention, Product, Traffic
 from tests.shapes import preset
+from tests.spawned import spawn
 
 SHAPE = [
     *["model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=96"],
@@ -40,6 +41,7 @@ def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("cluster") / "cluster.yaml"
     path.write_text("price_per_gpu_hour: 2.5\nhbm_share: 0.125\nnodes: 3\n")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.multiprocessing, "spawn", spawn)
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         printed = []
         assert main(["bench", "--save", str(path), "--json", *SHAPE]) == 0
@@ -103,6 +105,7 @@ def test_a_gpu_is_a_cluster_whose_costs_explain_its_passes():
 def compared():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "_ROTATED", 1)
+        patch.setattr(torch.multiprocessing, "spawn", spawn)
         return layouts.measure(SHAPE, LAYOUTS, rounds=1)
 
 
