@@ -4,6 +4,8 @@
 more series than colours, the marker and the line say which it is.
 """
 
+from typing import Any
+
 from parallel.schedules import Pass
 
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,7 +42,7 @@ def color_of(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
-def look_of(index: int) -> dict[str, str]:
+def look_of(index: int) -> dict[str, Any]:
     """Return the color, marker and linestyle of a series on white, as matplotlib's `plot` takes them.
 
     Args:

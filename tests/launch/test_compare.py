@@ -14,6 +14,7 @@ from launch.compare.terminal import Line, plot
 from launch.run_folder import RunFolder
 from launch.tables import rendered
 from tests.launch.folders import NAN, OPEN, records, write_run
+from train.palette import COLORS
 
 
 def falling(tokens):
@@ -250,8 +251,8 @@ def test_what_is_said_of_two_runs(tmp_path, capsys):
         assert re.search(rf"^{line}$", text, re.MULTILINE), line
     assert "\x1b" not in text and all(len(line) <= 118 for line in text.splitlines())
     drawn = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
-    for color in ((0, 107, 164), (255, 128, 14)):  # the averaged curve of each, which nothing shines through
-        assert (drawn == color).all(axis=1).sum() > 500
+    blue = tuple(bytes.fromhex(COLORS[1][1:]))  # the averaged curve of the second, which nothing shines through
+    assert (drawn == blue).all(axis=1).sum() > 500
 
 
 def test_json_has_the_figures_of_every_window(tmp_path, capsys):
