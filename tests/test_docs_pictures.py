@@ -25,7 +25,7 @@ def test_a_picture_has_a_background_of_its_own(path):
         width, height = picture.size
         dots = np.asarray(picture.convert("RGBA"))
     assert dots[..., 3].min() == 255, "some of it is transparent"
-    assert 600 <= width <= 1700 and height <= 1700 and path.stat().st_size < 300_000
+    assert 600 <= width <= 2100 and height <= 1700 and path.stat().st_size < 300_000
 
 
 def test_all_pictures_are_shown():
