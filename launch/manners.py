@@ -55,7 +55,7 @@ def judge_texts_and_paths(options: argparse.Namespace, parser: argparse.Argument
 def unknown_verb(arguments: Sequence[str], parser: argparse.ArgumentParser, verbs: Iterable[str]) -> str | None:
     """Say what the first word of a command may have been meant to be; None where it is a verb or a known option."""
     if not arguments:
-        return None
+        return f"no verb; deepnarrow has {', '.join(verbs)}, and deepnarrow --help says what each does"
     word = arguments[0]
     if word.startswith("-"):
         known = [*parser._option_string_actions]

@@ -166,6 +166,7 @@ def test_a_mistyped_word_is_said_with_what_it_may_have_been(capsys):
         (["model=7b"], "model=7b: an override stands behind a verb; deepnarrow train model=7b would work"),
         (["--verison"], "--verison: no such option; did you mean --version?"),
         (["xyz"], "xyz: no such verb; deepnarrow has train,"),
+        ([], "no verb; deepnarrow has train,"),
     ]:
         assert main(command) == 2
         assert capsys.readouterr().err.startswith(said)
