@@ -35,9 +35,12 @@ def run(options: argparse.Namespace) -> int:
     in, which srun reaches. Where the run is only to be printed, nothing is prepared or started.
 
     Raises:
-        BadInput: there are no hosts, or the settings cannot work on them.
+        BadInput: there are no hosts, or hosts for what is only printed, or the settings cannot work on them.
     """
     if options.print:
+        if options.hostfile is not None:
+            given = f"--hostfile={options.hostfile} --print={options.print}"
+            raise BadInput([f"{given}: what is printed has the nodes that the layout takes; one of the two would work"])
         job = printed.job_of(options.overrides, options.gpus_per_node)
         print(printed.KINDS[options.print](job), end="")
         print("".join(f"{sentence}\n" for sentence in job.said), end="", file=sys.stderr)

@@ -143,3 +143,5 @@ def test_what_cannot_be_printed_is_said_and_what_should_be_known(capsys):
     said = capsys.readouterr().err
     assert "parallel.dp=null: printed for one replica of dp1 x pp5 x tp2" in said
     assert "parallel.tp=2: 5 processes on each machine split some tensor-parallel groups" in said
+    assert cli.main([*given, "--hostfile=hosts"]) == 2
+    assert "--hostfile=hosts --print=slurm: " in capsys.readouterr().err
