@@ -52,7 +52,8 @@ def _grids(found: dict[str, Any], path: Path) -> Path:
             value = values[row, column]
             near = value <= (1 + found["rates"]["band"]) * best
             said = f"{value:.3f}" + ("*" if near else "") if np.isfinite(value) else "diverged"
-            axes.text(column, row, said, ha="center", va="center", fontsize="x-small", color="white")
+            color = "black" if shown.norm(100 * (value / best - 1)) < 0.5 else "white"  # the best are bright
+            axes.text(column, row, said, ha="center", va="center", fontsize="x-small", color=color)
         axes.set_facecolor("0.4")
         axes.set_xticks(range(len(rates)), [f"{lr:.3g}" for lr in rates])
         axes.set_yticks(range(len(batches)), [f"{batch:,}" for batch in batches])
@@ -84,8 +85,9 @@ def _rates(found: dict[str, Any], path: Path) -> Path:
             least = min((loss for loss in losses.values() if np.isfinite(loss)), default=np.nan)
             near = [key[at] for key, loss in losses.items() if loss <= (1 + found["rates"]["band"]) * least]
             axes.plot([budget["compute"]] * len(near), near, "o", color="grey", alpha=0.6)
-        _laws(axes, found, name, [budget["compute"] for budget in budgets])
-        _labels(axes, said)
+        computes = [budget["compute"] for budget in budgets]
+        _laws(axes, found, name, computes)
+        _labels(axes, said, computes)
     return _saved(figure, path)
 
 
@@ -113,8 +115,9 @@ def _isoflop(found: dict[str, Any], path: Path) -> Path:
     curves.grid(alpha=0.3)
     curves.legend(title="C, FLOPs", fontsize="x-small")
     for axes, name, said in ((models, "m", "best M, FLOPs a token"), (tokens, "tokens", "best tokens")):
-        _laws(axes, found, name, [curve["compute"] for curve in found_curves])
-        _labels(axes, said)
+        computes = [curve["compute"] for curve in found_curves]
+        _laws(axes, found, name, computes)
+        _labels(axes, said, computes)
     return _saved(figure, path)
 
 
@@ -149,7 +152,7 @@ def _loss(found: dict[str, Any], path: Path) -> Path:
         axes.plot(
             line, law["floor"] + law["scale"] * line ** -law["exponent"], color=SERIES[0], label="floor + C^-a, all"
         )
-    _labels(axes, "validation loss, nats", log=False)
+    _labels(axes, "validation loss, nats", [curve["compute"] for curve in curves], log=False)
     return _saved(figure, path)
 
 
@@ -170,8 +173,10 @@ def _laws(axes: Any, found: dict[str, Any], name: str, computes: list[float]) ->
     axes.plot(line, [paper.at(c) for c in line], ":", color="black", label=f"the paper's {paper}, extrapolated")
 
 
-def _labels(axes: Any, said: str, log: bool = True) -> None:
+def _labels(axes: Any, said: str, computes: list[float], log: bool = True) -> None:
     axes.set_xscale("log")
+    axes.minorticks_off()  # within two decades matplotlib writes numbers of minor ticks over each other
+    axes.set_xticks(computes, [f"{compute:.3g}" for compute in computes])
     if log:
         axes.set_yscale("log")
     axes.set_xlabel("compute C = M D, FLOPs")

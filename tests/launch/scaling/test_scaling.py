@@ -1,6 +1,8 @@
 """The whole command: on losses of a known law, whose coefficients it finds, and on real runs of small models."""
 
+import itertools
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import pytest
 
 from launch import cli
 from launch.cluster.printed import job_of
-from launch.scaling import command, cost, rates, slurm
+from launch.scaling import command, cost, pictures, rates, slurm
 from launch.scaling.ladder import Shape
 from launch.scaling.outcomes import Outcome
 from launch.scaling.plan import Laws, Setting, plan
@@ -103,6 +105,24 @@ def test_the_runs_are_trained_by_what_the_grid_found(of_known_law):
             assert abs(run["batch_tokens"] - min(batch, 128 * 32)) <= study.unit * 32
             assert run["compute"] == run["m"] * run["tokens"] == pytest.approx(run["budget"], rel=0.025)
     assert (study.folder / "isoflop" / trains.trained[-1] / "summary.json").exists()
+
+
+def test_computes_stand_beside_each_other_below_their_axes(of_known_law, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(pictures, "_saved", lambda figure, path: figures.append(figure) or path)
+    found = of_known_law[2]
+    losses = [math.inf if run["loss"] is None else run["loss"] for run in found["runs"]]  # JSON has no infinity
+    runs_of = [run | {"loss": loss} for run, loss in zip(found["runs"], losses, strict=True)]
+    a_decade = found["allocation"] | {"curves": found["allocation"]["curves"][:4], "held_out": None}
+    pictures.draw(found | {"runs": runs_of, "allocation": a_decade}, tmp_path)
+    seen = 0
+    for axes in (axes for figure in figures for axes in figure.axes if axes.get_xlabel().startswith("compute")):
+        axes.figure.canvas.draw()
+        said = [label for label in axes.get_xticklabels(which="both") if label.get_text()]
+        boxes = sorted((label.get_window_extent() for label in said), key=lambda box: box.x0)
+        assert len(boxes) >= 3 and all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+        seen += 1
+    assert seen == 5  # batch, rate, M, tokens, loss
 
 
 def test_text_and_pictures_say_what_was_found(of_known_law):
