@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from conf.schema import Config
 from conf.search import Primary, keys_of
 from model.problems import either
 
@@ -244,6 +245,18 @@ def _nearest(word: str, known: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(by_leaf + difflib.get_close_matches(word, known, n=2, cutoff=0.5)))[:2]
 
 
+def _wrong_in_file(group: str, lines: Sequence[str]) -> str:
+    """Say what Hydra finds wrong in a file of a group; without `# @package _global_` its keys are the group's."""
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    known = _keys(OmegaConf.structured(Config))
+    if group and (key == group or key.removeprefix(f"{group}.") in known or f"@{group}." in lines[0]):
+        return f"its keys are taken for those of section {group}; `# @package _global_` as its first line would work"
+    if re.match("Key '.+' not in ", lines[1]) and key:
+        near = " or ".join(_nearest(key, known))
+        return f"{key}: no such key; {f'did you mean {near}?' if near else '--cfg job lists all keys'}"
+    return lines[1][0].lower() + lines[1][1:]
+
+
 def one_line(error: Exception, override: Override | None = None) -> str:
     """Say the innermost cause in one sentence: Hydra wraps OmegaConf's reason in a longer and emptier one.
 
@@ -259,7 +272,7 @@ def one_line(error: Exception, override: Override | None = None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     if (match := re.match(r"In '(.+)': (\w+ raised while composing config:|.*)$", text)) and len(lines) > 1:
-        text = f"in {match[1]}.yaml: {lines[1][0].lower() + lines[1][1:]}"
+        text = f"in {match[1]}.yaml: {_wrong_in_file(match[1].rpartition('/')[0], lines)}"
     text = re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
     key = override.key_or_group if override else ""
     if match := re.search(r"could not be converted to (\w+)$", text):

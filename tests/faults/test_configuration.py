@@ -52,6 +52,9 @@ def own(tmp_path_factory):
     (folder / "unknown.yaml").write_text("train: {max_step: 2}\n")
     (folder / "experiment" / "fast.yaml").write_text(FAST)
     (folder / "experiment" / "wrong.yaml").write_text("# @package _global_\ntrain: {max_step: 2}\n")
+    for bare in ("experiment", "model"):
+        (folder / bare / "bare.yaml").write_text("train: {max_steps: 2}\n")
+    (folder / "experiment" / "slow_decay.yaml").write_text("defaults: [{override /schedule: cosine}]\n")
     (folder / "model" / "7b.yaml").write_text("# @package _global_\npreset: mine\nmodel: {n_layers: 9}\n")
     return folder
 
@@ -156,7 +159,19 @@ VERBS = ["train", "prepare", "describe", "gqa-study", "bench stage"]
         (["-cd", "OWN", "--config-dir", "else"], ["--config-dir=else: is OWN as well"]),
         (["-cd", "OWN", "+experiment=fats"], ["+experiment=fats: no such preset; did you mean +experiment=fast?"]),
         (["-cd", "OWN", "experiment=fast"], ["experiment=fast: ", "+experiment=fast would work"]),
-        (["-cd", "OWN", "+experiment=wrong"], ["+experiment=wrong: in experiment/wrong.yaml: ", "max_step"]),
+        (
+            ["-cd", "OWN", "+experiment=wrong"],
+            ["experiment/wrong.yaml: train.max_step: no such key; did you mean train.max_steps"],
+        ),
+        (
+            ["-cd", "OWN", "+experiment=bare"],
+            ["experiment/bare.yaml: ", "of section experiment; `# @package _global_`"],
+        ),
+        (
+            ["-cd", "OWN", "+experiment=slow_decay"],
+            ["experiment/slow_decay.yaml: ", "of section experiment; `# @package _global_`"],
+        ),
+        (["-cd", "OWN", "model=bare"], ["model/bare.yaml: ", "of section model; `# @package _global_`"]),
         (["+experiment=fast"], ["+experiment=fast: no such group", "--config-dir=DIR of a folder with experiment/"]),
         (["hydra.searchpath=[file:///no/such]"], ["hydra.searchpath=[file:///no/such]: /no/such is no folder"]),
         (["--like", "no/such"], ["--like=no/such: no run is there", "would work"]),
