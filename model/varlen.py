@@ -5,6 +5,8 @@ A window of W tokens lets a query see itself and the W - 1 tokens before it.
 B batch, L sequence, H query heads, G key/value heads (H = G x R), K head width, N documents, T = B L tokens.
 """
 
+from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -71,11 +73,17 @@ def varlen(
     q_THK, k_TGK, v_TGK = (x.flatten(0, 1) for x in (q_BLHK, k_BLGK, v_BLGK))
     borders, longest = documents.borders, documents.longest
     how: dict[str, Any] = {"window_size": flash_window(window)}
-    if "enable_gqa" in signature(varlen_attn).parameters:  # PyTorch 2.11 takes grouped queries without being told
+    if _is_told_of_groups(varlen_attn):
         how["enable_gqa"] = q_THK.shape[1] != k_TGK.shape[1]
     out_THK = varlen_attn(q_THK, k_TGK, v_TGK, borders, borders, longest, longest, **how)
     assert isinstance(out_THK, torch.Tensor)
     return out_THK.view_as(q_BLHK)
+
+
+@cache
+def _is_told_of_groups(kernel: Callable[..., Any]) -> bool:
+    """Whether the varlen kernel has to be told of grouped queries; PyTorch 2.11's takes them without."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def flash_window(window: int | None) -> tuple[int, int]:
