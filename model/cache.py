@@ -22,14 +22,14 @@ class KVCache:
     Args:
         lengths_B: int64, number of tokens of each sequence that are in the past; shared by the caches of all blocks.
             Whoever runs the blocks counts it up after all of them have added a token.
-        room: the most tokens of a sequence; on a GPU M is a multiple of 256.
+        room: the most tokens of a sequence, which a GPU rounds up to a multiple of 256.
         window: the block's; M is the smaller of the two.
     """
 
     def __init__(self, lengths_B: torch.Tensor, room: int, window: int | None = None):
         self._step = _STEP if lengths_B.is_cuda else 1
         self.lengths_B, self.room = lengths_B, room
-        self.size = min(-(-room // self._step) * self._step, window or room + self._step)
+        self.size = min(self._in_steps(room), window or self._in_steps(room))
         self._rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
         self.empty = True
         """Whether nothing has been added."""
@@ -72,7 +72,10 @@ class KVCache:
 
         On a GPU it grows in steps, so that the shapes of decoding change seldom (`model.step_graph`).
         """
-        return min(-(-(self.longest + more) // self._step) * self._step, self.size)
+        return min(self._in_steps(self.longest + more), self.size)
+
+    def _in_steps(self, places: int) -> int:
+        return -(-places // self._step) * self._step
 
     def _last(self, x_BLGK: torch.Tensor) -> torch.Tensor:
         """The last M tokens of each sequence at their places, (B, M, G, K)."""

@@ -24,7 +24,7 @@ def initialise(module: nn.Module, prefix: str, seed: int, std: float) -> None:
 def initial_value(
     name: str, shape: torch.Size, seed: int, std: float, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """The initial value of one parameter, fp32, drawn on the CPU whatever device trains it: GPUs draw other numbers."""
+    """The initial value of one parameter, fp32. Runs draw it on the CPU whatever trains it: GPUs draw other numbers."""
     if len(shape) == 1:
         return torch.ones(shape, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

@@ -170,7 +170,7 @@ class LayerMemory:
                 tally.take(2 * F)
         tally.take(0 if saves_norms else F)  # the product
         tally.take(F)  # its gradient
-        tally.give(*(() if split else (self._gathered, F)))
+        tally.give(0 if split else self._gathered + F)
         tally.take(2 * F)  # the gradients of gate and up
         tally.give(F, 2 * F)
         tally.take(R if recompute is Recompute.selective else 0)

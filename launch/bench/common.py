@@ -53,7 +53,7 @@ class RandomWeights:
     Args:
         config: the model's shape.
         std: the standard deviation of every matrix.
-        device: where they are drawn. A GPU draws other numbers than a CPU, in a thousandth of the time.
+        device: where they are drawn. A GPU draws other numbers than a CPU, and many at a time.
     """
 
     def __init__(self, config: ModelConfig, std: float = STD, device: torch.device = CPU):

@@ -9,7 +9,7 @@ and values. Kernels between the products are counted by the bytes that they read
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.plan.operations import Message, Operation, Product, Traffic
+from parallel.plan.operations import Message, Operation, Product
 from parallel.plan.work import LayerWork, RankLayers, Shape
 
 _FP32 = 4
@@ -94,13 +94,11 @@ class PracticedLayers(RankLayers):
 
     def weight_products(self, d_in: int, *widths: int) -> list[Operation]:
         """Make the products of the gradients of weights, and the additions to the accumulated ones."""
+        if self.practice.adds_in_product:
+            return super().weight_products(d_in, *widths)
         made: list[Operation] = []
         for width in widths:
-            added = 2 * _FP32 if self.practice.adds_in_product else self.b + 2 * _FP32
-            made += [
-                self.product(width, self.tokens, d_in),
-                Traffic(width * d_in * added, "accumulated gradient"),
-            ]
+            made += [self.product(width, self.tokens, d_in), self.accumulated(width * d_in)]
         return made
 
     def gather(self) -> list[Operation]:
