@@ -1,6 +1,7 @@
 """A process among others: what its launcher says of them, a free port, and an end with its supervisor's."""
 
 import os
+import random
 import re
 import select
 import shutil
@@ -9,7 +10,9 @@ import socket
 import subprocess
 import threading
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +23,8 @@ OF_A_LAUNCHER = (
     *("CROSS_RANK", "CROSS_SIZE", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
 """Environment variables by which torchrun and DeepSpeed's launcher tell a process its place."""
+_KERNELS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT, _SLURM_PORT = 10000, 29500
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def _translate(environment: MutableMapping[str, str]) -> bool:
             raise BadInput([f"{names.rank}={rank} {names.size}={size}: a launcher has started {size} processes, and "
                             f"MASTER_ADDR is not set; {works}"])  # fmt: skip
         job = environment.get("SLURM_JOB_ID", "0")
-        port = str(29500 + int(job) % 10000) if job.isdecimal() else "29500"  # jobs of one host each have their own
+        port = str(_SLURM_PORT + (int(job) % 10000 if job.isdecimal() else 0))  # jobs of one host each have their own
         environment.update({**found, "MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or port})
         return True
     return False
@@ -178,10 +183,28 @@ def use_cpus_fairly(device: torch.device) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """A TCP port of this machine that nothing listens on, nor will before it is used.
+
+    It is used seconds later, once other processes have imported what they need. Of those that the kernel hands out, it
+    would give the same to any connection in the meantime; those below are for who asks by number, and one is drawn at
+    random, so that two that ask at the same time have different ones.
+    """
+    draw = random.SystemRandom()  # the seed of a run is for its data
+    below = _first_of_kernel()
+    for _ in range(100 if below - _FIRST_PORT >= 1000 else 0):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("", port := draw.randrange(_FIRST_PORT, min(below, _SLURM_PORT))))
+            return port
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(("", 0))
         return int(free.getsockname()[1])
+
+
+def _first_of_kernel() -> int:
+    """The lowest port that the kernel hands out to connections by itself."""
+    with suppress(OSError, ValueError):
+        return int(_KERNELS.read_text().split()[0])
+    return 49152  # IANA's, as macOS and the BSDs have it
 
 
 SUPERVISOR = "DEEPNARROW_SUPERVISOR"

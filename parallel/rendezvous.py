@@ -179,10 +179,8 @@ class Rendezvous:
                     stream.flush()
             os._exit(failure["code"])
 
-    def init_method(self) -> str | None:
-        """Return what to tell `init_process_group` so that it meets here; None for a process alone."""
-        if self.size == 1:
-            return None
+    def init_method(self) -> str:
+        """Return what to tell `init_process_group` so that it meets here. A process alone then needs no port."""
         scheme = f"{_SCHEME}-{secrets.token_hex(8)}"  # one that PyTorch knows already is never another
 
         def handler(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
