@@ -1,11 +1,11 @@
 """Checks of mixtures, data stages and batch size ramp-ups: one sentence per problem, and what would work."""
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields
 
+from conf.nearest import nearest_names
 from conf.ramp import Rung, rungs
 from conf.schema import Config
 from conf.train_settings import CorpusConfig, DataConfig, SourceConfig
@@ -160,7 +160,7 @@ def _weights(key: str, weights: Mapping[str, float], data: DataConfig) -> list[s
     problems = []
     for name, weight in weights.items():
         if name not in data.sources:
-            near = difflib.get_close_matches(name, data.sources, n=2, cutoff=0.5)
+            near = nearest_names(name, data.sources)
             hint = f"did you mean {' or '.join(near)}? There" if near else "there"
             problems.append(f"{key}.{name}={weight:g}: no such source; {hint} are {', '.join(data.sources)}")
         elif not 0 <= weight < math.inf:

@@ -1,6 +1,5 @@
 """Overrides are judged one by one where a command line does not compose: what is wrong with each, and what works."""
 
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from conf.nearest import nearest_keys, nearest_names
 from conf.schema import Config
 from conf.search import Primary, keys_of
 from model.problems import either
@@ -177,7 +177,7 @@ def _judge_preset(override: Override, text: str, value: str, defaults: DictConfi
     wanted = [str(name) for name in names] if isinstance(names, list) else [value.strip("'\"")]
     if missing := [name for name in wanted if name not in options]:
         sign = "+" if override.is_add() or not chosen else ""
-        near = _nearest(missing[0], options)
+        near = nearest_names(missing[0], options)
         hint = f"did you mean {' or '.join(f'{sign}{group}={name}' for name in near)}? " if near else ""
         return f"{text}: no such preset; {hint}There are {', '.join(sorted(options))}"
     if chosen and text.startswith("+"):
@@ -223,7 +223,7 @@ def _names_of_users(defaults: DictConfig, key: str) -> bool:
 
 
 def _near(key: str, defaults: DictConfig) -> str:
-    near = _nearest(key, _keys(defaults))
+    near = nearest_keys(key, _keys(defaults))
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -239,12 +239,6 @@ def _keys(node: DictConfig) -> list[str]:
     return found
 
 
-def _nearest(word: str, known: Sequence[str]) -> list[str]:
-    """Find at most two of the known words, nearest first; a key given without its section counts as near."""
-    by_leaf = [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2]]
-    return list(dict.fromkeys(by_leaf + difflib.get_close_matches(word, known, n=2, cutoff=0.5)))[:2]
-
-
 def _wrong_in_file(group: str, lines: Sequence[str]) -> str:
     """Say what Hydra finds wrong in a file of a group; without `# @package _global_` its keys are the group's."""
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
@@ -252,7 +246,7 @@ def _wrong_in_file(group: str, lines: Sequence[str]) -> str:
     if group and (key == group or key.removeprefix(f"{group}.") in known or f"@{group}." in lines[0]):
         return f"its keys are taken for those of section {group}; `# @package _global_` as its first line would work"
     if re.match("Key '.+' not in ", lines[1]) and key:
-        near = " or ".join(_nearest(key, known))
+        near = " or ".join(nearest_keys(key, known))
         return f"{key}: no such key; {f'did you mean {near}?' if near else '--cfg job lists all keys'}"
     return lines[1][0].lower() + lines[1][1:]
 

@@ -140,9 +140,10 @@ def layout_for(parallel: ParallelConfig, num_processes: int) -> Layout:
         if num_processes % pipeline:
             works = " or ".join(str(count) for count in nearest_multiples(num_processes, pipeline))
             fitting = [p for p in range(1, num_processes + 1) if num_processes % (p * tp) == 0]
+            processes = "process" if num_processes == 1 else "processes"
             or_stages = f", or {either('parallel.pp', nearest(fitting, pp))}," if fitting else ""
             raise ValueError(
-                f"{name}: {num_processes} processes cannot be laid out as pipelines of {pipeline}; "
+                f"{name}: {num_processes} {processes} cannot be laid out as pipelines of {pipeline}; "
                 f"{works} processes{or_stages} would work"
             )
         dp = num_processes // pipeline

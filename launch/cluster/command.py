@@ -106,7 +106,8 @@ class LeaveOut:
             return None
         layout, why = self.layout_on(rest)
         if layout is None:
-            works = f"the {sum(rest.values())} ranks of the others would not do ({why})"
+            left = sum(rest.values())
+            works = f"the {left} rank{'s' * (left != 1)} of the others would not do ({why})"
             _say(f"{host} has failed {self._failures[host]} times and stays, since {works}")
             return None
         _say(f"{host} has failed {self._failures[host]} times and is left out: {layout}")

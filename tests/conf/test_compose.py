@@ -1,7 +1,13 @@
+from pathlib import Path
+
 import pytest
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from conf.compose import compose_overrides
+from conf.nearest import ELSEWHERE, nearest_keys
+from conf.overrides import _keys
+from conf.schema import Config
 from conf.train_settings import Decay, Source
 from conf.validate import Machine, validate
 from tests.shapes import preset
@@ -76,6 +82,17 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
     assert str(folder("hydra.run.dir=/tmp/there")) == "/tmp/there"
 
 
+def test_names_of_other_projects_are_told_the_keys_that_there_are():
+    keys = set(_keys(OmegaConf.structured(Config)))
+    assert set(ELSEWHERE) <= keys
+    page = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text("utf-8").replace("-", "_")
+    for key, names in ELSEWHERE.items():  # the page and the errors say the same
+        assert key in page or not any(f"`{name}`" in page or f"`__{name}`" in page for name in names.split()), key
+    assert nearest_keys("train.foo", sorted(keys)) == nearest_keys("wandb.off", sorted(keys)) == []
+    names = [name for text in ELSEWHERE.values() for name in text.split()]
+    assert len(names) == len(set(names)) and not set(names) & {key.rpartition(".")[2] for key in keys}
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -84,6 +101,9 @@ def test_runs_of_one_recipe_share_a_folder_whatever_their_layout():
         ("model.n_layer=3", ["model.n_layer=3: no such key", "model.n_layers"]),
         ("n_layers=3", ["n_layers=3: no such key", "model.n_layers"]),
         ("+train.micro=3", ["train.micro=3: no such key", "train.micro_batch"]),
+        ("model.hidden_size=64", ["model.hidden_size=64: no such key; did you mean model.d_model?"]),
+        ("train.grad_clip=1", ["train.grad_clip=1: no such key; did you mean optimizer.clip?"]),
+        ("trian.micro-batch=2", ["trian.micro-batch=2: no such key; did you mean train.micro_batch?"]),
         ("model.n_layers=many", ["model.n_layers=many", "must be an integer"]),
         ("optimizer.lr=high", ["optimizer.lr=high", "must be a number"]),
         ("train.precision=fp8", ["train.precision=fp8", "auto, bf16, fp32"]),
