@@ -104,7 +104,8 @@ def open_source(path: str | os.PathLike[str], *, checked: bool = True, key: str 
         tokenizer = candidate / TOKENIZER if TOKENIZER in run.files else None
         described = _object(candidate / DESCRIPTION) if DESCRIPTION in run.files else None
         return Source(candidate, weights, tokenizer, run, described)
-    works = "a run folder, one of its checkpoints/step-…, or a Hugging Face directory with config.json would work"
+    works = "a run folder, such as `deepnarrow runs` lists, one of its checkpoints/step-…, or a Hugging Face directory "
+    works += "with config.json would work"
     raise BadInput(reasons or [f"{path}: no weights are there; {works}"])
 
 

@@ -57,7 +57,7 @@ def describe_tokens(data: DataConfig, tokenizer: PreparedTokenizer, folder: Path
         f"{documents:,} documents" if documents is not None else "whose documents are unknown"
     )
     skipped = f"; {len(others)} other files are not read ({_few(others)})" if others else ""
-    print(f"corpus: {sum(file.num_tokens for file in files):,} tokens in {said}{skipped}", file=sys.stderr)
+    print(f"corpus {data.path}: {sum(file.num_tokens for file in files):,} tokens in {said}{skipped}", file=sys.stderr)
     parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
     ends: dict[str, list[NDArray[np.int64]]] = {split: [] for split in SPLITS}
     tokens = dict.fromkeys(SPLITS, 0)

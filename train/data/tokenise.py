@@ -268,7 +268,8 @@ def _finish(job: Job, tokenizer: PreparedTokenizer, description: dict[str, Any],
     records = [record for record, _ in found]
     tally = joined(job.units, [record.tally for record in records])
     tokens = {split: sum(record.tokens[split] for record in records) for split in SPLITS}
-    print(f"corpus: {tally.summary()}; {sum(tokens.values()):,} tokens", file=sys.stderr)
+    which = job.data.path or job.data.name or job.data.source.value  # of a mixture each source is prepared alone
+    print(f"corpus {which}: {tally.summary()}; {sum(tokens.values()):,} tokens", file=sys.stderr)
     problems = [] if tally.documents else [corpus.no_documents(job.data, tally)]
     if corpus.fingerprint_inputs(job.data) != description["corpus"]:
         problems.append(f"data.path={job.data.path}: files of the corpus have changed while it was prepared; the same "
