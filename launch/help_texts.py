@@ -138,7 +138,7 @@ HELP = {
         "Tries rates and batches at small computes, trains several sizes of model for each of several computes by\n"
         "what came of that, and fits the laws of DeepSeek LLM (arXiv 2401.02954, section 3): the best rate and batch,\n"
         "model and tokens by compute, with intervals, and the loss of the largest predicted from the others.\n\n"
-        "  deepnarrow scaling                                    44 small models, on two cores\n"
+        "  deepnarrow scaling                                    50 small models, on two cores\n"
         "  deepnarrow scaling model=8x512 data=files data.path=/corpus train.micro_batch=8 \\\n"
         "      scaling.budgets=[1e17,3e17,1e18,3e18] scaling.rate_budgets=[3e16,3e17] scaling.batches=[32,64,128] \\\n"
         "      scaling.rates=[5e-4,1e-3,2e-3,4e-3] --print slurm > job\n\n"

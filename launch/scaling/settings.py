@@ -11,16 +11,16 @@ FEWEST_SIZES = 3
 class ScalingSettings:
     """The settings ``scaling.…``; every other override belongs to each run."""
 
-    budgets: list[float] = field(default_factory=lambda: [4e11, 1e12, 2.5e12, 6.25e12])
+    budgets: list[float] = field(default_factory=lambda: [3e11, 7.5e11, 1.9e12, 4.7e12])
     """Computes C = M D of the IsoFLOP runs in FLOPs, three at least; four or more leave three to predict the largest
     by. Tokens are C / M, rounded to whole steps."""
     sizes: int = 5
     """Models of each budget. Their M span a decade around what the paper's law gives for it, 0.1715 C^0.5243."""
     shapes: list[str] = field(default_factory=list)
     """Models as layers x width, such as [2x32,4x64,6x96], in place of derived ones: all of them for each budget."""
-    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2, 2.4e-2])
+    rates: list[float] = field(default_factory=lambda: [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2])
     """Peak learning rates of the grid."""
-    batches: list[int] = field(default_factory=lambda: [8, 16, 32])
+    batches: list[int] = field(default_factory=lambda: [4, 8, 16])
     """Batches of the grid in sequences, as train.global_batch."""
     rate_budgets: list[float] = field(default_factory=lambda: [2e11, 8e11])
     """Computes of the grid of rates and batches, two at least, each with the one model that the paper's law gives for

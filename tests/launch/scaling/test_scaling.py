@@ -340,8 +340,8 @@ def test_time_on_gpus_counts_starts_steps_and_the_gpus_that_runs_may_take(small,
 def test_rates_of_laws_are_held_to_what_was_tried(small):
     study = plan([*small, "scaling.dir=/nowhere/yet"])
     high = Laws(known.PowerLaw(1.0, 0.0), known.PowerLaw(1e9, 0.0))
-    assert study.rate_and_batch(1e12, high) == (2.4e-2, 32)
+    assert study.rate_and_batch(1e12, high) == (2.4e-2, 16)
     low = Laws(known.PowerLaw(1e-9, 0.0), known.PowerLaw(1.0, 0.0))
-    assert study.rate_and_batch(1e12, low) == (3e-3, 8)
-    between = Laws(known.PowerLaw(0.0123456, 0.0), known.PowerLaw(21 * 32, 0.0))
-    assert study.rate_and_batch(1e12, between) == (0.0123, 20)  # a multiple of the micro-batch of 2
+    assert study.rate_and_batch(1e12, low) == (1.5e-3, 4)
+    between = Laws(known.PowerLaw(0.0123456, 0.0), known.PowerLaw(11 * 32, 0.0))
+    assert study.rate_and_batch(1e12, between) == (0.0123, 10)  # a multiple of the micro-batch of 2

@@ -1,6 +1,7 @@
 """When the settings ask for a save."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from train.checkpoint.saver import Saver
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(saver.dist, "get_rank", lambda: 0)
     return now
 
