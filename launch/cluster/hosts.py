@@ -179,17 +179,19 @@ class Cluster:
             self._hosts.append(Host(name, ranks, {**order, "node": node}, folder, self.reach))
             first += number
         self._signals.to(self)
+        over = threading.Event()
+        # What asks for stacks waits for them, in `look`: another thread passes that on.
+        threading.Thread(target=self._pass_on_wishes, args=(folder / WANTED, over), daemon=True).start()
         try:
             self._stay(folder, look)
         finally:
+            over.set()
             for host in self._hosts:
                 host.cut()
             self._signals.to(None)
         return self._code()
 
     def _stay(self, folder: Path, look: Callable[[], bool]) -> None:
-        # What asks for stacks waits for them, in `look`: another thread passes that on.
-        threading.Thread(target=self._pass_on_wishes, args=(folder,), daemon=True).start()
         pinged = 0.0
         while any(host.ended is None and host.lost is None for host in self._hosts):
             now = time.monotonic()
@@ -216,13 +218,12 @@ class Cluster:
                 _write(heartbeat.failure_of(folder, host.ranks[0]), json.dumps(failure).encode())
         look()
 
-    def _pass_on_wishes(self, folder: Path) -> None:
-        while folder.is_dir():
-            if (folder / WANTED).exists():
+    def _pass_on_wishes(self, wanted: Path, over: threading.Event) -> None:
+        while not over.wait(0.2):
+            if wanted.exists():
                 for host in self._hosts:
                     host.tell({"stacks": True})
                 return
-            time.sleep(0.2)
 
     def _code(self) -> int:
         if self._signals.fatal is not None:

@@ -40,7 +40,7 @@ def small(overrides, tmp_path):
         ("scaling.shapes=[1x16,2x17,2x32]", "scaling.shapes=2x17: 17 is no multiple of the 16 of a head"),
         ("scaling.parallel_runs=0", "scaling.parallel_runs=0: must be at least 1, or null"),
         ("scaling.compute=1", "scaling.compute=1: no such key; there are scaling.budgets"),
-        ("scaling.rate_budgets=[1e6,1e12]", "scaling.rate_budgets=1e+06: pays for 1 steps of 32 x 32 tokens"),
+        ("scaling.rate_budgets=[1e6,1e12]", "scaling.rate_budgets=1e+06: pays for 1 steps of 16 x 32 tokens"),
         ("scaling.budgets=[1e7,1e12,2e12]", "scaling.budgets=1e+07: pays for 1 steps"),
         ("optimizer.lr=1e-3", "optimizer.lr: is what scaling.rates=[…] tries; scaling.rate_budgets=[] tries none"),
         ("train.total_tokens=1e6", "train.total_tokens: is the study's to set; scaling.budgets=[…] says"),
@@ -111,7 +111,7 @@ def test_a_run_is_configured_by_its_setting(small):
     assert len(isoflop) == 4 * 5 * 2 and len({one.name for one in isoflop}) == len(isoflop)
     one = isoflop[-1]
     own = dict(text.split("=", 1) for text in study.training(one).overrides)
-    assert own["train.seed"] == "4" and int(own["train.total_tokens"]) == one.tokens == one.steps * 32 * 32
+    assert own["train.seed"] == "4" and int(own["train.total_tokens"]) == one.tokens == one.steps * 16 * 32
     assert own["schedule.warmup_steps"] == "100" and own["parallel.dp"] == "1" and own["train.val_every"] == "0"
     short = study._setting("isoflop", 50 * one.m * 1024.0, one.shape, 1e-2, 32, 3)
     assert "schedule.warmup_steps=5" in study.training(short).overrides and short.steps == 50
