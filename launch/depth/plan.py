@@ -22,7 +22,7 @@ PREFIX = "depth."
 SMALL = "model=tiny_depth"
 """The preset where no model is named: for two CPU cores."""
 _OF_ALL = ("train.val_every=0", "sample.tokens=0")
-RATES = (0.5, 1.0, 2.0)
+RATES = (0.25, 0.5, 1.0, 2.0)
 """The rates that are tried by default, as multiples of optimizer.lr."""
 _SET = {
     "hydra.run.dir": "depth.dir=… says where the study is kept",

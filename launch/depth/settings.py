@@ -32,7 +32,7 @@ class DepthSettings:
     forward and backward, with the head and causal attention. A shape that is both is trained once."""
     lrs: list[float] | None = None
     """Peak learning rates to try for every shape with the first seed; the other seeds take the best of each shape. null
-    is half of optimizer.lr, that, and twice that; a single one is every shape's."""
+    is a quarter and a half of optimizer.lr, that, and twice that; a single one is every shape's."""
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Values of train.seed, each a run of every shape at its rate. An ordering is stated where it holds for each."""
     pp: list[int] = field(default_factory=lambda: [2, 4, 8, 16])

@@ -11,7 +11,7 @@ FEWEST_SIZES = 3
 class ScalingSettings:
     """The settings ``scaling.…``; every other override belongs to each run."""
 
-    budgets: list[float] = field(default_factory=lambda: [3e11, 7.5e11, 1.9e12, 4.7e12])
+    budgets: list[float] = field(default_factory=lambda: [2.5e11, 6.3e11, 1.6e12, 4e12])
     """Computes C = M D of the IsoFLOP runs in FLOPs, three at least; four or more leave three to predict the largest
     by. Tokens are C / M, rounded to whole steps."""
     sizes: int = 5

@@ -206,16 +206,16 @@ def test_what_a_launcher_leaves_in_its_group_is_ended(stubborn, monkeypatch):
 
 @pytest.mark.launch
 def test_a_complete_run_ends_with_zero_and_bad_input_with_two(overrides, tmp_path):
-    def command(*more):
+    def command(*more, words=TRAIN):
         arguments = [*overrides, f"hydra.run.dir={tmp_path / 'run'}", "train.max_steps=2", "sample.tokens=0", *more]
-        ended = Command([*TRAIN, *arguments], tmp_path / f"said-{'-'.join(more)}", COLUMNS="80")
+        ended = Command([*words, *arguments], tmp_path / f"said-{'-'.join(more)}", COLUMNS="80")
         return ended.wait(120), ended.said.read_text()
 
     code, said = command("parallel.pp=2")
     assert code == 0, said[-3000:]
     assert (tmp_path / "run" / "summary.json").exists()
     assert "WARNING" not in said and "DeepSpeed" not in said
-    code, said = command("parallel.pp=1")
+    code, said = command("parallel.pp=1", words=FORKED)
     assert code == 0 and "complete, 2 of 2 steps" in said
     code, said = command("parallel.pp=5")
     assert code == 2 and "parallel.pp=5" in said

@@ -97,6 +97,12 @@ def test_what_an_older_folder_does_not_say_of_its_recipe_counts_as_the_same(smal
     assert plan([*small, "train.val_sequences=8"]).folder == tmp_path / "none"
 
 
+def test_what_is_planned_by_default_can_be_trained(tmp_path):
+    study = plan([f"scaling.dir={tmp_path}/none"])
+    assert len(study.grid()) == 30 and len(study.isoflop(None)) == 20
+    assert not any(one.global_batch % study.unit for one in study.grid())
+
+
 def test_without_a_grid_every_run_has_the_rate_and_batch_that_are_given(small):
     without = [*small, "scaling.rate_budgets=[]", "optimizer.lr=2e-3", "train.global_batch=12"]
     study = plan(without)
