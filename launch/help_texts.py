@@ -152,7 +152,7 @@ HELP = {
         "Trains models of other aspects d_model / n_layers, from 8 times the preset's to an eighth, at equal\n"
         "parameters and at equal FLOPs on the same tokens, and sets loss against training speed, decode time,\n"
         "KV cache, and bubble and balance of pipelines.\n\n"
-        "  deepnarrow depth-study                                50 small runs, on two cores\n"
+        "  deepnarrow depth-study                                60 small runs, on two cores\n"
         "  deepnarrow depth-study model=67b --plan               its shapes, costs and pipelines; nothing is trained\n"
         "  deepnarrow depth-study model=12x768 data=files data.path=/corpus parallel.dp=8 depth.aspects=[4,1,1/4]\n\n"
         "Takes overrides of every run, and depth.aspects, depth.equal, depth.lrs, depth.seeds, depth.pp,\n"

@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -26,6 +27,12 @@ def pytest_configure(config):
     # A file is one worker's: pytest-xdist would hand out last those of few tests, and some of these take minutes.
     config.option.loadscopereorder = False
     config.pluginmanager.register(Durations(config))
+
+
+def pytest_collection_finish():
+    # What is imported by now stays, a million objects, and a collection of garbage would go through all of it each time.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
