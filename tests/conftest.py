@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    # What is imported by now stays, a million objects, and a collection of garbage would go through all of it each time.
+    # What is imported stays, a million objects, and a collection of garbage would go through all of it each time.
     gc.collect()
     gc.freeze()
 

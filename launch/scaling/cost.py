@@ -2,8 +2,11 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -27,6 +30,8 @@ MOST_FLOPS = 2e10
 PROBE_SECONDS = 0.15
 ON_GPU = 0.3
 """The share of a GPU's peak that is reckoned with."""
+_SPIN = "import select, sys\nwhile not select.select([sys.stdin], [], [], 0)[0]: sum(range(100000))"
+"""A process that computes for as long as its standard input is open: killed with this one, it ends as well."""
 HELD_OUT = 1 / 3
 """What a held-out token costs of one that is trained on: its forward pass."""
 
@@ -61,7 +66,8 @@ def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
         return None
     devices = max(torch.cuda.device_count(), 1) if on_gpus else len(os.sched_getaffinity(0))
     start, step = (GPU_START_SECONDS, GPU_STEP_SECONDS) if on_gpus else (START_SECONDS, STEP_SECONDS)
-    rates = {str(one.shape): ON_GPU * peak for one in settings} if peak else _flops_per_second(study, settings)
+    busy = min(devices, ranks * (study.settings.parallel_runs or max(1, devices // ranks)))
+    rates = {str(one.shape): ON_GPU * peak for one in settings} if peak else _flops_per_second(study, settings, busy)
     held_out = train.val_sequences * train.seq_len * HELD_OUT
     of_runs = [
         study.ladder.model(one.shape).flops_per_token(one.seq_len)
@@ -71,14 +77,13 @@ def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
         + start
         for one in settings
     ]
-    busy = min(devices, ranks * (study.settings.parallel_runs or max(1, devices // ranks)))
     return max(sum(of_runs) * min(ranks, devices) / busy, max(of_runs))
 
 
-def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, float]:
-    """Time a pass of each model on one core, the smallest first."""
+def _flops_per_second(study: Plan, settings: Sequence[Setting], busy: int) -> dict[str, float]:
+    """Time a pass of each model on one core, the smallest first, while as many cores are busy as will be."""
     found, micro_batch, last = dict[str, float](), study.config.train.micro_batch, 0.0
-    with one_thread():
+    with one_thread(), cores_busy(busy - 1):
         for one in sorted(settings, key=lambda one: one.m):
             model = study.ladder.model(one.shape)
             flops = model.flops_per_token(one.seq_len) * micro_batch * one.seq_len
@@ -88,6 +93,18 @@ def _flops_per_second(study: Plan, settings: Sequence[Setting]) -> dict[str, flo
                 )
                 found[str(one.shape)] = last
     return found
+
+
+@contextmanager
+def cores_busy(number: int) -> Iterator[None]:
+    """Within, other processes keep so many cores busy: what looks like two cores may be the two threads of one."""
+    others = [subprocess.Popen([sys.executable, "-IS", "-c", _SPIN], stdin=subprocess.PIPE) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
 
 
 def _pass_seconds(config: ModelConfig, micro_batch: int, seq_len: int) -> float:

@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from launch import cli
@@ -335,6 +337,19 @@ def test_time_on_gpus_counts_starts_steps_and_the_gpus_that_runs_may_take(small,
     longest = max(cost.GPU_START_SECONDS + cost.GPU_STEP_SECONDS * one.steps for one in settings)
     assert "min here, reckoned by 30% of a GPU's peak and not measured" in cost._about(alone)
     assert alone / 8 < longest < seconds()[0] < 1.01 * longest  # the others are over before it
+
+
+def test_models_are_timed_while_as_many_cores_are_busy_as_will_be(small, monkeypatch):
+    """Two runs at a time took half as long again as was said: each of two cores is slower while the other computes."""
+
+    def busy():
+        return sum("-IS" in child.cmdline() for child in psutil.Process().children())
+
+    seen = []
+    monkeypatch.setattr(cost, "_pass_seconds", lambda *given: seen.append(busy()) or 1e-3)
+    study = plan([*small, "scaling.dir=/nowhere/yet"])
+    assert cost.seconds_of(study, study.isoflop(None)) > 0
+    assert set(seen) == {len(os.sched_getaffinity(0)) - 1} and busy() == 0
 
 
 def test_rates_of_laws_are_held_to_what_was_tried(small):
