@@ -52,7 +52,7 @@ def of_known_law(small, tmp_path_factory):
 def test_each_shape_has_its_rate_and_the_mean_of_its_seeds(of_known_law):
     arguments, _, found, trains = of_known_law
     models = plan(arguments).models
-    assert len(trains.trained) == len(set(trains.trained)) == len(models) * 5  # three rates with a seed, two more seeds
+    assert len(trains.trained) == len(set(trains.trained)) == len(models) * 6  # four rates with a seed, two more seeds
     assert sorted(run["name"] for run in found["runs"]) == sorted(trains.trained)
     for shape in found["shapes"]:
         lr = 0.02 if shape["n_layers"] < 8 else 0.01
