@@ -15,8 +15,8 @@ import pytest
 FOLDER = Path(__file__).resolve().parent
 FILE = FOLDER / "durations.json"
 FAST_SECONDS = 170
-"""The seconds of all tests of a short run, as three workers on two cores take them: these are through in little more than
-a minute, and half a one is for what a run begins with."""
+"""The seconds of all tests of a short run, as three workers on two cores take them: these are through in little more
+than a minute, and half a one is for what a run begins with."""
 UNKNOWN_SECONDS = 10.0
 OFF_BY_SECONDS, OFF_BY_FACTOR = 10, 2
 """How much longer than is written down a file takes before that is said."""
