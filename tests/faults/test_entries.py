@@ -186,7 +186,8 @@ def test_the_versions_are_those_of_what_is_installed(capsys):
         main(["--version"])
     said = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
     assert [*said] == ["deepnarrow", "commit", "torch", "deepspeed", "python"]
-    assert said["torch"] == torch.__version__ and said["python"] == sys.version.split()[0]
+    assert said["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # wheels leave +cu130 out of one
+    assert said["python"] == sys.version.split()[0]
 
 
 COMPLETES = """

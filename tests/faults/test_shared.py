@@ -91,7 +91,8 @@ def test_a_file_more_or_another_byte_is_another_fingerprint(tmp_path, monkeypatc
 def test_a_version_that_one_host_has_alone_is_said(rank_0):
     versions = {**rank_0.versions, "nccl": "2.27.3"}
     (problem,) = hosts.problems(replace(rank_0, versions=versions))
-    assert problem == f"nccl: none here and 2.27.3 on {rank_0.host}, where rank 0 is; 2.27.3 would work"
+    here = rank_0.versions.get("nccl") or "none"  # of a PyTorch without CUDA
+    assert problem == f"nccl: {here} here and 2.27.3 on {rank_0.host}, where rank 0 is; 2.27.3 would work"
 
 
 def test_clocks_a_few_seconds_apart_are_not_said(rank_0):

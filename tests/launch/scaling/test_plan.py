@@ -138,7 +138,7 @@ def test_epochs_of_weighted_sources_are_those_of_the_one_that_is_repeated_most(s
     of_each = {"a": 0.25 * trained / tokens["a"], "b": 0.75 * trained / tokens["b"]}
     found = epochs_of(config, trained, 32, data)
     assert found == pytest.approx(max(of_each.values()), rel=0.05)
-    assert abs(found / (trained / sum(tokens.values())) - 1) > 0.2  # of all tokens together it is another number
+    assert abs(found / (trained / sum(tokens.values())) - 1) > 0.1  # of all tokens together it is another number
     alone = plan(small).config
     one = prepare_run(alone, progress=False)
     assert epochs_of(alone, trained, 32, one) == pytest.approx(trained / one.num_train_tokens)
