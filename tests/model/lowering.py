@@ -139,7 +139,8 @@ def _h100():
             for name, value in functions.items():
                 replaced(target, name, staticmethod(value))
         replaced(compile_fx, "get_cuda_device_context", lambda graph: nullcontext())
-        # A PyTorch that is built for CUDA asks the driver, which there is none of.
+        # A PyTorch that is built for CUDA would ask the driver, which there is none of.
+        replaced(torch.accelerator, "is_available", lambda: False)
         replaced(torch.accelerator, "current_device_index", lambda: 0)
         # Its Python binding looks for a device; the operator does not.
         replaced(torch.Tensor, "copy_", lambda self, src, _=False: torch.ops.aten.copy_.default(self, src))
