@@ -35,6 +35,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # libraries that count what is left at the end would report it
+
+
 def pytest_collection_modifyitems(items):
     if not GPUS:
         for item in items:
