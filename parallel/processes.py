@@ -138,7 +138,8 @@ def _translate(environment: MutableMapping[str, str]) -> bool:
             raise BadInput([f"{names.rank}={rank} {names.size}={size}: a launcher has started {size} processes, and "
                             f"MASTER_ADDR is not set; {works}"])  # fmt: skip
         job = environment.get("SLURM_JOB_ID", "0")
-        port = str(_SLURM_PORT + (int(job) % 10000 if job.isdecimal() else 0))  # jobs of one host each have their own
+        # Jobs of one host each have their own, below those that Linux hands to connections (32768 and up).
+        port = str(_SLURM_PORT + (int(job) % 3000 if job.isdecimal() else 0))
         environment.update({**found, "MASTER_ADDR": address, "MASTER_PORT": environment.get("MASTER_PORT") or port})
         return True
     return False
@@ -187,7 +188,8 @@ def free_port() -> int:
 
     It is used seconds later, once other processes have imported what they need. Of those that the kernel hands out, it
     would give the same to any connection in the meantime; those below are for who asks by number, and one is drawn at
-    random, so that two that ask at the same time have different ones.
+    random, so that two that ask at the same time have different ones. Where the kernel leaves no thousand of them, it
+    is one of its own after all.
     """
     draw = random.SystemRandom()  # the seed of a run is for its data
     below = _first_of_kernel()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel import processes
-from parallel.processes import free_port
+from parallel.processes import free_port, read_launcher
 from parallel.rendezvous import Rendezvous
 
 
@@ -23,6 +23,13 @@ def test_no_connection_of_another_process_can_take_a_port_that_was_found():
     """The kernel gave the port of a test's run to a connection, and the run ended: it imports for seconds before."""
     ports = [free_port() for _ in range(50)]
     assert len(set(ports)) >= 45 and all(processes._FIRST_PORT <= port < _kernels() for port in ports)
+
+
+def test_no_connection_can_take_the_port_of_a_slurm_job_whatever_its_number():
+    environment = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "MASTER_ADDR": "node1"}
+    for job in ("7", "9268", "4294967295", "x"):
+        given = {**environment, "SLURM_JOB_ID": job}
+        assert read_launcher(given) and 29500 <= int(given["MASTER_PORT"]) < 32768  # the kernel's begin there
 
 
 def test_the_seed_of_a_process_does_not_choose_its_port():
