@@ -83,7 +83,7 @@ def seconds_of(study: Plan, settings: Sequence[Setting]) -> float | None:
 def _flops_per_second(study: Plan, settings: Sequence[Setting], busy: int) -> dict[str, float]:
     """Time a pass of each model on one core, the smallest first, while as many cores are busy as will be."""
     found, micro_batch, last = dict[str, float](), study.config.train.micro_batch, 0.0
-    with one_thread(), cores_busy(busy - 1):
+    with one_thread(), _cores_busy(busy - 1):
         for one in sorted(settings, key=lambda one: one.m):
             model = study.ladder.model(one.shape)
             flops = model.flops_per_token(one.seq_len) * micro_batch * one.seq_len
@@ -96,7 +96,7 @@ def _flops_per_second(study: Plan, settings: Sequence[Setting], busy: int) -> di
 
 
 @contextmanager
-def cores_busy(number: int) -> Iterator[None]:
+def _cores_busy(number: int) -> Iterator[None]:
     """Within, other processes keep so many cores busy: what looks like two cores may be the two threads of one."""
     others = [subprocess.Popen([sys.executable, "-IS", "-c", _SPIN], stdin=subprocess.PIPE) for _ in range(number)]
     try:
